@@ -1,0 +1,28 @@
+"Build from settings.ini: edit that file, not this one"
+from configparser import ConfigParser
+from pathlib import Path
+from setuptools import setup, find_packages
+
+here = Path(__file__).resolve().parent
+cfg = ConfigParser(delimiters=['='])
+cfg.read(here/'settings.ini', encoding='utf-8')
+cfg = cfg['DEFAULT']
+lib, kernels = cfg['lib_path'], 'npu_lora_kernels'
+
+def reqs(key): return cfg.get(key, '').split()
+
+setup(
+    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'],
+    author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'],
+    license='Apache-2.0', keywords=cfg['keywords'],
+    classifiers=['Programming Language :: Python :: 3', 'Intended Audience :: Developers'],
+    # Named one by one, so that no folder beside them (nbs, tests, results) can slip into the wheel
+    packages=find_packages(include=[lib, f'{lib}.*']) + find_packages('kernels', include=[kernels, f'{kernels}.*']),
+    package_dir={kernels: f'kernels/{kernels}'}, include_package_data=True,
+    python_requires=f">={cfg['min_python']}",
+    install_requires=reqs('requirements'),
+    extras_require={'dev': reqs('dev_requirements'), 'npu': reqs('npu_requirements')},
+    long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+    entry_points={'console_scripts': reqs('console_scripts'), 'nbdev': [f'{lib}={lib}._modidx:d']},
+    zip_safe=False,
+)

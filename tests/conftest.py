@@ -1,0 +1,18 @@
+"Every test starts from the same state: no network, no progress bars, one thread, the same seeds"
+import os
+# Read once, at import, by the libraries below: hence before them.
+os.environ.update(HF_HUB_OFFLINE='1', HF_HUB_DISABLE_PROGRESS_BARS='1', TOKENIZERS_PARALLELISM='false')
+
+import random
+import hypothesis, numpy as np, pytest, torch
+
+torch.set_num_threads(1)  # fp32 on several threads stalls at random
+
+# A first call that loads a model is slow and no fault; and a failure must come back on the next run.
+hypothesis.settings.register_profile('repeatable', deadline=None, derandomize=True)
+hypothesis.settings.load_profile('repeatable')
+
+@pytest.fixture(autouse=True)
+def same_seeds():
+    "Seed every global generator"
+    random.seed(0); np.random.seed(0); torch.manual_seed(0)

@@ -1,0 +1,24 @@
+"Check an installed wheel from inside its own environment, given the checkout it was built from"
+import importlib, importlib.metadata, pkgutil, sys
+from pathlib import Path
+import npu_lora_decoding, npu_lora_kernels
+
+root = Path(sys.argv[1])
+sources = {'npu_lora_decoding': root/'npu_lora_decoding', 'npu_lora_kernels': root/'kernels'/'npu_lora_kernels'}
+
+for o in (npu_lora_decoding, npu_lora_kernels):
+    assert Path(o.__file__).is_relative_to(sys.prefix), f'{o.__name__} was imported from {o.__file__}, not from the wheel'
+
+# Without the development tools here, an import of one of them by a module fails. `_modidx` is nbdev's and holds data only.
+for o in pkgutil.iter_modules(npu_lora_decoding.__path__, 'npu_lora_decoding.'): importlib.import_module(o.name)
+assert 'torch_npu' not in sys.modules, 'importing the package imported torch_npu, which only import_npu may do'
+
+files = [f for f in importlib.metadata.files('npu_lora_decoding') if f.suffix != '.pyc']
+strays = [str(f) for f in files if f.parts[0] not in sources and not f.parts[0].endswith('.dist-info') and f.name != 'nld']
+assert not strays, f'the wheel installs files outside its two packages: {strays}'
+
+for name, folder in sources.items():
+    wanted = {str(Path(name)/f.relative_to(folder)) for f in folder.rglob('*') if f.is_file() and not {'__pycache__', '.ipynb_checkpoints'} & {*f.parts}}
+    missing = wanted - {str(f) for f in files}
+    assert not missing, f'the wheel lacks {sorted(missing)}'
+print(f'the wheel holds {" and ".join(sources)}, in {len(files)} files, and every module of the first imports')
