@@ -39,10 +39,10 @@ def register_kernel(
 
 def backend(
     name:str,  # Operator name
-    device:torch.device|str='cpu',  # Where its arguments lie
+    device:torch.device|str='cpu',  # `cpu`, `cuda` or `npu`: where its arguments lie
 ) -> str:  # `torch` for the reference, else the kernel's label
     "Return which implementation serves operator `name` on `device`"
-    return _BACKENDS[name].get(torch.device(device).type, 'torch')
+    return _BACKENDS[name].get(str(device).split(':')[0], 'torch')
 
 # %% ../nbs/04_ops.ipynb #ec1a97a3
 lora = define_op('lora(Tensor y, Tensor x, Tensor A, Tensor B, Tensor scale, Tensor ids) -> Tensor', lora_torch)

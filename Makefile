@@ -1,0 +1,32 @@
+# Every target sets up .venv first, once, and again when one of the files below changes.
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lab notebooks readme clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+$(READY): setup.sh setup.py settings.ini constraints.txt pyproject.toml
+	bash setup.sh
+
+venv: $(READY) ## Set up .venv and nothing else
+
+demo: $(READY) ## Set up and run the demo
+	.venv/bin/nld demo
+
+test: $(READY) ## Set up and run every check
+	PATH="$(CURDIR)/.venv/bin:$$PATH" bash tests/run
+
+lab: $(READY) ## Open the notebooks in JupyterLab
+	.venv/bin/jupyter lab nbs
+
+notebooks: $(READY) ## Run every notebook in place and store its outputs
+	.venv/bin/python tests/run_notebooks.py
+
+readme: $(READY) ## Write README.md from nbs/index.ipynb
+	.venv/bin/python tests/readme.py > README.md.new && mv README.md.new README.md
+
+clean: ## Remove .venv and everything else that was built
+	rm -rf .venv .check.* build dist *.egg-info .pytest_cache .hypothesis README.md.new
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"Ascend kernels for decoding with LoRA adapters"
