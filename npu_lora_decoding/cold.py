@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 from .core import DecodingError, require
 from . import ops
-from .baseline import positions_of
+from .baseline import last_logits, positions_of
 from .lora import AdapterBank
 
 # %% ../nbs/05_cold.ipynb #5cdc67f4
@@ -91,7 +91,7 @@ def split_processors(
 def _pass(model, bank, adapter, ids, mask, cache):
     "Return the last position's logits `(b, v)` of one pass with (0) or without (-1) the adapter"
     with bank.attached([adapter] * len(ids)):
-        return model(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask)[:, -ids.shape[1]:], past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        return last_logits(model, ids, attention_mask=mask, position_ids=positions_of(mask)[:, -ids.shape[1]:], past_key_values=cache)[:, -1]
 
 @torch.no_grad()
 def cold_two_pass(

@@ -15,14 +15,22 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from .core import DecodingError, generator, require, sync
 from .models import LM, encode
 from . import ops
-from .baseline import positions_of
+from .baseline import last_logits, positions_of
 from .lora import AdapterBank, adapter_from_peft
 from .cold import CoLD, Plain, split_processors
 from .tree import Tree, accept, depths, root_tree, tree_mask
 
 # %% ../nbs/07_decode.ipynb #9303af67
+def _prefill(model, tokens, mask, positions, cache):
+    return last_logits(model, tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+
+def _step(model, tokens, mask, positions, cache):
+    return model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True).logits
+
 class Rows:
     "The rows of a batch on a growing cache: one forward pass for all roles and all nodes of a tree"
+    _run = staticmethod(_step)  # One decoding step of the model
+
     def __init__(self,
         model:torch.nn.Module,  # Causal LM
         roles:tuple,  # The target's roles, `expert` first
@@ -35,13 +43,10 @@ class Rows:
     def _new_cache(self): return DynamicCache(config=self.model.config)
     def _repeat(self, x): return None if x is None else x.repeat(len(self.roles), *[1]*(x.dim()-1))
 
-    def _pass(self, tokens, mask, positions, **kw):
+    def _pass(self, run, tokens, mask, positions):
         "Return the logits of each role, `(b, n, v)`"
-        logits = self._model(self._repeat(tokens), self._repeat(mask), self._repeat(positions), **kw)
+        logits = run(self.model, self._repeat(tokens), self._repeat(mask), self._repeat(positions), self.cache)
         return logits.view(len(self.roles), self.b, *logits.shape[1:]).unbind(0)
-
-    def _model(self, tokens, mask, positions, **kw):
-        return self.model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True, **kw).logits
 
     def prefill(self,
         ids:torch.Tensor,  # Prompts `(b, t)`, padded left
@@ -49,15 +54,15 @@ class Rows:
     ) -> tuple:  # Logits of each role `(b, 1, v)`, after the last token
         "Read the prompts"
         self.valid = mask.bool()
-        return self._pass(ids, self._mask(self.valid), positions_of(mask), logits_to_keep=1)
+        return self._pass(_prefill, ids, self._mask(self.valid), positions_of(mask))
 
     def forward(self,
         tree:Tree,  # Candidates, `n` a sequence
     ) -> tuple:  # Logits of each role `(b, n, v)`
         "Score every node of the trees in one pass"
         self.pending, here = tree.size, self.valid.sum(-1, keepdim=True)
-        if tree.size > 1: return self._pass(tree.tokens, self._tree_mask(tree), here + depths(tree.parents))
-        return self._pass(tree.tokens, self._mask(torch.cat([self.valid, torch.ones_like(here, dtype=torch.bool)], 1)), here)
+        if tree.size > 1: return self._pass(self._run, tree.tokens, self._tree_mask(tree), here + depths(tree.parents))
+        return self._pass(self._run, tree.tokens, self._mask(torch.cat([self.valid, torch.ones_like(here, dtype=torch.bool)], 1)), here)
 
     def _mask(self, valid): return None if valid.all() else valid.long()
     def _tree_mask(self, tree):
@@ -89,13 +94,12 @@ class Rows:
 # %% ../nbs/07_decode.ipynb #0fc7c7fe
 _STATIC = weakref.WeakKeyDictionary()  # model -> {(rows, columns): StaticCache}; a cache that moves would be compiled again
 
-def _model_step(model, tokens, mask, positions, cache):
-    return model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True).logits
-
-_compiled_step = torch.compile(_model_step, dynamic=False, fullgraph=True)
+_compiled_step = torch.compile(_step, dynamic=False, fullgraph=True)
 
 class StaticRows(Rows):
-    "The rows of a batch on a static cache, one compiled program a shape"
+    "The rows of a batch on a static cache, one compiled program a shape; the prefill stays eager, because every prompt has a length of its own"
+    _run = staticmethod(lambda *args: _compiled_step(*args))
+
     def _new_cache(self):
         rows, columns = self.b * len(self.roles), 256 * -(-self.max_len // 256)
         require(ops.compiles(self.model.device), 'torch.compile finds no compiler', 'install a C++ compiler (g++), or decode with compile=False')
@@ -110,10 +114,6 @@ class StaticRows(Rows):
     def _fill(self, x): return torch.nn.functional.pad(x, (0, self.columns - x.shape[-1]))
     def _mask(self, valid): return self._fill(valid.long())
     def _tree_mask(self, tree): return self._fill(super()._tree_mask(tree))
-    def _model(self, tokens, mask, positions, **kw):
-        if kw: return super()._model(tokens, mask, positions, **kw)  # prefill: every prompt has a length of its own, compiling each would cost more than it saves
-        return _compiled_step(self.model, tokens, mask, positions, self.cache)
-
     def _keep(self, layer, s, order):
         for x in (layer.keys, layer.values):
             picked = x[:, :, s:s+self.pending].gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

@@ -26,12 +26,12 @@ def output_md(
 def cell_md(
     cell:dict,  # One notebook cell
 ) -> list:  # Its pieces of Markdown
-    "Return the Markdown of a cell; code under `#| hide` stays out, and directives go"
+    "Return the Markdown of a cell; `#| hide` leaves all of it out, `#| echo: false` its code, and directives go"
     source = ''.join(cell['source'])
     if cell['cell_type'] != 'code': return [source]
     flags = re.findall(r'^#\| *(\w+)', source, re.M)
     if 'hide' in flags: return []
-    code = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
+    code = '' if re.search(r'^#\| *echo: *false', source, re.M) else re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
     return [fenced(code, 'python')] * bool(code) + [output_md(o) for o in cell['outputs']]
 
 def notebook_md(
