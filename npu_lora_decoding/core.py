@@ -55,7 +55,8 @@ def get_device(
     require(kind in DEVICES, f'unknown device {str(name)!r}', f'use one of {", ".join(DEVICES)}')
     if kind == 'npu': import_npu()
     require(has_device(kind), f'no {kind} device is present', "use device='cpu', or run `nld doctor` to see why")
-    return torch.device(name)
+    try: return torch.device(name)
+    except RuntimeError: raise DecodingError(f'{str(name)!r} is no device: write for example {kind}:0.') from None
 
 # %% ../nbs/00_core.ipynb #0460f41f
 DTYPES = dict(fp32=torch.float32, float32=torch.float32, bf16=torch.bfloat16, bfloat16=torch.bfloat16, fp16=torch.float16, float16=torch.float16)
@@ -65,7 +66,7 @@ def get_dtype(
 ) -> torch.dtype:  # A floating point dtype
     "Return the torch dtype called `name`"
     if name is None: return torch.float32
-    if isinstance(name, torch.dtype): return name
+    if isinstance(name, torch.dtype) and name.is_floating_point: return name
     require(name in DTYPES, f'unknown dtype {name!r}', 'use one of fp32, bf16, fp16')
     return DTYPES[name]
 

@@ -10,7 +10,7 @@ import time, weakref
 from dataclasses import dataclass, field
 import torch
 from fastcore.basics import patch
-from transformers import DynamicCache, LogitsProcessorList, StaticCache, StoppingCriteriaList, TextStreamer
+from transformers import DynamicCache, StaticCache, StopStringCriteria, StoppingCriteriaList, TextStreamer
 from transformers.generation import GenerateDecoderOnlyOutput
 from .core import DecodingError, generator, require, sync
 from .models import LM, encode
@@ -35,9 +35,10 @@ class Rows:
         model:torch.nn.Module,  # Causal LM
         roles:tuple,  # The target's roles, `expert` first
         b:int,  # Sequences
-        max_len:int,  # Longest cache this decoding can need
+        max_len:int,  # Longest text
+        spare:int=0,  # Columns for guesses beyond it
     ):
-        self.model, self.roles, self.b, self.max_len = model, roles, b, max_len
+        self.model, self.roles, self.b, self.max_len, self.spare = model, roles, b, max_len, spare
         self.cache, self.valid, self.pending = self._new_cache(), torch.ones(b, 0, dtype=torch.bool, device=model.device), 0
 
     def _new_cache(self): return DynamicCache(config=self.model.config)
@@ -78,11 +79,12 @@ class Rows:
         elif self.pending: self.valid = torch.cat([self.valid, accepted], 1)
         self.pending = 0
 
-    def _gather(self, accepted):
-        s, kept = self.valid.shape[1], accepted.sum(-1)
-        order = (~accepted).long().argsort(dim=-1, stable=True)[:, :kept.max()]  # accepted nodes first, parents before children
+    def _gather(self, kept, s=None):
+        "Of the columns after `s`, keep those in `kept` `(b, n)`, moved to the left"
+        s, count = self.valid.shape[1] if s is None else s, kept.sum(-1)
+        order = (~kept).long().argsort(dim=-1, stable=True)[:, :count.max()]  # kept columns first, in their order: parents before children
         for layer in self.cache.layers: self._keep(layer, s, self._repeat(order))
-        self.valid = torch.cat([self.valid, torch.arange(order.shape[1], device=kept.device) < kept[:, None]], 1)
+        self.valid = torch.cat([self.valid[:, :s], torch.arange(order.shape[1], device=count.device) < count[:, None]], 1)
 
     def _keep(self, layer, s, order):
         "Move the nodes `order` `(rows, m)` of one layer to the columns after `s`, dropping the rest"
@@ -98,10 +100,12 @@ _compiled_step = torch.compile(_step, dynamic=False, fullgraph=True)
 
 class StaticRows(Rows):
     "The rows of a batch on a static cache, one compiled program a shape; the prefill stays eager, because every prompt has a length of its own"
-    _run = staticmethod(lambda *args: _compiled_step(*args))
+    @staticmethod
+    def _run(*args):
+        with torch._dynamo.config.patch(recompile_limit=64): return _compiled_step(*args)  # a program for each shape; torch's own limit is 8 in a process
 
     def _new_cache(self):
-        rows, columns = self.b * len(self.roles), 256 * -(-self.max_len // 256)
+        rows, columns = self.b * len(self.roles), 256 * -(-(self.max_len + self.spare) // 256)
         require(ops.compiles(self.model.device), 'torch.compile finds no compiler', 'install a C++ compiler (g++), or decode with compile=False')
         caches = _STATIC.setdefault(self.model, {})
         if (rows, columns) not in caches: caches[rows, columns] = StaticCache(config=self.model.config, max_cache_len=columns)
@@ -111,13 +115,17 @@ class StaticRows(Rows):
         self.columns = columns
         return cache
 
+    def forward(self, tree):
+        # Sequences that accept fewer guesses leave columns nobody sees; when the cache is full, close the gaps
+        if self.valid.shape[1] + tree.size > self.columns: self._gather(self.valid, 0)
+        return super().forward(tree)
+
     def _fill(self, x): return torch.nn.functional.pad(x, (0, self.columns - x.shape[-1]))
     def _mask(self, valid): return self._fill(valid.long())
     def _tree_mask(self, tree): return self._fill(super()._tree_mask(tree))
     def _keep(self, layer, s, order):
         for x in (layer.keys, layer.values):
-            picked = x[:, :, s:s+self.pending].gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-            x[:, :, s:s+order.shape[1]] = picked
+            x[:, :, s:s+order.shape[1]] = x[:, :, s:].gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
         layer.cumulative_length.fill_(s + order.shape[1])
 
 # %% ../nbs/07_decode.ipynb #669dccdd
@@ -144,17 +152,18 @@ class State:
         "All texts as `(b, l)`, or None when their lengths differ"
         return torch.stack(self.text) if len({len(t) for t in self.text}) == 1 else None
 
-def _scores(target, logits, text, rules):
-    "Return the final scores `(b, v)` of one node a sequence: constraints, contrast, then the other processors"
-    expert, others = logits[0].float(), logits[1:]
+def _constrained(expert, text, rules):
+    "Return the expert's logits `(b, v)` in fp32, padded vocabulary excluded and hard constraints applied"
+    expert = expert.float()
     if rules.vocab and rules.vocab < expert.shape[-1]: expert = expert.index_fill(-1, torch.arange(rules.vocab, expert.shape[-1], device=expert.device), -torch.inf)
     for p in rules.hard: expert = p(text, expert)
+    return expert
+
+def _next(target, expert, others, text, rules):
+    "Return the token `(b,)` drawn from constrained expert logits, base logits and the other processors"
     require(not bool((expert == -torch.inf).all(-1).any()), 'the constraints forbid every token', 'loosen them (banned words, grammar, minimum length)')
     scores = target.combine(expert, *others)
     for p in rules.soft: scores = p(text, scores)
-    return scores
-
-def _draw(scores, rules):
     if not rules.sample: return scores.argmax(-1)
     return torch.multinomial(scores.softmax(-1), 1, generator=rules.generator)[:, 0]
 
@@ -165,25 +174,28 @@ def choose(
     logits:tuple,  # Of each role `(b, n, v)`
     state:State,  # Texts, for processors that read them
     rules:Rules,  # Processors and sampling
-) -> torch.Tensor:  # `(b, n)`
-    "Return the target's own token at every node"
+) -> tuple:  # Tokens `(b, n)`, -1 at nodes never reached; the logits, the expert's with its constraints
+    "Return the target's own token at every node the walk from the root can reach"
     free = not (rules.hard or rules.soft or rules.sample or rules.vocab)
-    if free: return target.select(*logits)
-    if tree.size == 1 and state.batch is not None:
-        return _draw(_scores(target, [l[:, 0] for l in logits], state.batch, rules), rules)[:, None]
-    return _choose_by_node(target, tree, logits, state, rules)
+    if free: return target.select(*logits), logits
+    if tree.size > 1 or state.batch is None: return _choose_by_walking(target, tree, logits, state, rules)
+    expert = _constrained(logits[0][:, 0], state.batch, rules)
+    return _next(target, expert, [l[:, 0] for l in logits[1:]], state.batch, rules)[:, None], (expert[:, None], *logits[1:])
 
-def _choose_by_node(target, tree, logits, state, rules):
-    "The general form: each node of each sequence with its own text"
-    drawn = torch.empty_like(tree.tokens)
+def _choose_by_walking(target, tree, logits, state, rules):
+    "The general form: each sequence walks its tree, every node with its own text, and stops at the first miss"
+    drawn, experts, n = torch.full_like(tree.tokens, -1), logits[0].float().clone(), len(state.text)
     for b, text in enumerate(state.text):
-        own = target.of(b)
-        for i in range(tree.size):
-            path = [i]
-            while tree.parents[b, path[0]] > 0: path.insert(0, int(tree.parents[b, path[0]]))
-            text_here = torch.cat([text, tree.tokens[b, [j for j in path if j > 0]]])
-            drawn[b, i] = _draw(_scores(own, [l[b:b+1, i] for l in logits], text_here[None], rules), rules)
-    return drawn
+        node = 0
+        while node is not None:
+            # processors may hold one setting for each sequence, so they see a whole batch, of which row b is ours
+            here, at = text.expand(n, -1), [l[b, node].expand(n, -1) for l in logits]
+            expert = _constrained(at[0], here, rules)
+            experts[b, node], drawn[b, node] = expert[b], _next(target, expert, at[1:], here, rules)[b]
+            text = torch.cat([text, drawn[b, node:node+1]])
+            hits = ((tree.parents[b] == node) & (tree.tokens[b] == drawn[b, node])).nonzero().flatten().tolist()
+            node = hits[0] if hits else None
+    return drawn, (experts, *logits[1:])
 
 # %% ../nbs/07_decode.ipynb #e1a63cee
 @dataclass(frozen=True)
@@ -206,7 +218,7 @@ def _measure(target, logits, drawn):
     "Return the record fields of every node as nested lists `(b, n)`"
     logps = [l.float().log_softmax(-1) for l in logits]
     out = dict(favourite=logits[0].argmax(-1).tolist())
-    for name, lp in zip(('logp', 'base_logp'), logps): out[name] = lp.gather(-1, drawn[..., None])[..., 0].tolist()
+    for name, lp in zip(('logp', 'base_logp'), logps): out[name] = lp.gather(-1, drawn.clamp(min=0)[..., None])[..., 0].tolist()
     if len(logits) > 1: out['plausible'] = target.plausible(logits[0]).sum(-1).tolist()
     return out
 
@@ -221,7 +233,7 @@ def _emitted(tree, accepted, final, record):
         gained.append([Token(t, w, **{k: v[b][node] for k, v in record.items()}) for t, w, node in zip(ids, who, path)])
     return gained
 
-def _advance(state, gained, rules, scores):
+def _advance(state, gained, rules):
     "Append the gained tokens in order, stopping each sequence where a criterion says so; return what was kept"
     kept, longest = [[] for _ in gained], max(map(len, gained))
     for j in range(longest):
@@ -231,13 +243,13 @@ def _advance(state, gained, rules, scores):
             if b in live or longest == 1:
                 token = g[j].id if b in live else state.pad_id
                 state.text[b] = torch.cat([state.text[b], state.text[b].new_tensor([token])])
-        _stop(state, live, rules, scores)
+        _stop(state, live, rules)
     return kept
 
-def _stop(state, live, rules, scores):
+def _stop(state, live, rules):
     "Mark the sequences that a criterion ends"
-    if state.batch is not None: state.done |= rules.stop(state.batch, scores); return
-    for b in live: state.done[b] |= rules.stop(state.text[b][None], scores[b:b+1])[0]
+    if state.batch is not None: state.done |= rules.stop(state.batch, None); return
+    for b in live: state.done[b] |= rules.stop(state.text[b][None], None)[0]
 
 # %% ../nbs/07_decode.ipynb #bfd52e11
 @torch.no_grad()
@@ -256,10 +268,10 @@ def decode(
     state = State(list(ids), torch.zeros(len(ids), dtype=torch.bool, device=ids.device), pad_id)
     start, tree, logits = time.perf_counter(), root_tree(ids[:, -1]), rows.prefill(ids, mask)
     while True:
-        drawn = choose(target, tree, logits, state, rules)
+        drawn, logits = choose(target, tree, logits, state, rules)
         accepted, final = accept(tree, drawn) if tree.size > 1 else (torch.ones_like(drawn, dtype=torch.bool), drawn[:, 0])
         gained = _emitted(tree, accepted, final, _measure(target, logits, drawn) if record else {})
-        kept = _advance(state, gained, rules, logits[0][:, -1])
+        kept = _advance(state, gained, rules)
         rows.commit(accepted)
         if memory is not None: memory.observe(state, rows)
         now = time.perf_counter()
@@ -292,6 +304,8 @@ class Decoder:
         self._refuse(generation_config, model_kwargs)
         mask = model_kwargs.get('attention_mask')
         mask = torch.ones_like(input_ids) if mask is None else mask
+        positions = model_kwargs.get('position_ids')
+        require(positions is None or torch.equal(positions * mask, positions_of(mask) * mask), 'a Decoder counts positions itself', 'leave position_ids out')
         rules = Rules(*split_processors(logits_processor or []), stopping_criteria, generation_config.do_sample, self._generator(input_ids.device), self.vocab)
         steps = list(self.steps(model, input_ids, mask, rules, generation_config.max_length, int(generation_config.pad_token_id or 0)))
         sequences = _sequences(input_ids, steps, int(generation_config.pad_token_id or 0))
@@ -305,15 +319,17 @@ class Decoder:
         require(config.num_beams == 1, 'beam search cannot be combined with a Decoder', 'set num_beams=1, or generate without custom_generate')
         require(not (config.output_attentions or config.output_hidden_states or config.output_scores or config.output_logits),
                 'a Decoder does not return scores, logits, attentions or hidden states', 'read the log-probabilities from output.steps')
+        require(kwargs.get('inputs_embeds') is None, 'a Decoder reads token ids, not embeddings', 'give input_ids')
+        require(config.prompt_lookup_num_tokens is None, 'transformers\' prompt lookup cannot be combined with a Decoder', 'leave prompt_lookup_num_tokens out')
         cache = kwargs.get('past_key_values')
         require(cache is None or cache.get_seq_length() == 0, 'a Decoder cannot continue from a filled cache', 'give the whole prompt instead')
 
     def steps(self, model, ids, mask, rules, max_length, pad_id):
         "Yield the `Step`s of decoding `ids`"
-        bank = self.bank or _bank_of_peft(model)
+        bank = self.bank or _bank_of_peft(model, self.target)
         require('base' not in self.target.roles or bank is not None, 'CoLD contrasts an adapter with its base, but there is no adapter', 'load one with adapter=, or call generate on a PeftModel')
         roles = [(-1 if bank is None or role == 'base' else 0) for role in self.target.roles for _ in range(len(ids))]
-        rows = (StaticRows if self.compile else Rows)(model, self.target.roles, len(ids), max_length)
+        rows = (StaticRows if self.compile else Rows)(model, self.target.roles, len(ids), max_length, 0 if self.drafter is None else 64)
         if self.streamer is not None: self.streamer.put(ids.cpu())
         with (bank or AdapterBank(model, [])).attached(roles):
             for step in decode(rows, ids, mask, self.target, rules, self.drafter, self.memory, pad_id, self.record):
@@ -327,9 +343,11 @@ class Decoder:
 # %% ../nbs/07_decode.ipynb #27b1296c
 _BANKS = weakref.WeakKeyDictionary()  # LM or PEFT-wrapped model -> its AdapterBank, so that compiled programs find the same shadows again
 
-def _bank_of_peft(model):
-    "Return the bank of the adapter PEFT put into `model`, or None"
-    if not getattr(model, '_hf_peft_config_loaded', False) and not any(hasattr(m, 'lora_A') for m in model.modules()): return None
+def _bank_of_peft(model, target):
+    "Return the bank of the adapter PEFT put into `model`; None if there is none, it is switched off, or merged and no base is asked for"
+    tuned = [m for m in model.modules() if hasattr(m, 'lora_A')]
+    if not tuned or any(m.disable_adapters for m in tuned): return None
+    if 'base' not in target.roles and any(m.merged for m in tuned): return None
     return AdapterBank(model, [adapter_from_peft(model)], ops.lora)
 
 def _sequences(ids, steps, pad_id):
@@ -401,7 +419,8 @@ def generate(self:LM,
     require('num_beams' not in options, 'lm.generate does not search beams', 'use beam_search of npu_lora_decoding.baseline')
     decoder = Decoder(target, drafter, memory, bank_of(self), TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
                       compile, seed, record, len(self.tokenizer) if 'base' in target.roles and len(self.tokenizer) < self.model.config.vocab_size else None)
-    if 'stop_strings' in options: options['tokenizer'] = self.tokenizer
+    # transformers builds this criterion from a tokenizer, which it does not hand on to callables
+    if strings := options.pop('stop_strings', None): options['stopping_criteria'] = [*options.get('stopping_criteria', []), StopStringCriteria(self.tokenizer, strings)]
     n = min(max_new_tokens, self.context - ids.shape[1])
     out = self.model.generate(ids, attention_mask=mask, custom_generate=decoder, max_new_tokens=n, do_sample=do_sample, pad_token_id=self.pad_id,
                               return_dict_in_generate=True, **options)

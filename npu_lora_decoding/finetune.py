@@ -7,12 +7,12 @@ __all__ = ['FinetuneConfig', 'tokenize', 'collate', 'answer_loss', 'batch_of_ste
            'learning_rate', 'train_step', 'finetune']
 
 # %% ../nbs/14b_finetune.ipynb #de71ce83
-import json, math, random, time, warnings
+import contextlib, hashlib, json, math, random, signal, threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch, torch.nn.functional as F
 from fastprogress.fastprogress import progress_bar
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from .core import DecodingError, atomic_path, require
 from .models import LM, encode_one, fingerprint
@@ -33,6 +33,10 @@ class FinetuneConfig:
     seed:int=0  # Of weights, order and dropout
     save_every:int=50  # Steps between saves
     snapshots:tuple=()  # Steps whose adapter is kept in a folder of its own
+
+    def __post_init__(self):
+        for name in ('steps', 'batch', 'r', 'alpha', 'save_every'): require(getattr(self, name) >= 1, f'{name} is {getattr(self, name)}', 'give at least 1')
+        require(self.lr > 0 and 0 <= self.dropout < 1, f'lr is {self.lr} and dropout {self.dropout}', 'choose lr above 0 and dropout in [0, 1)')
 
 # %% ../nbs/14b_finetune.ipynb #4bcf2811
 def tokenize(
@@ -84,8 +88,9 @@ def batch_of_step(
     epoch, k = divmod(step, per_epoch)
     order = list(range(len(lengths))); random.Random(f'{seed}-{epoch}').shuffle(order)
     start = k // window * window
-    chunk = sorted(order[start*batch:(start+window)*batch], key=lambda i: lengths[i])
-    batches = [chunk[i:i+batch] for i in range(0, len(chunk), batch)][:min(window, per_epoch-start)]
+    stop = min(start + window, per_epoch)  # cut the rest off before sorting, or it would always be the longest items
+    chunk = sorted(order[start*batch:stop*batch], key=lambda i: lengths[i])
+    batches = [chunk[i:i+batch] for i in range(0, len(chunk), batch)]
     random.Random(f'{seed}-{epoch}-{start}').shuffle(batches)
     return batches[k - start]
 
@@ -99,6 +104,7 @@ def save_state(
     step:int,  # Updates done
     config:FinetuneConfig,  # Of the run
     losses:list,  # One a step
+    data:str='',  # Hash of base and items, so that the run is continued with the same ones
 ):
     "Write the training state atomically, as safetensors"
     names, state = _trainable(model), {}
@@ -106,7 +112,7 @@ def save_state(
         state[f'weight/{n}'] = p.detach()
         for k, v in opt.state[p].items(): state[f'adam/{k}/{n}'] = v
     state |= dict(rng=torch.get_rng_state(), losses=torch.tensor(losses, dtype=torch.float64))
-    meta = dict(step=str(step), config=json.dumps(asdict(config)))
+    meta = dict(step=str(step), config=json.dumps(asdict(config)), data=data)
     with atomic_path(folder/'state.safetensors') as tmp: save_file({k: v.contiguous() for k, v in state.items()}, tmp, metadata=meta)
 
 def load_state(
@@ -114,13 +120,17 @@ def load_state(
     model,  # PEFT model
     opt:torch.optim.Optimizer,  # AdamW
     config:FinetuneConfig,  # Must equal the saved one
+    data:str='',  # Must equal the saved one
 ) -> tuple:  # Updates done, losses so far
-    "Restore the training state; raises `DecodingError` when the run had other settings"
+    "Restore the training state; raises `DecodingError` when the run had other settings, another base or other items"
     file = folder/'state.safetensors'
-    with safe_open(file, 'pt') as f: meta = f.metadata()
+    try:
+        with safe_open(file, 'pt') as f: meta = f.metadata()
+        state = load_file(file)
+    except SafetensorError as e: raise DecodingError(f'{file} is damaged ({e}): remove it to begin again.') from e
     same = json.loads(meta['config']) == json.loads(json.dumps(asdict(config)))
     require(same, f'{folder} holds a run with other settings', 'continue it with the same ones, or train into another folder')
-    state = load_file(file)
+    require(meta['data'] == data, f'{folder} holds a run on another base or other items', 'continue it with the same ones, or train into another folder')
     for n, p in _trainable(model).items():
         p.data.copy_(state[f'weight/{n}'])
         opt.state[p] = {k: state[f'adam/{k}/{n}'] for k in ('step', 'exp_avg', 'exp_avg_sq')}
@@ -128,6 +138,14 @@ def load_state(
     return int(meta['step']), state['losses'].tolist()
 
 # %% ../nbs/14b_finetune.ipynb #d31a4b03
+def _order_metadata(file):
+    "Write the header's metadata in order: safetensors shuffles it, and equal runs should give equal files"
+    raw = file.read_bytes()
+    n = int.from_bytes(raw[:8], 'little')
+    head = json.loads(raw[8:8+n])
+    head['__metadata__'] = dict(sorted(head['__metadata__'].items()))
+    file.write_bytes(raw[:8] + json.dumps(head, separators=(',', ':')).encode().ljust(n) + raw[8+n:])
+
 def save_adapter(
     lm:LM,  # The base
     model,  # PEFT model
@@ -138,10 +156,11 @@ def save_adapter(
     "Write a PEFT adapter folder atomically, with the base's fingerprint and a card"
     model.peft_config['default'].base_model_name_or_path = lm.name
     with atomic_path(folder) as tmp:
-        model.save_pretrained(tmp)
+        model.save_pretrained(tmp, save_embedding_layers=False)  # 'auto' would ask the hub for the base's config
         file = tmp/'adapter_model.safetensors'
         weights = {k: v.to(torch.bfloat16) for k, v in load_file(file).items()}
         save_file(weights, file, metadata=dict(format='pt', base_fingerprint=json.dumps(base)))
+        _order_metadata(file)
         (tmp/'README.md').write_text(card)
 
 # %% ../nbs/14b_finetune.ipynb #a542cbee
@@ -158,7 +177,8 @@ def _peft_model(lm, config):
     from peft import LoraConfig, get_peft_model
     torch.manual_seed(config.seed)
     lora = LoraConfig(r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=config.targets, task_type='CAUSAL_LM')
-    model = get_peft_model(lm.model, lora)
+    try: model = get_peft_model(lm.model, lora)
+    except ValueError as e: raise DecodingError(f'PEFT finds nothing to adapt ({str(e)[:120]}): choose other targets.') from e
     for p in _trainable(model).values(): p.data = p.data.float()
     return model.train()
 
@@ -196,23 +216,41 @@ def finetune(
         finally: model.unload(); lm.model.eval().requires_grad_(False)
     return losses
 
+@contextlib.contextmanager
+def _ctrl_c():
+    "Yield a list that the first Ctrl-C fills, so that the step under way is finished; a second one stops at once"
+    asked = []
+    def note(*_):
+        if asked: raise KeyboardInterrupt
+        asked.append(True)
+    if threading.current_thread() is not threading.main_thread(): yield asked; return
+    old = signal.signal(signal.SIGINT, note)
+    try: yield asked
+    finally: signal.signal(signal.SIGINT, old)
+
+def _data_hash(base, pairs):
+    "Return a hash of the base's fingerprint and every training token"
+    h = hashlib.sha256(json.dumps(base).encode())
+    for prompt, answer in pairs: h.update(prompt.numpy().tobytes() + b'|' + answer.numpy().tobytes())
+    return h.hexdigest()
+
 def _run(lm, model, pairs, folder, config, base, card, stop_after):
     "Make the updates that are left, saving as we go"
-    opt = torch.optim.AdamW(_trainable(model).values(), lr=config.lr, weight_decay=0.)
-    done, losses = load_state(folder, model, opt, config) if (folder/'state.safetensors').exists() else (0, [])
-    lengths, end = [len(p) + len(a) for p, a in pairs], min(config.steps, done + (stop_after or config.steps))
+    opt, data = torch.optim.AdamW(_trainable(model).values(), lr=config.lr, weight_decay=0.), _data_hash(base, pairs)
+    done, losses = load_state(folder, model, opt, config, data) if (folder/'state.safetensors').exists() else (0, [])
+    lengths, end = [len(p) + len(a) for p, a in pairs], min(config.steps, done + (config.steps if stop_after is None else stop_after))
     bar = progress_bar(range(done, end), total=end-done)
-    try:
+    with _ctrl_c() as asked:
         for step in bar:
             batch = collate([pairs[i] for i in batch_of_step(lengths, step, config.batch, config.seed)], lm.pad_id)
             losses.append(train_step(model, opt, batch, learning_rate(step, config)))
             require(math.isfinite(losses[-1]), f'the loss is {losses[-1]} at step {step}', 'train again with a lower learning rate')
             bar.comment = f'loss {sum(losses[-20:]) / len(losses[-20:]):.3f}'
             done = step + 1
-            if done % config.save_every == 0 and done < end: save_state(folder, model, opt, done, config, losses)
+            if done % config.save_every == 0 and done < end: save_state(folder, model, opt, done, config, losses, data)
             if done in config.snapshots: save_adapter(lm, model, folder/f'adapter-{done}', base)
-    except KeyboardInterrupt:
-        print(f'\nstopped after {done} of {config.steps} steps; the run is saved: give the same command to continue')
-    if done: save_state(folder, model, opt, done, config, losses[:done])
+            if asked: break
+    if done: save_state(folder, model, opt, done, config, losses, data)
+    if asked: print(f'\nstopped after {done} of {config.steps} steps; the run is saved: give the same command to continue')
     if done == config.steps: save_adapter(lm, model, folder/'adapter', base, card)
-    return losses[:done]
+    return losses

@@ -57,6 +57,7 @@ def join_layers(
     layers:list,  # `LoraWeights` of one layer, all active on the same row
 ) -> LoraWeights:  # One adapter of the summed rank
     "Return one adapter equal to the sum of several, by concatenating their ranks"
+    if len(layers) == 1: return layers[0]
     return LoraWeights(torch.cat([w.A for w in layers]), torch.cat([w.scale * w.B for w in layers], dim=1), 1.)
 
 # %% ../nbs/03_lora.ipynb #85298e61
@@ -91,13 +92,13 @@ class AdapterBank:
         ids = torch.as_tensor(ids, device=self.model.device)
         require(bool(((ids >= -1) & (ids < len(self.adapters))).all()), f'adapter ids {ids.tolist()} do not fit {len(self.adapters)} adapters', 'use 0 to n-1, or -1 for the base')
         before = {p: self.model.get_submodule(p).__dict__.get('forward') for p in self._shadows}
-        self.ids = ids
+        outer, self.ids = self.ids, ids
         try:
             for p, f in self._shadows.items(): self.model.get_submodule(p).forward = f
             yield self
         finally:
             for p, f in before.items(): self._restore(self.model.get_submodule(p), f)
-            self.ids = None
+            self.ids = outer
 
     @staticmethod
     def _restore(layer, forward):
@@ -108,17 +109,24 @@ class AdapterBank:
 # %% ../nbs/03_lora.ipynb #52522d42
 def adapter_from_peft(
     model,  # A model with PEFT layers inside
-    name:str|None=None,  # Which adapter; None takes the active one
+    name:str|None=None,  # Which adapter; None takes the active one, or the sum of several
 ) -> Adapter:  # Its weights, by module path in `model`
     "Return an adapter of a PEFT model in memory; raises `DecodingError` when it cannot ride on a row"
     from peft.tuners.lora import LoraLayer
     tuned = {p: m for p, m in model.named_modules() if isinstance(m, LoraLayer)}
     require(len(tuned) > 0, 'the model has no LoRA adapter', 'load one with peft.PeftModel.from_pretrained, or give adapter=')
     require(not any(m.merged for m in tuned.values()), 'the adapter is merged into the weights, so there is no base to contrast with', 'call unmerge_adapter() first')
-    name = name or next(iter(tuned.values())).active_adapters[0]
-    layers = {p: _weights_from_peft(p, m, name) for p, m in tuned.items() if name in m.lora_A}
+    require(not _named_rows(tuned.values()), 'adapter_names= cannot be combined with a Decoder', 'give the Decoder a bank with those adapters')
+    names = [name] if name else next(iter(tuned.values())).active_adapters
+    layers = {p: join_layers([_weights_from_peft(p, m, n) for n in names if n in m.lora_A]) for p, m in tuned.items() if set(names) & set(m.lora_A)}
     require(len(layers) > 0, f'the model has no adapter called {name!r}', 'use one of its adapter names')
-    return Adapter(name, layers)
+    return Adapter('+'.join(names), layers)
+
+def _named_rows(layers):
+    "Whether PEFT's `adapter_names=` is at work; its hooks are removed, because PEFT leaves them behind when we refuse"
+    found = [(m, k) for m in layers for k, hook in m._forward_pre_hooks.items() if 'adapter_names' in getattr(hook, 'keywords', {})]
+    for m, k in found: del m._forward_pre_hooks[k]
+    return bool(found)
 
 def _weights_from_peft(path, layer, name):
     "Return one PEFT layer's `LoraWeights`"

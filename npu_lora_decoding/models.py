@@ -60,13 +60,14 @@ def _convert(
         if hasattr(model.config, 'quantization_config'): del model.config.quantization_config
         model.save_pretrained(tmp)
         repair_tokenizer(AutoTokenizer.from_pretrained(str(gguf.parent), **source)).save_pretrained(tmp)
-        (tmp/'seal.json').write_text(json.dumps(dict(sha256=file_hash(tmp/'model.safetensors'))))
+        (tmp/'seal.json').write_text(json.dumps({f.name: file_hash(f) for f in sorted(tmp.iterdir())}))
 
 def _sealed(folder):
     "Whether `folder` holds a complete, undamaged conversion"
-    files = [folder/f for f in ('seal.json', 'model.safetensors', 'config.json', 'tokenizer.json')]
-    if not all(f.exists() for f in files): return False
-    return json.loads(files[0].read_text())['sha256'] == file_hash(files[1])
+    try: seal = json.loads((folder/'seal.json').read_text())
+    except (OSError, ValueError): return False
+    needed = {'model.safetensors', 'config.json', 'tokenizer.json'}
+    return isinstance(seal, dict) and needed <= set(seal) and all((folder/f).exists() and file_hash(folder/f) == h for f, h in seal.items())
 
 def embedded_folder() -> Path:
     "Return the folder of the converted embedded model, made first (or again, if damaged) when needed"
@@ -93,14 +94,18 @@ def load_model(
     try: config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as e: raise _missing_model(str(name), str(e).split('\n')[0][:160]) from e
     require(config.model_type in FAMILIES, f'the family {config.model_type!r} is not supported', f'use one of {", ".join(FAMILIES)}')
-    try: model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
-    except (OSError, SafetensorError) as e: raise _missing_model(str(name), str(e).split('\n')[0][:160]) from e
+    try: model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    except (OSError, RuntimeError, SafetensorError) as e: raise _missing_model(str(name), str(e).split('\n')[0][:160]) from e
+    # transformers fills a missing weight with random numbers and goes on
+    require(not info['missing_keys'], f'{name} lacks weights of the model, first {sorted(info["missing_keys"])[:1]}', 'copy the whole folder again')
     return model.to(device).eval().requires_grad_(False)
 
 def _check_folder(folder):
     "Refuse a folder that holds an adapter or pickled weights instead of a model"
     adapter_only = (folder/'adapter_config.json').exists() and not (folder/'config.json').exists()
     require(not adapter_only, f'{folder} holds a LoRA adapter, not a model', 'pass it as adapter= and its base model as the first argument')
+    # transformers would attach that adapter on its own, and the base would already be the expert
+    require(not (folder/'adapter_config.json').exists(), f'{folder} holds a model and an adapter', 'move the adapter into a folder of its own and pass it as adapter=')
     pickled = not list(folder.glob('*.safetensors')) and (list(folder.glob('*.bin')) or list(folder.glob('*.pt')))
     require(not pickled, f'{folder} holds pickled weights, which can run code', 'convert them with save_pretrained (safetensors)')
 
@@ -168,8 +173,9 @@ def read_adapter_config(
     pickled = (folder/'adapter_model.bin').exists() and not (folder/'adapter_model.safetensors').exists()
     require(not pickled, f'{folder} holds a pickled adapter, which can run code', 'save it again with save_pretrained(..., safe_serialization=True)')
     require((folder/'adapter_model.safetensors').exists(), f'{folder} has no adapter_model.safetensors', 'copy the whole adapter folder again')
-    try: config = json.loads((folder/'adapter_config.json').read_text())
-    except json.JSONDecodeError as e: raise DecodingError(f'{folder}/adapter_config.json is not valid JSON ({e}): copy the adapter folder again.') from e
+    try: config = json.loads((folder/'adapter_config.json').read_text(encoding='utf-8'))
+    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise DecodingError(f'{folder}/adapter_config.json is not valid JSON ({e}): copy the adapter folder again.') from e
+    require(isinstance(config, dict), f'{folder}/adapter_config.json holds no settings', 'copy the adapter folder again')
     _check_kind(config)
     return config
 
@@ -177,6 +183,11 @@ def _check_kind(config):
     "Refuse adapters that are more than a low-rank difference of linear layers"
     kind = config.get('peft_type')
     require(kind == 'LORA', f'the adapter is of type {kind}', 'only LORA adapters can be decoded; train one with peft.LoraConfig')
+    require(all(k in config for k in ('r', 'lora_alpha')), 'the adapter configuration lacks r or lora_alpha', 'copy the adapter folder again')
+    require(not config.get('alora_invocation_tokens'), 'the adapter is an aLoRA, which acts only after its invocation tokens', 'train it with alora_invocation_tokens=None')
+    init = str(config.get('init_lora_weights')).lower()
+    require(not init.startswith(('pissa', 'olora', 'corda', 'loftq', 'lora_ga')), f'the adapter began with {init}, which changes the base weights',
+            'convert it with save_pretrained(..., path_initial_model_for_weight_conversion=...)')
     require(not config.get('use_dora'), 'the adapter uses DoRA, which rescales the base weights', 'train it with use_dora=False')
     require(not config.get('modules_to_save'), f'the adapter replaces whole modules ({config.get("modules_to_save")})', 'train it with modules_to_save=None')
     require(config.get('bias', 'none') == 'none', 'the adapter also changes biases', "train it with bias='none'")
@@ -258,13 +269,20 @@ def load_adapter(
     try: tensors = load_file(file)
     except SafetensorError as e: raise DecodingError(f'{file} is damaged ({e}): copy or train the adapter again.') from e
     _check_base(file, model)
-    layers = layer_names(tensors)
+    layers = layer_names(_without_base(tensors, model))
     _check_targets(config, layers, model)
     for path, w in layers.items(): check_layer(model, path, w['A'], w['B'], _pattern(config.get('rank_pattern') or {}, path, config['r']))
     if not any((w['A'].any() and w['B'].any()) for w in layers.values()):
         warnings.warn(f'the adapter in {folder} changes nothing (B = 0): contrast with its base is always zero')
-    loaded = Adapter(str(folder), {path: LoraWeights(w['A'], w['B'], lora_scale(config, path)) for path, w in layers.items()})
-    return loaded.to(model.device, model.dtype)
+    loaded = Adapter(str(folder), {path: LoraWeights(w['A'], w['B'], lora_scale(config, path)) for path, w in layers.items()}).to(model.device, model.dtype)
+    for path, w in loaded.layers.items(): require(bool(w.A.isfinite().all() and w.B.isfinite().all()), f'the weights of {path} do not fit into {model.dtype}', 'load the model in bf16 or fp32')
+    return loaded
+
+def _without_base(tensors, model):
+    "Drop copies of base weights that PEFT saves along with an adapter of the LM head"
+    state, name = model.state_dict(), lambda k: k.removeprefix('base_model.model.').replace('.base_layer', '')
+    same = lambda k, x: k.endswith('.base_layer.weight') and name(k) in state and x.shape == state[name(k)].shape and torch.equal(x.to(state[name(k)]), state[name(k)])
+    return {k: x for k, x in tensors.items() if not same(k, x)}
 
 def _check_base(file, model):
     "Refuse an adapter whose recorded base is another model"
@@ -276,7 +294,8 @@ def _check_targets(config, layers, model):
     "Refuse an adapter that lacks layers its configuration promises"
     targets, linear = config.get('target_modules'), [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     if not isinstance(targets, list) or config.get('layers_to_transform') is not None or config.get('exclude_modules'): return
-    promised = [n for n in linear if any(n == t or n.endswith('.'+t) for t in targets)]
+    targets = {t.rpartition('.')[2] for t in targets}  # PEFT writes whole paths when few layers are adapted
+    promised = [n for n in linear if n.rpartition('.')[2] in targets]
     lost = sorted(set(promised) - set(layers))
     require(not lost, f'the adapter promises {len(promised)} layers but lacks {len(lost)} of them, first {lost[:1]}',
             'load it with the base model it was trained on, or copy the adapter again')
@@ -334,9 +353,9 @@ def load_tokenizer(
 def _kind(prompt):
     "What one prompt is: 'text', 'ids' or 'messages'"
     if isinstance(prompt, str): return 'text'
-    if isinstance(prompt, torch.Tensor) and prompt.dim() == 1: return 'ids'
-    if isinstance(prompt, (list, tuple)) and prompt and all(isinstance(x, int) for x in prompt): return 'ids'
-    if isinstance(prompt, (list, tuple)) and prompt and all(isinstance(x, dict) for x in prompt): return 'messages'
+    if isinstance(prompt, torch.Tensor) and prompt.dim() == 1 and not (prompt.is_floating_point() or prompt.dtype == torch.bool): return 'ids'
+    if isinstance(prompt, (list, tuple)) and prompt and all(isinstance(x, int) and not isinstance(x, bool) for x in prompt): return 'ids'
+    if isinstance(prompt, (list, tuple)) and prompt and all(isinstance(x, dict) and {'role', 'content'} <= set(x) for x in prompt): return 'messages'
 
 def encode_one(
     lm:LM,  # Model and tokenizer
@@ -348,6 +367,7 @@ def encode_one(
     require(kind is not None, f'cannot read a prompt from {type(prompt).__name__}', 'give text, a list of messages, or token ids')
     require(kind != 'text' or prompt.strip() != '', 'the prompt is empty', 'give at least one word')
     if kind == 'text' and chat and tok.chat_template: kind, prompt = 'messages', [dict(role='user', content=prompt)]
+    require(kind != 'messages' or bool(tok.chat_template), 'the tokenizer has no chat template for messages', 'give plain text')
     if kind == 'messages': ids = tok.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     else: ids = tok(prompt).input_ids if kind == 'text' else prompt
     ids = torch.as_tensor(ids, dtype=torch.long)

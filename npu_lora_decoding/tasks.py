@@ -50,7 +50,7 @@ def last_number(
     text:str,  # Any text
 ) -> float|None:  # Its last number, commas removed
     "Return the last number in `text`"
-    found = re.findall(r'-?\d[\d,]*(?:\.\d+)?', text)
+    found = re.findall(r'(?<![\d)])-?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?', text)
     return float(found[-1].replace(',', '')) if found else None
 
 def final_number(
@@ -78,8 +78,10 @@ def get_metric(
     if name in METRICS: return METRICS[name]
     module, _, function = name.partition(':')
     require(bool(function), f'unknown metric {name!r}', f'use one of {", ".join(METRICS)}, or module:function')
-    try: return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as e: raise DecodingError(f'cannot find the metric {name!r} ({e}): give an importable module:function.') from e
+    try: metric = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as e: raise DecodingError(f'cannot find the metric {name!r} ({e}): give an importable module:function.') from e
+    require(callable(metric), f'the metric {name!r} is no function', 'give an importable module:function')
+    return metric
 
 # %% ../nbs/14a_tasks.ipynb #bcdb9131
 _KJV_SYSTEM = 'Rewrite the verse in the English of the King James Bible.'
@@ -106,10 +108,26 @@ def king_james(
         book = v // 1_000_000
         part = 'test' if book in _KJV_TEST else 'dev' if book in _KJV_DEV else 'train'
         if 3 <= len(web[v].split()) <= 60: parts[part].append(Item(web[v], kjv[v], _KJV_SYSTEM))
+    known = set()
+    for items in parts.values():  # a verse that recurs, such as a letter's salutation, is no held-out item
+        items[:] = [i for i in items if not known & {i.prompt, i.answer}] if known else items
+        known |= {x for i in items for x in (i.prompt, i.answer)}
     for items in parts.values(): random.Random(seed).shuffle(items)
     return Task('king_james', **parts, metric='chrf', new_tokens=96)
 
 # %% ../nbs/14a_tasks.ipynb #18d8e8d5
+def _json_lines(path):
+    "Return the JSON objects of a file; raises `DecodingError` naming the line"
+    try:
+        with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8') as f: lines = f.read().split('\n')
+    except (OSError, EOFError, UnicodeDecodeError) as e: raise DecodingError(f'cannot read {path} ({e}): give UTF-8 text, packed with gzip only if it ends in .gz.') from e
+    rows = []
+    for i, line in enumerate(lines, 1):
+        try: rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as e: raise DecodingError(f'line {i} of {path} is not valid JSON ({e}): write one JSON object a line.') from e
+        require(not rows or isinstance(rows[-1], dict), f'line {i} of {path} is no JSON object', 'write one JSON object a line')
+    return rows
+
 def read_jsonl(
     path:str|Path,  # `.jsonl` or `.jsonl.gz`
     prompt:str='prompt',  # Field with the prompt
@@ -120,9 +138,10 @@ def read_jsonl(
     "Return the items of a JSON-lines file; raises `DecodingError` for a missing file or field"
     path = Path(path)
     require(path.exists(), f'no file {path}', 'give a .jsonl or .jsonl.gz file')
-    with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8') as f: rows = [json.loads(l) for l in f if l.strip()]
+    rows = _json_lines(path)
     require(len(rows) > 0, f'{path} is empty', 'give a file with one JSON object a line')
     for k in (prompt, answer): require(all(k in r for r in rows), f'{path} has lines without the field {k!r}', f'name the field; the first line has {", ".join(rows[0])}')
+    for k in (prompt, answer): require(all(isinstance(r[k], str) for r in rows), f'{path} has lines whose field {k!r} is no text', 'write it as a JSON string')
     edit = edit or (lambda s: s)
     return [Item(r[prompt].strip(), edit(r[answer].strip()), system) for r in rows]
 
@@ -134,6 +153,7 @@ def wikisql(
     "Return WikiSQL as prompt and query; the dev file is split into our dev and test"
     read = partial(read_jsonl, answer='sql', system='Write the query that answers the question.')
     train, held = (read(Path(folder)/f'wikisql_{part}.jsonl.gz') for part in ('train', 'dev'))
+    held = list({i.prompt: i for i in held}.values())  # a question that occurs twice must not land in dev and test
     random.Random(seed).shuffle(train); random.Random(seed).shuffle(held)
     seen = {i.prompt for i in held}
     return Task('wikisql', [i for i in train if i.prompt not in seen], held[:2000], held[2000:], 'exact_match', 48)

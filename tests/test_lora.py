@@ -125,7 +125,6 @@ def test_nested_banks_are_restored_in_order(tmp_path):
     same_bits(logits(model, ids), base)
     assert shadows(model) == []
 
-@pytest.mark.xfail(strict=True, reason='attached() ends with self.ids = None instead of the ids before it')
 def test_one_bank_attached_twice_is_restored(tmp_path):
     "The inner block changes who uses the adapter; after it the outer block's rows are back"
     model, ids = toy_model(), torch.randint(3, 97, (1, 6), generator=generator(0))

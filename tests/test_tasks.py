@@ -7,7 +7,9 @@ from npu_lora_decoding import tasks
 from npu_lora_decoding.core import DecodingError
 from npu_lora_decoding.tasks import Item, chrf, exact_match, final_number, get_metric, get_task, gsm8k, king_james, last_number, read_bible, read_jsonl, wikisql
 
-def defect(*args, why): return pytest.param(*args, marks=pytest.mark.xfail(strict=True, reason=why))
+def case(*args, why):
+    "A case that once went wrong: `why` says how"
+    return pytest.param(*args)
 
 def sentence(call, **paths):
     with pytest.raises(DecodingError) as e: call()
@@ -30,7 +32,6 @@ def test_books_are_disjoint(bible):
     assert {p: len(b) for p, b in sure.items()} == dict(train=55, dev=6, test=5) and sure['test'] == {18, 31, 32, 47, 50}
     assert sum(len(getattr(bible, p)) for p in PARTS) > 30000
 
-@pytest.mark.xfail(strict=True, reason='the salutation "Grace to you and peace" is in train and in test, twice')
 def test_no_verse_is_in_two_parts(bible):
     for texts in ({p: {f(i) for i in getattr(bible, p)} for p in PARTS} for f in (lambda i: i.prompt, lambda i: i.answer)):
         assert not (texts['train'] & texts['test'] or texts['train'] & texts['dev'] or texts['dev'] & texts['test'])
@@ -55,8 +56,8 @@ def test_plain_and_gzip_read_alike(tmp_path):
     (b'\n \n', 'FILE is empty: give a file with one JSON object a line.'),
     (b'{"prompt": "a", "answer": "b"}\n{"prompt": "a"}', "FILE has lines without the field 'answer': name the field; the first line has prompt, answer."),
     (b'{"question": "a", "answer": "b"}', "FILE has lines without the field 'prompt': name the field; the first line has question, answer."),
-    defect(b'{"prompt": "a", "answer": "b"}\n{oops', None, why='JSONDecodeError'), defect(b'[1]', None, why='TypeError'), defect(b'3', None, why='TypeError'),
-    defect(b'{"prompt": "a", "answer": 3}', None, why='AttributeError'), defect(b'{"prompt": "\xff", "answer": "b"}', None, why='UnicodeDecodeError'),
+    case(b'{"prompt": "a", "answer": "b"}\n{oops', None, why='JSONDecodeError'), case(b'[1]', None, why='TypeError'), case(b'3', None, why='TypeError'),
+    case(b'{"prompt": "a", "answer": 3}', None, why='AttributeError'), case(b'{"prompt": "\xff", "answer": "b"}', None, why='UnicodeDecodeError'),
 ])
 def test_bad_jsonl(tmp_path, data, said):
     file = tmp_path/'x.jsonl'
@@ -65,7 +66,6 @@ def test_bad_jsonl(tmp_path, data, said):
     assert said is None or got == said
 
 @pytest.mark.parametrize('data', [b'not packed', gzip.compress(b'{"prompt": "a", "answer": "b"}', mtime=0)[:-9]], ids=['not packed', 'truncated'])
-@pytest.mark.xfail(strict=True, reason='BadGzipFile, EOFError')
 def test_bad_gzip(tmp_path, data):
     file = tmp_path/'x.jsonl.gz'; file.write_bytes(data)
     sentence(lambda: read_jsonl(file))
@@ -78,7 +78,6 @@ def test_wikisql_has_no_question_of_dev_in_train(tmp_path):
     assert [len(p) for p in prompts] == [90, 2000, 210] and not prompts[1] & prompts[2] and prompts[0] == {f'q{i}' for i in range(90)}
     assert all(i.answer == 's' + i.prompt[1:] for i in task.test)
 
-@pytest.mark.xfail(strict=True, reason='a question that occurs twice in the dev file (9 in the real one) lands in dev and in test')
 def test_wikisql_repeated_question(tmp_path):
     row = lambda i: dict(prompt=f'q{i % 2200}', sql='s')
     write(tmp_path/'wikisql_train.jsonl.gz', [row(0)], gzip.open); write(tmp_path/'wikisql_dev.jsonl.gz', map(row, range(2300)), gzip.open)
@@ -101,7 +100,7 @@ def test_exact_match():
     assert exact_match(' SELECT  a\nFROM b', 'select A from B ') == 1. and exact_match('select a', 'select b') == 0. and exact_match('', 'a') == 0.
 
 @pytest.mark.parametrize('text,number', [('a 3', 3), ('1,234.5 x', 1234.5), ('it is -7.', -7), ('1, 2, and 3,', 3), ('#### 18', 18), ('$1,000', 1000), ('none', None), ('', None), ('0', 0),
-                                         defect('10-3', 3, why='the minus of a difference is taken for a sign'), defect('.5', 0.5, why='5'), defect('x is 1e3', 1000, why='3')])
+                                         case('10-3', 3, why='the minus of a difference is taken for a sign'), case('.5', 0.5, why='5'), case('x is 1e3', 1000, why='3')])
 def test_last_number(text, number): assert last_number(text) == number
 
 def test_final_number():
@@ -122,5 +121,5 @@ def test_metrics_by_name():
     assert sentence(lambda: get_metric('math:nope')) == "cannot find the metric 'math:nope' (module 'math' has no attribute 'nope'): give an importable module:function."
     assert sentence(lambda: get_metric('nomodule:f')) == "cannot find the metric 'nomodule:f' (No module named 'nomodule'): give an importable module:function."
 
-@pytest.mark.parametrize('name', [defect(':f', why='ValueError'), defect('math:pi', why='a number is returned as a metric')])
+@pytest.mark.parametrize('name', [case(':f', why='ValueError'), case('math:pi', why='a number is returned as a metric')])
 def test_more_metrics_are_refused(name): sentence(lambda: get_metric(name))
