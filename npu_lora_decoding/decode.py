@@ -6,7 +6,7 @@
 __all__ = ['Rows', 'StaticRows', 'Rules', 'State', 'choose', 'Token', 'Step', 'decode', 'Output', 'Decoder', 'Result', 'bank_of']
 
 # %% ../nbs/07_decode.ipynb #ae174687
-import time, weakref
+import contextlib, time, weakref
 from dataclasses import dataclass, field
 import torch
 from fastcore.basics import patch
@@ -96,13 +96,22 @@ class Rows:
 # %% ../nbs/07_decode.ipynb #0fc7c7fe
 _STATIC = weakref.WeakKeyDictionary()  # model -> {(rows, columns): StaticCache}; a cache that moves would be compiled again
 
-_compiled_step = torch.compile(_step, dynamic=False, fullgraph=True)
+_compiled_step = torch.compile(_step, dynamic=False, fullgraph=True, options={} if torch.cuda.is_available() else dict(freezing=True))
+
+@contextlib.contextmanager
+def _plain_attention(config):
+    "Let the model attend by plain products inside the block"
+    before, config._attn_implementation = config._attn_implementation, 'eager'
+    try: yield
+    finally: config._attn_implementation = before
 
 class StaticRows(Rows):
     "The rows of a batch on a static cache, one compiled program a shape; the prefill stays eager, because every prompt has a length of its own"
-    @staticmethod
-    def _run(*args):
-        with torch._dynamo.config.patch(recompile_limit=64): return _compiled_step(*args)  # a program for each shape; torch's own limit is 8 in a process
+    def _run(self, model, tokens, *rest):
+        seen = tokens.shape in self._seen; self._seen.add(tokens.shape)
+        # torch's own limit is 8 programs in a process, and each shape needs one
+        with torch._dynamo.config.patch(recompile_limit=64), _plain_attention(model.config), torch.compiler.set_stance(skip_guard_eval_unsafe=seen):
+            return _compiled_step(model, tokens, *rest)
 
     def _new_cache(self):
         rows, columns = self.b * len(self.roles), 256 * -(-(self.max_len + self.spare) // 256)
@@ -112,7 +121,7 @@ class StaticRows(Rows):
         cache = caches[rows, columns]
         require(not any(l.is_sliding for l in cache.layers), 'the compiled path does not support a sliding window', 'decode with compile=False')
         if cache.layers[0].is_initialized: cache.reset()
-        self.columns = columns
+        self.columns, self._seen = columns, set()
         return cache
 
     def forward(self, tree):
@@ -122,7 +131,9 @@ class StaticRows(Rows):
 
     def _fill(self, x): return torch.nn.functional.pad(x, (0, self.columns - x.shape[-1]))
     def _mask(self, valid): return self._fill(valid.long())
-    def _tree_mask(self, tree): return self._fill(super()._tree_mask(tree))
+    def _tree_mask(self, tree):
+        hidden = ~self._fill(super()._tree_mask(tree))  # plain attention adds its mask to the scores
+        return torch.zeros(hidden.shape, dtype=self.model.dtype, device=hidden.device).masked_fill(hidden, torch.finfo(self.model.dtype).min)
     def _keep(self, layer, s, order):
         for x in (layer.keys, layer.values):
             x[:, :, s:s+order.shape[1]] = x[:, :, s:].gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
