@@ -96,22 +96,23 @@ class Rows:
 # %% ../nbs/07_decode.ipynb #0fc7c7fe
 _STATIC = weakref.WeakKeyDictionary()  # model -> {(rows, columns): StaticCache}; a cache that moves would be compiled again
 
-_compiled_step = torch.compile(_step, dynamic=False, fullgraph=True, options={} if torch.cuda.is_available() else dict(freezing=True))
+_compiled_step = torch.compile(_step, dynamic=False, fullgraph=True)
 
 @contextlib.contextmanager
-def _plain_attention(config):
-    "Let the model attend by plain products inside the block"
-    before, config._attn_implementation = config._attn_implementation, 'eager'
-    try: yield
-    finally: config._attn_implementation = before
+def _compiler_settings(model, seen):
+    "Let the block run compiled: packed weights on a CPU, plain attention, and no guards where the shape was seen"
+    import torch._inductor.config as inductor
+    before, model.config._attn_implementation = model.config._attn_implementation, 'eager'
+    try:
+        # both halves of the compiler read `freezing`, so it cannot be an option of torch.compile; torch's own limit is 8 programs in a process, and each shape needs one
+        with inductor.patch(freezing=model.device.type == 'cpu'), torch._dynamo.config.patch(recompile_limit=64), torch.compiler.set_stance(skip_guard_eval_unsafe=seen): yield
+    finally: model.config._attn_implementation = before
 
 class StaticRows(Rows):
     "The rows of a batch on a static cache, one compiled program a shape; the prefill stays eager, because every prompt has a length of its own"
     def _run(self, model, tokens, *rest):
         seen = tokens.shape in self._seen; self._seen.add(tokens.shape)
-        # torch's own limit is 8 programs in a process, and each shape needs one
-        with torch._dynamo.config.patch(recompile_limit=64), _plain_attention(model.config), torch.compiler.set_stance(skip_guard_eval_unsafe=seen):
-            return _compiled_step(model, tokens, *rest)
+        with _compiler_settings(model, seen): return _compiled_step(model, tokens, *rest)
 
     def _new_cache(self):
         rows, columns = self.b * len(self.roles), 256 * -(-(self.max_len + self.spare) // 256)
@@ -352,7 +353,7 @@ class Decoder:
         for i in range(max(map(len, step.tokens))): self.streamer.put(torch.tensor([t[i].id for t in step.tokens if i < len(t)]))
 
 # %% ../nbs/07_decode.ipynb #27b1296c
-_BANKS = weakref.WeakKeyDictionary()  # LM or PEFT-wrapped model -> its AdapterBank, so that compiled programs find the same shadows again
+_BANKS = weakref.WeakKeyDictionary()  # LM -> its AdapterBank, so that compiled programs find the same shadows again
 
 def _bank_of_peft(model, target):
     "Return the bank of the adapter PEFT put into `model`; None if there is none, it is switched off, or merged and no base is asked for"
@@ -403,9 +404,9 @@ class Result:
 def bank_of(
     lm:LM,  # Model and adapter
 ) -> AdapterBank|None:  # Its adapter as id 0
-    "Return the bank of `lm`'s adapter, made once"
+    "Return the bank of `lm`'s adapter, made once for each adapter"
     if lm.adapter is None: return None
-    if lm not in _BANKS: _BANKS[lm] = AdapterBank(lm.model, [lm.adapter], ops.lora)
+    if lm not in _BANKS or _BANKS[lm].adapters[0] is not lm.adapter: _BANKS[lm] = AdapterBank(lm.model, [lm.adapter], ops.lora)
     return _BANKS[lm]
 
 # %% ../nbs/07_decode.ipynb #73e46598

@@ -81,7 +81,7 @@ class AdapterBank:
         adapters:list,  # `Adapter`s; their place in the list is their id
         op=lora_torch,  # The operation that adds the adapters, with `lora_torch`'s signature
     ):
-        self.model, self.adapters, self.ids = model, adapters, None
+        self.model, self.adapters, self.ids, self._known_ids = model, adapters, None, {}
         paths = dict.fromkeys(p for a in adapters for p in a.layers)
         self.layers = {p: stack_layers([a.layers.get(p) for a in adapters]) for p in paths}
         self._shadows = {p: self._shadow(model.get_submodule(p), *self.layers[p], op) for p in paths}
@@ -96,8 +96,10 @@ class AdapterBank:
         ids,  # Adapter of each row of the batch, -1 for none
     ):
         "Let the model's rows use the adapters `ids` inside the block, and leave no trace after it"
-        ids = torch.as_tensor(ids, device=self.model.device)
-        require(bool(((ids >= -1) & (ids < len(self.adapters))).all()), f'adapter ids {ids.tolist()} do not fit {len(self.adapters)} adapters', 'use 0 to n-1, or -1 for the base')
+        ids = [int(i) for i in ids]
+        require(all(-1 <= i < len(self.adapters) for i in ids), f'adapter ids {ids} do not fit {len(self.adapters)} adapters', 'use 0 to n-1, or -1 for the base')
+        # one tensor for each pattern of rows: a compiled program holds it as a constant
+        ids = self._known_ids.setdefault(tuple(ids), torch.tensor(ids, dtype=torch.long, device=self.model.device))
         before = {p: self.model.get_submodule(p).__dict__.get('forward') for p in self._shadows}
         outer, self.ids = self.ids, ids
         try:
