@@ -365,7 +365,8 @@ def encode_one(
     "Return the token ids of one prompt; raises `DecodingError` when it is empty or too long for the context"
     kind, tok = _kind(prompt), lm.tokenizer
     require(kind is not None, f'cannot read a prompt from {type(prompt).__name__}', 'give text, a list of messages, or token ids')
-    require(kind != 'text' or prompt.strip() != '', 'the prompt is empty', 'give at least one word')
+    last = prompt if kind == 'text' else str(prompt[-1]['content']) if kind == 'messages' else '-'
+    require(last.strip() != '', 'the prompt is empty', 'give at least one word')
     if kind == 'text' and chat and tok.chat_template: kind, prompt = 'messages', [dict(role='user', content=prompt)]
     require(kind != 'messages' or bool(tok.chat_template), 'the tokenizer has no chat template for messages', 'give plain text')
     if kind == 'messages': ids = tok.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)

@@ -1,0 +1,85 @@
+"The command line: one sentence and status 2 for what a user should mend, result files that continue"
+import json, subprocess, sys
+import pytest
+from npu_lora_decoding import cli, measure
+from npu_lora_decoding.cli import COMMANDS, json_rows, parse_arm, parser_of, run
+from npu_lora_decoding.core import DecodingError
+from npu_lora_decoding.models import LM, embedded_folder, load_adapter, load_tokenizer, toy_adapter, toy_model
+
+@pytest.fixture(scope='module')
+def toy(tmp_path_factory):
+    "A toy model with the embedded tokenizer, saved as a user would have it: (model folder, adapter folder)"
+    folder = tmp_path_factory.mktemp('toy')
+    model = toy_model(vocab=49152, context=512, eos_token_id=2)
+    model.save_pretrained(folder/'model'); load_tokenizer(embedded_folder()).save_pretrained(folder/'model')
+    toy_adapter(model, folder/'adapter')
+    return folder/'model', folder/'adapter'
+
+@pytest.fixture
+def data(tmp_path):
+    file = tmp_path/'dev.jsonl'
+    file.write_text('\n'.join(json.dumps(dict(prompt=f'number {i}', answer=str(i))) for i in range(24)))
+    return file
+
+def nld(*argv): return subprocess.run([sys.executable, '-c', 'from npu_lora_decoding.cli import main; main()', *map(str, argv)], capture_output=True, text=True)
+
+@pytest.mark.parametrize('argv,said', [
+    (['decode'], "nld: unknown command 'decode'"),
+    (['generate', ''], 'nld: the prompt is empty: give at least one word.'),
+    (['generate', 'hi', '--alpha', '1.5'], 'nld: alpha is 1.5: choose it above 0 and up to 1.'),
+    (['generate', 'hi', '--beta', 'nan'], 'nld: beta is nan: choose a finite number'),
+    (['generate', 'hi', '--device', 'tpu'], "nld: unknown device 'tpu': use one of cpu, cuda, npu."),
+    (['generate', 'hi', '--dtype', 'int4'], "nld: unknown dtype 'int4'"),
+    (['generate', 'word ' * 9000], 'tokens but the context holds 8192: shorten it.'),
+    (['generate', 'hi', '--adapter', '/no/such'], 'has no adapter_config.json'),
+    (['generate', 'hi', '--method', 'best'], "nld: unknown method 'best'"),
+    (['evaluate', '--arms', 'cold:x'], 'has a setting that is no number'),
+    (['tune', '--prompts', '/no/such.jsonl'], 'nld: no file /no/such.jsonl'),
+    (['compare', '--methods', 'magic'], "nld: unknown method 'magic'"),
+    (['train-lora', 'x', '--task', 'gsm8k'], 'give their folder with --data.')])
+def test_a_mistake_is_one_sentence(argv, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['nld', *argv])
+    with pytest.raises(SystemExit) as left: cli.main()
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and said in error and len(error.strip().split('\n')) == 1
+
+def test_a_mistake_in_a_process_of_its_own():
+    done = nld('generate', 'hi', '--alpha', '0')
+    assert done.returncode == 2 and done.stderr == 'nld: alpha is 0.0: choose it above 0 and up to 1.\n'
+
+def test_help_names_every_command():
+    said = nld('--help').stdout
+    assert all(name in said for name in COMMANDS)
+    for name in COMMANDS: assert '_' not in ''.join(s for a in parser_of(name)._actions for s in a.option_strings)
+
+def test_compare_writes_the_contract(toy, tmp_path):
+    out = tmp_path/'rows.json'
+    run(['compare', '--model', str(toy[0]), '--adapter', str(toy[1]), '--methods', 'greedy,cold,transformers_greedy', '--prompts', '1', '--new-tokens', '4', '--rounds', '1', '--dtype', 'fp32', '--json', str(out)])
+    *rows, environment = json_rows(out)
+    wanted = 'method peer model device dtype batch new_tokens ms_per_token ms_spread tokens_per_s tau quality quality_interval peak_mb equal_tokens'.split()
+    assert all(set(wanted) <= set(r) for r in rows) and environment['method'] == 'environment' and environment['cores'] >= 1
+    assert {r['method']: r['peer'] for r in rows} == dict(greedy=False, cold=False, transformers_greedy=True)
+    assert all(r['equal_tokens'] == 1 for r in rows if r['method'] != 'cold')
+
+def test_an_evaluation_continues(toy, data, tmp_path, monkeypatch):
+    out, asked = tmp_path/'rows.json', []
+    monkeypatch.setattr(cli, 'answers', lambda lm, items, arm, n, batch: asked.append(arm) or [i.answer for i in items])
+    argv = ['evaluate', '--model', str(toy[0]), '--adapter', str(toy[1]), '--prompts', str(data), '--new-tokens', '4', '--dtype', 'fp32', '--json', str(out)]
+    run(argv + ['--arms', 'greedy'])
+    run(argv + ['--arms', 'greedy,cold:0.1:0.2'])
+    assert len(asked) == 2 and [r['arm'] for r in json_rows(out)[:-1]] == ['greedy', 'cold:0.1:0.2'] and json_rows(out)[0]['scores'] == [1.] * 24
+
+def test_tune_advises(toy, data, tmp_path, capsys, monkeypatch):
+    from npu_lora_decoding import advise
+    better = lambda lm, items, arm, n, batch: [i.answer if getattr(arm.target, 'beta', 0) == .2 or k % 3 == 0 else 'no' for k, i in enumerate(items)]
+    monkeypatch.setattr(advise, 'answers', better)
+    argv = ['tune', '--model', str(toy[0]), '--adapter', str(toy[1]), '--prompts', str(data), '--betas', '0.1,0.2', '--alphas', '0.1', '--dtype', 'fp32', '--plot', str(tmp_path/'a.png')]
+    run(argv)
+    assert 'Use CoLD(alpha=0.1, beta=0.2)' in capsys.readouterr().out and (tmp_path/'a.png').stat().st_size > 1000
+    monkeypatch.setattr(advise, 'answers', lambda lm, items, *_: [i.answer for i in items])
+    run(argv)
+    assert 'Do not use CoLD here' in capsys.readouterr().out
+
+def test_generate_streams(toy, capsys):
+    run(['generate', 'hello', '--model', str(toy[0]), '--adapter', str(toy[1]), '--new-tokens', '3'])
+    assert capsys.readouterr().out.strip()
