@@ -2,7 +2,7 @@
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lab notebooks readme clean
+.PHONY: help venv demo test lab notebooks readme results clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -26,6 +26,9 @@ notebooks: $(READY) ## Run every notebook in place and store its outputs
 
 readme: $(READY) ## Write README.md from nbs/index.ipynb
 	.venv/bin/python tests/readme.py > README.md.new && mv README.md.new README.md
+
+results: $(READY) ## Make the files under results/ again (DATA=folder adds the tasks that need files)
+	bash results/make.sh $(DATA)
 
 clean: ## Remove .venv and everything else that was built
 	rm -rf .venv .check.* build dist *.egg-info .pytest_cache .hypothesis README.md.new
