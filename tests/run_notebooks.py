@@ -17,9 +17,15 @@ WIDGET = 'application/vnd.jupyter.widget-view+json'
 def without_bars(
     text:str,  # What a cell wrote
 ) -> str:  # The same without progress bars
-    "Return `text` as a terminal would leave it after carriage returns, less the lines of tqdm"
+    "Return `text` as a terminal would leave it after carriage returns, less the lines of tqdm and fastprogress"
     lines = [o.rstrip('\r').split('\r')[-1] for o in text.split('\n')]
-    return '\n'.join(o for o in lines if not re.search(r'\d+%\|.*\||\d+it \[\d+:\d+', o))
+    return '\n'.join(o for o in lines if not re.search(r'\d+%\|.*\||\d+it \[\d+:\d+|\|[█-]{20,}\|', o))
+
+def without_library_warnings(
+    text:str,  # What a cell wrote
+) -> str:  # The same without warnings of installed libraries
+    "Return `text` less the warnings that a library raises about itself, which name the folder it is installed in"
+    return re.sub(r'^.*site-packages.*Warning:.*\n(?:  .*\n?)?', '', text, flags=re.M)
 
 def without_paths(
     text:str,  # Any text of an output
@@ -53,7 +59,7 @@ def clean_outputs(
     outs:list,  # Outputs of one cell
 ) -> list:  # Those to store
     "Return `outs` without progress bars and without absolute paths"
-    outs = [o | dict(text=without_bars(''.join(o['text'])).splitlines(True)) if o['output_type'] == 'stream' else o for o in outs]
+    outs = [o | dict(text=without_library_warnings(without_bars(''.join(o['text']))).splitlines(True)) if o['output_type'] == 'stream' else o for o in outs]
     return [map_text(o, without_paths) for o in outs if not is_bar(o)]
 
 def run_notebook(
