@@ -96,7 +96,7 @@ def generate(
     adapter:str=None,  # PEFT folder, or 'none' (default for the embedded model: the shipped one)
     method:str='cold',  # greedy, sample or cold
     alpha:float=.1,  # CoLD's plausibility
-    beta:float=.2,  # CoLD's strength
+    beta:float=.1,  # CoLD's strength
     system:str='',  # Instruction before the prompt
     new_tokens:int=256,  # Longest answer
     temperature:float=1.,  # For method sample
@@ -124,7 +124,7 @@ def compare_methods(
     batch:int=1,  # Prompts at once
     rounds:int=3,  # Turns on every batch
     alpha:float=.1,  # CoLD's plausibility
-    beta:float=.2,  # CoLD's strength
+    beta:float=.1,  # CoLD's strength
     dtype:str='bf16',  # fp32, bf16 or fp16
     device:str=None,  # cpu, cuda or npu (default: the best present)
     compile:bool=False,  # Our loop on a static cache with torch.compile
@@ -309,7 +309,7 @@ def demo(
     items:int=16,  # Held-out verses to score
     show:int=3,  # Verses to print
     alpha:float=.1,  # CoLD's plausibility
-    beta:float=.2,  # CoLD's strength
+    beta:float=.1,  # CoLD's strength
     dtype:str='fp32',  # fp32, bf16 or fp16
 ):
     "A real model and adapter: greedy, beam search and CoLD on held-out verses"

@@ -48,14 +48,15 @@ def lora_torch(
 ) -> torch.Tensor:  # `(b, t, o)`
     "Return `y` with each row's own adapter added, all rows at once; base rows keep their bits"
     n, r, _ = A.shape
-    own = ((ids[:, None] == torch.arange(n, device=ids.device)) * scale).repeat_interleave(r, dim=1)[:, None]  # (b, 1, n*r)
-    few = x.shape[0] * x.shape[1] * n * r <= 256
+    on = (ids >= 0)[:, None, None]
+    own = on * scale if n == 1 else ((ids[:, None] == torch.arange(n, device=ids.device)) * scale).repeat_interleave(r, dim=1)[:, None]  # (b, 1, 1 or n*r)
+    few = torch.compiler.is_compiling() and x.shape[0] * x.shape[1] * n * r <= 256
     delta = _delta_few(x, A.flatten(0, 1), B.flatten(0, 1), own) if few else (F.linear(x, A.flatten(0, 1)) * own.to(x.dtype)) @ B.flatten(0, 1)
-    return torch.where((ids >= 0)[:, None, None], (y + delta).to(y.dtype), y)
+    return torch.where(on, (y + delta).to(y.dtype), y)
 
 def _delta_few(x, A, B, own):
-    "The same two products as fp32 sums, for a handful of tokens"
-    # A matrix product this small costs more to start than to compute; a compiler fuses sums with what surrounds them
+    "The same two products as fp32 sums, for a handful of tokens in compiled code"
+    # A matrix product this small costs more to start than to compute, and a compiler fuses sums with what surrounds them
     shrunk = (x[..., None, :].float() * A.float()).sum(-1) * own
     return (shrunk[..., None] * B.float()).sum(-2)
 
