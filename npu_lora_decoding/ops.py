@@ -12,7 +12,8 @@ from .core import DecodingError, require
 from .lora import lora_torch
 
 # %% ../nbs/04_ops.ipynb #95f58db0
-_LIBRARY = torch.library.Library('npu_lora', 'DEF')
+# One library a process, kept by torch itself: a notebook that is run again in the same process must find it, and one that ends must not take it away
+_LIBRARY = vars(torch.library).setdefault('_npu_lora_library', torch.library.Library('npu_lora', 'FRAGMENT'))
 _BACKENDS = {}
 
 def define_op(
@@ -21,8 +22,9 @@ def define_op(
 ):  # The operator
     "Register an operator under `npu_lora::` with its torch reference"
     name = schema.partition('(')[0]
-    _LIBRARY.define(schema)
-    _LIBRARY.impl(name, reference, 'CompositeImplicitAutograd')
+    if not hasattr(torch.ops.npu_lora, name):
+        _LIBRARY.define(schema)
+        _LIBRARY.impl(name, reference, 'CompositeImplicitAutograd')
     _BACKENDS[name] = dict(reference='torch')
     return getattr(torch.ops.npu_lora, name)
 

@@ -32,3 +32,11 @@ wikisql() {
 speed
 king_james
 if [ -n "$data" ]; then wikisql; fi
+
+# The shipped adapter's card carries its scores.
+.venv/bin/python - <<'P'
+from pathlib import Path
+from npu_lora_decoding.show import quality_table, read_rows
+card = Path('results/adapters/king_james/README.md')
+card.write_text(card.read_text().split('\n## Scores')[0].rstrip() + '\n\n## Scores\n\n' + quality_table(read_rows('results/king_james_test.json')) + '\n')
+P
