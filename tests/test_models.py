@@ -375,7 +375,7 @@ def cache(real, monkeypatch):
 def recovered(cache, real):
     with pytest.warns(UserWarning, match=re.escape(f'the cached model in {cache} was incomplete or damaged and is converted again')): folder = embedded_folder()
     assert folder == cache and [f.name for f in cache.parent.iterdir()] == [cache.name]
-    for f in ('model.safetensors', 'config.json', 'tokenizer.json', 'seal.json', 'generation_config.json'): assert file_hash(folder/f) == file_hash(real/f), f
+    for f in ('model.safetensors', 'config.json', 'tokenizer.json', 'generation_config.json'): assert file_hash(folder/f) == file_hash(real/f), f
 
 def test_damaged_cache_is_converted_again(cache, real, monkeypatch):
     weights = cache/'model.safetensors'

