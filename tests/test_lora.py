@@ -4,7 +4,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from npu_lora_decoding import ops
 from npu_lora_decoding.core import DecodingError, generator
-from npu_lora_decoding.lora import AdapterBank, adapter_from_peft, join_layers, lora_naive, lora_torch, stack_layers
+from npu_lora_decoding.lora import AdapterBank, adapter_from_peft, join_layers, lora_naive, lora_segments, lora_stacked, lora_torch, segments, stack_layers
 from npu_lora_decoding.models import FAMILIES, LoraWeights, load_adapter, toy_adapter, toy_model
 
 compiled = pytest.mark.skipif(not ops.compiles(), reason='torch.compile finds no C++ compiler')
@@ -26,7 +26,7 @@ def bits(x): return x.view(torch.int32)
 def same_bits(a, b): assert a.shape == b.shape and torch.equal(bits(a), bits(b))
 
 ranks = st.lists(st.integers(1, 9), min_size=1, max_size=4)
-cases = ranks.flatmap(lambda r: st.tuples(st.just(r), st.lists(st.integers(-1, len(r)-1), min_size=1, max_size=6), st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 40), st.integers(1, 40)))
+cases = ranks.flatmap(lambda r: st.tuples(st.just(r), st.lists(st.integers(-1, len(r)-1), min_size=1, max_size=6), st.integers(0, 10**6), st.sampled_from([1, 3, 90]), st.integers(1, 40), st.integers(1, 40)))
 
 @settings(max_examples=200)
 @given(cases)
@@ -34,12 +34,30 @@ def test_torch_equals_naive(case):
     ranks, ids, seed, t, d, o = case
     layers, (y, x), ids = weights(seed, d, o, ranks), rows(seed, len(ids), t, d, o), torch.tensor(ids)
     given_y, want = y.clone(), lora_naive(y, x, layers, ids)
-    for op in (lora_torch, ops.lora):
+    for op in (lora_stacked, lora_segments, lora_torch, ops.lora):
         got = op(y, x, *stack_layers(layers), ids)
         torch.testing.assert_close(got, want, **TOLERANCE)
         same_bits(got[ids < 0], y[ids < 0])
         same_bits(y, given_y)  # nothing is written in place
     same_bits(want[ids < 0], y[ids < 0])
+
+@given(st.lists(st.integers(-1, 3), max_size=12))
+def test_segments_cover_the_adapter_rows_once(ids):
+    found = segments(tuple(ids))
+    assert {i: k for start, stop, k in found for i in range(start, stop)} == {i: k for i, k in enumerate(ids) if k >= 0}
+    assert all(a[1] <= b[0] and (a[1] < b[0] or a[2] != b[2]) for a, b in zip(found, found[1:]))  # sorted, and as few as possible
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('t', [1, 200])
+def test_half_precision_is_the_rounded_fp32_result(dtype, t):
+    "Whichever form runs, many tokens or few, the result is within the rounding of shrink, expand and sum; expert rows change, base rows do not"
+    (y, x), layers, ids = rows(0, 3, t, 40, 24), weights(0, 40, 24, [4]), torch.tensor([0, -1, 0])
+    half = [v.to(dtype) for v in (y, x, *stack_layers(layers))]
+    exact = lora_torch(*(v.float() for v in half), ids)
+    for op in (lora_stacked, lora_segments):
+        got = op(*half, ids)
+        assert got.dtype == dtype and torch.equal(got[1], half[0][1])
+        assert (got.float() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
 
 def test_adding_zero_would_change_bits():
     "The plain formula, without choosing rows, turns -0 into 0: the bitwise comparison above notices it"
