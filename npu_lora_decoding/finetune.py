@@ -15,7 +15,8 @@ from fastprogress.fastprogress import progress_bar
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from .core import DecodingError, atomic_path, require
-from .models import LM, encode_one, fingerprint
+from .adapters import fingerprint
+from .models import LM, encode_one
 
 # %% ../nbs/14b_finetune.ipynb #267c9866
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from functools import lru_cache
 from itertools import accumulate, groupby
 import torch, torch.nn.functional as F
 from .core import DecodingError, require
-from .models import Adapter, LoraWeights, check_layer
+from .adapters import Adapter, check_layer, LoraWeights
 
 # %% ../nbs/03_lora.ipynb #adb76b18
 def lora_naive(
@@ -118,6 +118,13 @@ class AdapterBank:
         run = base_forward(layer)
         def forward(x, *args, **kwargs): return op(run(x), x, A, B, scale, self.ids)
         return forward
+
+    def equals(self,
+        other,  # Another `AdapterBank`
+    ) -> bool:  # Whether both put the same weights on the same model
+        "Compare two banks, bit for bit"
+        same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a, b))
+        return self.model is other.model and self.layers.keys() == other.layers.keys() and all(same(w, other.layers[p]) for p, w in self.layers.items())
 
     @contextlib.contextmanager
     def attached(self,

@@ -4,7 +4,8 @@ import pytest
 from npu_lora_decoding import cli, measure
 from npu_lora_decoding.cli import COMMANDS, json_rows, parse_arm, parser_of, run
 from npu_lora_decoding.core import DecodingError
-from npu_lora_decoding.models import LM, embedded_folder, load_adapter, load_tokenizer, toy_adapter, toy_model
+from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
+from npu_lora_decoding.models import LM, embedded_folder, load_tokenizer
 
 @pytest.fixture(scope='module')
 def toy(tmp_path_factory):

@@ -8,7 +8,8 @@ from npu_lora_decoding.cold import HARD, CoLD, Plain, cold_two_pass, split_proce
 from npu_lora_decoding.core import DecodingError, generator
 from npu_lora_decoding.decode import Decoder
 from npu_lora_decoding.lora import AdapterBank
-from npu_lora_decoding.models import FAMILIES, LM, LoraWeights, Adapter, load_adapter, toy_adapter, toy_model
+from npu_lora_decoding.adapters import Adapter, load_adapter, LoraWeights, toy_adapter, toy_model
+from npu_lora_decoding.models import FAMILIES, LM
 
 DIALS = (CoLD(), CoLD(0.05, 1.), CoLD(0.3, -0.7), CoLD(0.01, 2.))
 WINDOWED = ('mistral', 'gemma2', 'gemma3_text')

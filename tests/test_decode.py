@@ -2,13 +2,14 @@
 import copy, math
 import pytest, torch
 from transformers import DynamicCache, LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteria, StoppingCriteriaList, StopStringCriteria, TextStreamer
-import npu_lora_decoding.decode as loop
+import npu_lora_decoding.rows as rows_module
 from npu_lora_decoding import ops
 from npu_lora_decoding.cold import CoLD, Plain
 from npu_lora_decoding.core import DecodingError, generator
 from npu_lora_decoding.decode import Decoder, Output, bank_of
 from npu_lora_decoding.lora import AdapterBank
-from npu_lora_decoding.models import FAMILIES, LM, embedded_folder, load_adapter, load_tokenizer, toy_adapter, toy_model
+from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
+from npu_lora_decoding.models import FAMILIES, LM, embedded_folder, load_tokenizer
 from npu_lora_decoding.tree import Tree
 
 WINDOWED = ('mistral', 'gemma2', 'gemma3_text')
@@ -331,7 +332,7 @@ class Guesser:
 def rows(request, monkeypatch):
     "Options of the Decoder for each kind of cache; the static one without its compiler"
     monkeypatch.setattr(ops, 'compiles', lambda device=None: True)
-    monkeypatch.setattr(loop, '_compiled_step', loop._step)
+    monkeypatch.setattr(rows_module, '_compiled_step', rows_module._step)
     return dict(compile=request.param == 'static')
 
 def trees_change_nothing(model, bank, ids, mask, target, rows, seed=0, p=0.7, drafter=None, **kw):
@@ -471,7 +472,7 @@ def test_sampled_guesses_follow_the_distribution(llama):
 def test_guesses_near_the_end_of_a_static_cache(lengths, monkeypatch):
     "A tree, or rows that accept different numbers of guesses, must not run over the columns of the cache"
     monkeypatch.setattr(ops, 'compiles', lambda device=None: True)
-    monkeypatch.setattr(loop, '_compiled_step', loop._step)
+    monkeypatch.setattr(rows_module, '_compiled_step', rows_module._step)
     ids, mask = prompts(lengths)
     trees_change_nothing(toy(context=512), None, ids, mask, Plain(), dict(compile=True), max_new_tokens=56)
 
@@ -481,7 +482,7 @@ def eager_dynamo(monkeypatch):
     "torch.compile's tracing and guards without its slow code generation"
     torch._dynamo.reset()
     monkeypatch.setattr(ops, 'compiles', lambda device=None: True)
-    monkeypatch.setattr(loop, '_compiled_step', torch.compile(loop._step, dynamic=False, fullgraph=True, backend='eager'))
+    monkeypatch.setattr(rows_module, '_compiled_step', torch.compile(rows_module._step, dynamic=False, fullgraph=True, backend='eager'))
 
 def compiled_is_eager(model, bank, target, lengths, **kw):
     ids, mask = prompts(lengths)
@@ -499,6 +500,21 @@ def test_no_stale_program(llama, bank, peft, tmp_path, monkeypatch):
     same(said[0], said[3]); same(said[0], said[8]); same(said[1], said[6])
     assert len({tuple(s.flatten().tolist()) for s in said}) >= 5
     compiled_is_eager(peft, None, cold, (7, 3))
+
+def test_a_peft_model_keeps_its_program_until_its_weights_change(peft, monkeypatch):
+    "One Decoder, several calls: compiled once; after training, however the weights were written, the new weights count"
+    eager_dynamo(monkeypatch)
+    (ids, mask), cold, peft = prompts((7, 3)), CoLD(0.05, 1.), copy.deepcopy(peft)
+    decoder = Decoder(cold, compile=True)
+    first = generate(peft, ids, mask, decoder)
+    bank, compiled = decoder._last_bank, torch._dynamo.utils.counters['stats']['unique_graphs']
+    same(generate(peft, ids, mask, decoder), first)
+    assert decoder._last_bank is bank and torch._dynamo.utils.counters['stats']['unique_graphs'] == compiled
+    for p in peft.parameters():
+        if p.requires_grad: p.data.mul_(-1.5); break  # `.data` leaves no trace in autograd's version counter
+    changed = generate(peft, ids, mask, decoder)
+    same(changed, generate(peft, ids, mask, Decoder(cold)))
+    assert decoder._last_bank is not bank
 
 def test_many_shapes_in_one_process(monkeypatch):
     eager_dynamo(monkeypatch)

@@ -5,7 +5,8 @@ from hypothesis import given, settings, strategies as st
 from npu_lora_decoding import ops
 from npu_lora_decoding.core import DecodingError, generator
 from npu_lora_decoding.lora import AdapterBank, adapter_from_peft, join_layers, lora_naive, lora_segments, lora_stacked, lora_torch, segments, stack_layers
-from npu_lora_decoding.models import FAMILIES, LoraWeights, load_adapter, toy_adapter, toy_model
+from npu_lora_decoding.adapters import load_adapter, LoraWeights, toy_adapter, toy_model
+from npu_lora_decoding.models import FAMILIES
 
 compiled = pytest.mark.skipif(not ops.compiles(), reason='torch.compile finds no C++ compiler')
 TOLERANCE = dict(rtol=1e-4, atol=1e-4)  # fp32 sums of up to 40 products of normal numbers, in another order

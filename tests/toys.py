@@ -5,7 +5,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
-from npu_lora_decoding.models import LM, toy_model
+from npu_lora_decoding.adapters import toy_model
+from npu_lora_decoding.models import LM
 from npu_lora_decoding.tasks import Item
 
 def toy_tokenizer(extra=0):
