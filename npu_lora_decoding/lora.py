@@ -48,7 +48,7 @@ def lora_stacked(
     A:torch.Tensor,  # `(n, r, d)`
     B:torch.Tensor,  # `(n, r, o)`
     scale:torch.Tensor,  # `(n,)`
-    ids:torch.Tensor,  # Adapter of each row `(b,)`, -1 for none
+    ids:torch.Tensor,  # Adapter of each row `(b,)`, -1 for none; `(1,)` for all rows
 ) -> torch.Tensor:  # `(b, t, o)`
     "Return `y` with each row's own adapter added, all rows through all adapters at once"
     n, r, _ = A.shape
@@ -76,7 +76,7 @@ def segments(
 def lora_segments(y, x, A, B, scale, ids):
     "`lora_stacked` for ids that can be read at once: two products a segment"
     y, scale, rank = y.clone(memory_format=torch.contiguous_format), scale.tolist(), A.shape[1]
-    for start, stop, k in segments(tuple(ids.tolist())):
+    for start, stop, k in segments(tuple(ids.expand(len(x)).tolist())):
         out, x_seg = y[start:stop].view(-1, y.shape[-1]), x[start:stop].reshape(-1, x.shape[-1])
         if len(out) * rank <= _FEW: out.add_(x_seg.float() @ A[k].float().T @ B[k].float(), alpha=scale[k])
         else: out.addmm_(x_seg @ A[k].T, B[k], alpha=scale[k])
@@ -128,7 +128,7 @@ class AdapterBank:
 
     @contextlib.contextmanager
     def attached(self,
-        ids,  # Adapter of each row of the batch, -1 for none
+        ids,  # Adapter of each row of the batch, -1 for none; one id alone is for all rows
     ):
         "Let the model's rows use the adapters `ids` inside the block, and leave no trace after it"
         ids = [int(i) for i in ids]

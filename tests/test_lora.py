@@ -48,6 +48,12 @@ def test_segments_cover_the_adapter_rows_once(ids):
     assert {i: k for start, stop, k in found for i in range(start, stop)} == {i: k for i, k in enumerate(ids) if k >= 0}
     assert all(a[1] <= b[0] and (a[1] < b[0] or a[2] != b[2]) for a, b in zip(found, found[1:]))  # sorted, and as few as possible
 
+@pytest.mark.parametrize('op', [lora_stacked, lora_segments, lora_torch, ops.lora])
+def test_one_id_is_for_all_rows(op):
+    (y, x), stack = rows(0, 4, 3, 24, 40), stack_layers(weights(0, 24, 40, [4, 2]))
+    torch.testing.assert_close(op(y, x, *stack, torch.tensor([1])), op(y, x, *stack, torch.tensor([1] * 4)), rtol=0, atol=0)
+    with pytest.raises(RuntimeError): op(y, x, *stack, torch.tensor([1, 0, 1]))  # three ids do not fit four rows
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('t', [1, 200])
 def test_half_precision_is_the_rounded_fp32_result(dtype, t):
