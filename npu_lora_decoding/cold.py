@@ -103,12 +103,13 @@ def cold_two_pass(
     target:CoLD=CoLD(),  # The dials
     eos_ids:tuple=(),  # Tokens that end a sequence
     pad_id:int=0,  # Written after the end
+    vocab:int|None=None,  # Columns of the logits that are tokens; None: all
 ) -> torch.Tensor:  # `(b, t + n)`
     "Return greedy CoLD decoding by two passes a step: the oracle"
     caches, done, new = (DynamicCache(config=model.config), DynamicCache(config=model.config)), torch.zeros(len(ids), dtype=torch.bool, device=ids.device), ids
     for _ in range(new_tokens):
         expert, base = (_pass(model, bank, k, new, mask, c) for k, c in zip((0, -1), caches))
-        token = target.combine(expert, base).argmax(-1).masked_fill(done, pad_id)
+        token = target.combine(expert[:, :vocab], base[:, :vocab]).argmax(-1).masked_fill(done, pad_id)
         done = done | torch.isin(token, torch.tensor(list(eos_ids), device=ids.device))
         new = token[:, None]
         ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new)], 1)

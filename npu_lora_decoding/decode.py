@@ -250,7 +250,7 @@ def generate(self:LM,
     require(not (stream and len(ids) > 1), 'only one answer can be streamed', 'give one prompt, or stream=False')
     require('num_beams' not in options, 'lm.generate does not search beams', 'use beam_search of npu_lora_decoding.baseline')
     decoder = Decoder(target, drafter, memory, bank_of(self), TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
-                      compile, seed, record, len(self.tokenizer) if 'base' in target.roles and len(self.tokenizer) < self.model.config.vocab_size else None)
+                      compile, seed, record, self.vocab if 'base' in target.roles else None)
     # transformers builds this criterion from a tokenizer, which it does not hand on to callables
     if strings := options.pop('stop_strings', None): options['stopping_criteria'] = [*options.get('stopping_criteria', []), StopStringCriteria(self.tokenizer, strings)]
     n = min(max_new_tokens, self.context - ids.shape[1])

@@ -126,6 +126,10 @@ class LM:
         "Longest input, in tokens"
         return self.model.config.max_position_embeddings
     @property
+    def vocab(self):
+        "Columns of the logits that are tokens, where some are not: models round their vocabulary up; None where all are"
+        return len(self.tokenizer) if len(self.tokenizer) < self.model.config.vocab_size else None
+    @property
     def eos_ids(self):
         "Every token that ends a sequence"
         ids = self.model.generation_config.eos_token_id

@@ -98,8 +98,9 @@ def quality_table(
     scaled = {r['arm']: [k * s for s in r['scores']] for r in rows}
     lines = [f'| {rows[0]["task"]}: {rows[0]["metric"]}{" (%)" if percent else ""}, {rows[0]["items"]} held-out items | score | gain over greedy, 95% interval |', '|---|---|---|']
     for r in rows:
-        gain = '' if r['arm'] == 'greedy' else signed(paired(scaled[r['arm']], scaled['greedy']))
-        lines.append(f'| {r["label"]} | {sum(scaled[r["arm"]]) / r["items"]:.2f} | {gain} |')
+        fewer = f' ({r["items"]} items)' if r['items'] < rows[0]['items'] else ''
+        gain = '' if r['arm'] == 'greedy' else signed(paired(scaled[r['arm']], scaled['greedy'][:r['items']]))  # items come in one order, so fewer are the first ones
+        lines.append(f'| {r["label"]}{fewer} | {sum(scaled[r["arm"]]) / r["items"]:.2f} | {gain} |')
     return '\n'.join(lines)
 
 # %% ../nbs/16_show.ipynb #4d085647

@@ -62,6 +62,16 @@ def test_compare_writes_the_contract(toy, tmp_path):
     assert {r['method']: r['peer'] for r in rows} == dict(greedy=False, cold=False, transformers_greedy=True)
     assert all(r['equal_tokens'] == 1 for r in rows if r['method'] != 'cold')
 
+def test_verify_passes_and_fails(toy, data, tmp_path, capsys, monkeypatch):
+    from npu_lora_decoding import verify
+    argv = ['verify', '--model', str(toy[0]), '--adapter', str(toy[1]), '--prompts', str(data), '--new-tokens', '3', '--batch', '12', '--json', str(tmp_path/'v.json')]
+    run(argv)
+    rows = json_rows(tmp_path/'v.json')
+    assert len(rows) == 5 and all(r['equal'] == r['prompts'] == 24 and r['unexplained'] == [] for r in rows[:-1]) and '24/24 prompts equal' in capsys.readouterr().out
+    monkeypatch.setattr(verify, 'first_difference', lambda lm, target, prompt, fast, slow, number: verify.Difference(number, 0, .5) if number == 3 else None)
+    with pytest.raises(DecodingError, match='not equal: loop = transformers'): run(argv)
+    assert json_rows(tmp_path/'v.json')[0]['unexplained'] == [dict(prompt=3, step=0, lead=.5)]  # written before it refuses
+
 def test_an_evaluation_continues(toy, data, tmp_path, monkeypatch):
     out, asked = tmp_path/'rows.json', []
     monkeypatch.setattr(cli, 'answers', lambda lm, items, arm, n, batch: asked.append(arm) or [i.answer for i in items])
