@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from .core import require
 from .models import LM
 from .cold import CoLD, Plain
-from .measure import Arm, Interval, answers, judge, paired
+from .quality import Arm, Interval, answers, judge, paired
 
 # %% ../nbs/15a_advise.ipynb #df71cc56
 BETAS = (-.2, .05, .1, .2, .3, .5, 1.)

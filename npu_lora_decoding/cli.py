@@ -4,22 +4,22 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'command', 'parser_of', 'run', 'main', 'shipped_adapter', 'generate', 'compare_methods', 'verify', 'tune',
-           'parse_arm', 'evaluate', 'json_rows', 'train_lora', 'card', 'doctor', 'demo']
+           'evaluate', 'train_lora', 'card', 'doctor', 'demo']
 
 # %% ../nbs/17_cli.ipynb #78a452c2
-import importlib.util, json, os, sys
+import importlib.util, sys
 from pathlib import Path
 import torch
 from fastcore.script import anno_parser
 import npu_lora_decoding
 from . import ops
-from .core import DEVICES, DecodingError, cache_dir, has_device, import_npu, require
+from .core import DecodingError, cache_dir, has_device, import_npu, require
 from .models import EMBEDDED, load
 from .cold import CoLD, Plain
-from .decode import Decoder
-from .tasks import METRICS, TASKS, get_task, king_james, read_jsonl
+from .tasks import get_task, king_james, read_jsonl
 from .finetune import FinetuneConfig, finetune
-from .measure import ARMS, Arm, answers, compare, environment, judge, paired, save_rows, table
+from .quality import answers, judge, paired, parse_arm, save_rows, score_arms
+from .measure import compare, environment, table
 from .verify import verify as verify_ways
 from .advise import BETAS, advise, plot_sweep, sweep
 from .show import token_ansi
@@ -153,7 +153,7 @@ def _save_plot(draw, path):
     import matplotlib; matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6, 3.4)); draw(ax); fig.tight_layout(); fig.savefig(path, dpi=110); plt.close(fig)
-    print(f'wrote {path}')
+    print(f'wrote {Path(path).name}')
 
 COMMANDS['compare'] = COMMANDS.pop('compare-methods')
 
@@ -209,19 +209,6 @@ def tune(
     if json: save_rows([dict(method='tune', task=name, alpha=s.alpha, beta=s.beta, scores=s.scores) for s in settings] + [dict(method='advice', text=str(advice), use=advice.use), environment()], json)
 
 # %% ../nbs/17_cli.ipynb #262cf0a9
-def parse_arm(
-    text:str,  # `name` or `name:setting`
-) -> tuple:  # `Arm`, label for readers
-    "Return the arm written as `text`"
-    name, *dials = text.split(':')
-    require(name in ARMS, f'unknown arm {text!r}', f'use greedy, beam, nucleus:TEMPERATURE, min_p:TEMPERATURE or cold:ALPHA:BETA')
-    try: dials = [float(d) for d in dials]
-    except ValueError: raise DecodingError(f'the arm {text!r} has a setting that is no number: write for example cold:0.1:0.2.') from None
-    arm = ARMS[name]
-    if name == 'cold': return Arm(CoLD(*dials)), f'CoLD, alpha {(dials or [.1])[0]:g}, beta {(dials + [.1, .5])[1] if len(dials) > 1 else .5:g}'
-    if name in ('nucleus', 'min_p'): return Arm(options=(*arm.options, ('temperature', (dials or [1.])[0]))), f'{name.replace("_", "-")} sampling, temperature {(dials or [1.])[0]:g}'
-    return arm, dict(greedy='greedy', beam='beam search, 4 beams')[name]
-
 @command
 def evaluate(
     arms:str='greedy,beam,nucleus:0.5,min_p:0.5,cold:0.1:0.2',  # Arms, separated by commas; the first is the reference
@@ -241,34 +228,15 @@ def evaluate(
     json:str=None,  # Write every score here; arms already there are kept, so a stopped run continues
 ):
     "Score ways of decoding on a task, paired item by item"
-    parsed = [(a, *parse_arm(a)) for a in arms.split(',')]
+    for arm in arms.split(','): parse_arm(arm)  # a misspelt arm is named before the model is loaded
     lm, folder = _load(model, adapter, dtype, device)
     its, its_metric, its_tokens = _items(task, data, prompts, part, items)
-    metric, name = metric or its_metric or 'exact_match', Path(prompts).name if prompts else task
+    metric, name, first = metric or its_metric or 'exact_match', Path(prompts).name if prompts else task, None
     about = dict(method='evaluate', task=name, part=part, metric=metric, items=len(its), model=lm.name, adapter=folder and Path(folder).name, dtype=dtype, steps=steps)
-    rows = _kept(json, about)
-    for text, arm, label in parsed:
-        if not any(r['arm'] == text and all(r[k] == v for k, v in about.items()) for r in rows):
-            said = answers(lm, its, arm, new_tokens or its_tokens or 64, batch)
-            rows.append(about | dict(arm=text, label=label, scores=[round(s, 4) for s in judge(said, its, metric)]))
-            if json: save_rows(rows + [environment()], json)
-        _print_arm(rows, about, text, parsed[0][0])
-
-def _kept(path, about):
-    "Return the rows of an earlier run of this command"
-    if not path or not Path(path).exists(): return []
-    return [r for r in json_rows(path) if r.get('method') == 'evaluate']
-
-def json_rows(
-    path:str|Path,  # JSON file
-) -> list:  # Its rows
-    "Return all rows of a result file"
-    return json.loads(Path(path).read_text())
-
-def _print_arm(rows, about, text, first):
-    same = {r['arm']: r for r in rows if all(r[k] == v for k, v in about.items())}
-    r, g = same[text], paired(same[text]['scores'], same[first]['scores'])
-    print(f'{r["label"]:<36} {sum(r["scores"]) / len(r["scores"]):8.3f}' + ('' if text == first else f'   gain {g.mean:+.3f} ({g.low:+.3f} to {g.high:+.3f})'), flush=True)
+    for row in score_arms(lm, its, metric, arms.split(','), new_tokens or its_tokens or 64, batch, about, json, (environment(),)):
+        first = first or row
+        gain = paired(row['scores'], first['scores'])
+        print(f'{row["label"]:<36} {sum(row["scores"]) / len(its):8.3f}' + ('' if row is first else f'   gain {gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})'), flush=True)
 
 # %% ../nbs/17_cli.ipynb #fd732553
 @command

@@ -11,7 +11,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from .core import require
 from .decode import Result, Token
-from .measure import Interval, paired
+from .quality import Interval, paired
 
 # %% ../nbs/16_show.ipynb #4090428f
 def contrast(

@@ -12,7 +12,8 @@ from .core import require
 from .models import LM
 from .cold import CoLD, Plain
 from .decode import bank_of
-from .measure import adapted, batches_of, methods
+from .quality import adapted, batches_of
+from .measure import methods
 from .rows import Rows
 
 # %% ../nbs/15b_verify.ipynb #ef6fb8e9

@@ -1,8 +1,9 @@
 "The command line: one sentence and status 2 for what a user should mend, result files that continue"
 import json, subprocess, sys
 import pytest
-from npu_lora_decoding import cli, measure
-from npu_lora_decoding.cli import COMMANDS, json_rows, parse_arm, parser_of, run
+from npu_lora_decoding import cli, quality
+from npu_lora_decoding.cli import COMMANDS, parser_of, run
+from npu_lora_decoding.quality import json_rows, parse_arm
 from npu_lora_decoding.core import DecodingError
 from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
 from npu_lora_decoding.models import LM, embedded_folder, load_tokenizer
@@ -74,7 +75,7 @@ def test_verify_passes_and_fails(toy, data, tmp_path, capsys, monkeypatch):
 
 def test_an_evaluation_continues(toy, data, tmp_path, monkeypatch):
     out, asked = tmp_path/'rows.json', []
-    monkeypatch.setattr(cli, 'answers', lambda lm, items, arm, n, batch: asked.append(arm) or [i.answer for i in items])
+    monkeypatch.setattr(quality, 'answers', lambda lm, items, arm, n, batch: asked.append(arm) or [i.answer for i in items])
     argv = ['evaluate', '--model', str(toy[0]), '--adapter', str(toy[1]), '--prompts', str(data), '--new-tokens', '4', '--dtype', 'fp32', '--json', str(out)]
     run(argv + ['--arms', 'greedy'])
     run(argv + ['--arms', 'greedy,cold:0.1:0.2'])

@@ -5,7 +5,8 @@ from npu_lora_decoding.baseline import beam_search
 from npu_lora_decoding.cold import CoLD, Plain
 from npu_lora_decoding.core import DecodingError
 from npu_lora_decoding.lora import AdapterBank
-from npu_lora_decoding.measure import ARMS, answers, memory_mb, merged_model, methods
+from npu_lora_decoding.measure import memory_mb, merged_model, methods
+from npu_lora_decoding.quality import ARMS, answers
 from npu_lora_decoding.models import encode
 from npu_lora_decoding.verify import TIE, Difference, check, first_difference, gap, scores_at, verify
 from toys import toy_items, toy_lm
