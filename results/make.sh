@@ -6,17 +6,35 @@ cd "$(dirname "$0")/.."
 nld=.venv/bin/nld data=${1:-} out=results runs=results/runs
 
 speed() {
-    $nld compare --methods cold,greedy,transformers_greedy,peft_greedy,peft_mixed,cold_naive --prompts 2 --new-tokens 48 --rounds 3 --dtype bf16 --alpha 0.1 --beta 0.1 \
-        --relative-to peft_greedy --compile --json $out/speed_compiled.json
-    $nld compare --methods cold,greedy,beam,transformers_greedy,transformers_beam,transformers_lookup,peft_greedy,peft_mixed --prompts 2 --new-tokens 48 --rounds 3 --dtype bf16 --alpha 0.1 --beta 0.1 \
-        --relative-to peft_greedy --json $out/speed_eager.json
+    ours="--prompts 4 --new-tokens 48 --rounds 3 --dtype bf16 --alpha 0.1 --beta 0.1 --relative-to peft_greedy"
+    $nld compare --methods cold,greedy,transformers_greedy,peft_greedy,peft_mixed,cold_naive $ours --compile --json $out/speed_compiled.json
+    $nld compare --methods cold,greedy,beam,transformers_greedy,transformers_beam,transformers_lookup,peft_greedy,peft_mixed $ours --json $out/speed_eager.json
 }
 
-# The dials of each task were chosen with `nld tune` on development items, see *_tune.json.
+equality() { $nld verify --prompts 24 --new-tokens 40 --batch 8 --alpha 0.1 --beta 0.5 --compile --json $out/equality.json; }
+
+# Dials are chosen on development items: beta by `nld tune` (*_tune.json), the samplers' temperature by the best score (*_samplers_dev.json).
+# chosen FILE NAME: the arm of that sampler with the best score in a development file.
+chosen() {
+    .venv/bin/python - "$1" "$2" <<'P'
+import json, sys
+rows = [r for r in json.load(open(sys.argv[1])) if r.get('arm', '').startswith(sys.argv[2])]
+print(max(rows, key=lambda r: sum(r['scores']))['arm'])
+P
+}
+
+# quality NAME ITEMS OPTIONS...: tune on development items, then every arm on held-out ones
+quality() {
+    name=$1 items=$2; shift 2
+    $nld evaluate "$@" --part dev --items 200 --batch 50 --arms nucleus:0.3,nucleus:0.5,nucleus:0.7,min_p:0.3,min_p:0.5,min_p:0.7 --json $out/${name}_samplers_dev.json
+    samplers=$(chosen $out/${name}_samplers_dev.json nucleus),$(chosen $out/${name}_samplers_dev.json min_p)
+    $nld evaluate "$@" --items "$items" --batch 50 --arms greedy,cold:0.1:0.1,beam,$samplers --json $out/${name}_test.json
+}
+
 king_james() {
     [ -d $runs/king_james/adapter ] || $nld train-lora $runs/king_james --steps 200 --snapshots 12,25,50,100
-    $nld tune --items 200 --betas=-0.2,0.1,0.2,0.3,0.5 --alphas 0.1 --batch 50 --json $out/king_james_tune.json
-    $nld evaluate --arms greedy,cold:0.1:0.1,beam,nucleus:0.5,min_p:0.5,cold:0.1:0.5 --items 500 --batch 50 --json $out/king_james_test.json
+    [ -f $out/king_james_tune.json ] || $nld tune --items 200 --betas=-0.2,0.1,0.2,0.3,0.5 --alphas 0.1 --batch 50 --json $out/king_james_tune.json
+    quality king_james 500
     for s in 12 25 50 100; do
         $nld evaluate --adapter $runs/king_james/adapter-$s --steps $s --arms greedy,cold:0.1:0.1,cold:0.1:0.3 --items 200 --batch 50 --json $out/king_james_training.json
     done
@@ -24,14 +42,25 @@ king_james() {
 }
 
 wikisql() {
-    [ -d $runs/wikisql/adapter ] || $nld train-lora $runs/wikisql --task wikisql --data "$data" --steps 100 --snapshots 25
-    $nld tune --task wikisql --data "$data" --adapter $runs/wikisql/adapter --items 200 --betas=-0.2,0.1,0.2,0.3,0.5 --alphas 0.1 --batch 50 --json $out/wikisql_tune.json
-    $nld evaluate --task wikisql --data "$data" --adapter $runs/wikisql/adapter --arms greedy,cold:0.1:0.1,beam,nucleus:0.5,min_p:0.5 --items 500 --batch 50 --json $out/wikisql_test.json
+    o="--task wikisql --data $data --adapter $runs/wikisql/adapter"
+    [ -d $runs/wikisql/adapter ] || $nld train-lora $runs/wikisql --task wikisql --data "$data" --steps 100
+    [ -f $out/wikisql_tune.json ] || $nld tune $o --items 200 --betas=-0.2,0.1,0.2,0.3,0.5 --alphas 0.1 --batch 50 --json $out/wikisql_tune.json
+    quality wikisql 500 $o
+}
+
+# Long answers, of which about one in a hundred is right: the sweep is short, the samplers take the temperature that was best on the other tasks, and beams get fewer items.
+gsm8k() {
+    o="--task gsm8k --data $data --adapter $runs/gsm8k/adapter --batch 50"
+    [ -d $runs/gsm8k/adapter ] || $nld train-lora $runs/gsm8k --task gsm8k --data "$data" --steps 120
+    [ -f $out/gsm8k_tune.json ] || $nld tune $o --items 100 --betas=0.1,0.3 --alphas 0.1 --json $out/gsm8k_tune.json
+    $nld evaluate $o --items 500 --arms greedy,cold:0.1:0.1,nucleus:0.3,min_p:0.3 --json $out/gsm8k_test.json
+    $nld evaluate $o --items 250 --arms beam --json $out/gsm8k_test.json
 }
 
 speed
+equality
 king_james
-if [ -n "$data" ]; then wikisql; fi
+if [ -n "$data" ]; then wikisql; gsm8k; fi
 
 # The shipped adapter's card carries its scores.
 .venv/bin/python - <<'P'

@@ -265,6 +265,14 @@ def test_epochs_and_seeds_differ():
     orders = [tuple(map(tuple, (batch_of_step(lengths, 16*e + k, 4, s) for k in range(16)))) for e in range(3) for s in range(3)]
     assert len(set(orders)) == 9
 
+def test_every_epoch_and_window_shuffles_its_batches_anew():
+    "With one window over all items and no two of one length, the batches are the same sets in every epoch: only their order can differ"
+    lengths = list(range(64))
+    epochs = [[tuple(batch_of_step(lengths, 16*e + k, 4)) for k in range(16)] for e in range(4)]
+    assert len({frozenset(e) for e in epochs}) == 1 and len({tuple(e) for e in epochs}) == 4
+    ranks = lambda w: tuple(sorted(range(4), key=lambda k: batch_of_step(lengths, 4*w + k, 4, window=4)[0]))
+    assert len({ranks(w) for w in range(4)}) > 1  # nor the same order in every window
+
 def test_batches_hold_items_of_like_length():
     lengths = random.Random(0).choices(range(10, 300), k=640)
     spread = lambda steps: sum(max(lengths[i] for i in s) - min(lengths[i] for i in s) for s in steps)
