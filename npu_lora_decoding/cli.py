@@ -20,7 +20,7 @@ from .tasks import get_task, king_james, read_jsonl
 from .finetune import FinetuneConfig, finetune
 from .quality import answers, judge, paired, parse_arm, save_rows, score_arms
 from .measure import compare, environment, table
-from .verify import verify as verify_ways
+from .verify import check_rows, verify as verify_ways
 from .advise import BETAS, advise, plot_sweep, sweep
 from .show import token_ansi
 
@@ -174,8 +174,7 @@ def verify(
     "Check in fp32 that every fast way writes what the slow way writes"
     lm, folder = _load(model, adapter, 'fp32', device)
     checks = verify_ways(lm, folder, _prompts(prompts), new_tokens, batch, CoLD(alpha, beta), compile, lambda c: print(c, flush=True))
-    if json: save_rows([dict(method='verify', check=c.name, model=lm.name, device=str(lm.device), prompts=c.prompts, tokens=c.tokens, equal=c.equal,
-                             ties=[vars(d) for d in c.differences if d.tie], unexplained=[vars(d) for d in c.unexplained]) for c in checks] + [environment()], json)
+    if json: save_rows(check_rows(checks, model=lm.name, device=str(lm.device), dtype='float32') + [environment()], json)
     wrong = [c.name for c in checks if c.unexplained]
     require(not wrong, f'not equal: {", ".join(wrong)}', 'report this with the lines above; until then decode without what is named')
 
