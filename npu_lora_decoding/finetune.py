@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FinetuneConfig', 'tokenize', 'collate', 'answer_loss', 'batch_of_step', 'save_state', 'load_state', 'save_adapter',
-           'learning_rate', 'train_step', 'finetune']
+           'card', 'learning_rate', 'train_step', 'finetune']
 
 # %% ../nbs/14b_finetune.ipynb #de71ce83
 import contextlib, hashlib, json, math, random, signal, threading
@@ -163,6 +163,19 @@ def save_adapter(
         save_file(weights, file, metadata=dict(format='pt', base_fingerprint=json.dumps(base)))
         _order_metadata(file)
         (tmp/'README.md').write_text(card)
+
+# %% ../nbs/14b_finetune.ipynb #5fdd28df
+def card(
+    model:str,  # Base model's name
+    data:str,  # Task or file
+    items:int,  # Training items
+    config:FinetuneConfig,  # Settings
+) -> str:  # Markdown
+    "Return the card of an adapter"
+    front = f'---\nbase_model: {model}\nlibrary_name: peft\ntags: [lora]\n---\n'
+    what = f'# LoRA adapter for {data}\n\nTrained with `nld train-lora` on {items:,} items of `{data}` on top of {model}; loss on answer tokens only.\n\n'
+    rows = '\n'.join(f'| {k} | {v} |' for k, v in vars(config).items())
+    return front + what + f'| setting | value |\n|---|---|\n{rows}\n\nItems seen: {config.steps * config.batch:,}. Weights are stored in bf16; the file\'s metadata holds a fingerprint of the base model.\n'
 
 # %% ../nbs/14b_finetune.ipynb #a542cbee
 def learning_rate(

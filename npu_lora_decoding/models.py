@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'FAMILIES', 'file_hash', 'embedded_gguf', 'repair_tokenizer', 'embedded_folder', 'load_model', 'LM',
-           'load', 'load_tokenizer', 'encode_one', 'encode']
+           'load', 'load_tokenizer', 'shipped_adapter', 'encode_one', 'encode']
 
 # %% ../nbs/01_models.ipynb #0989663a
 import hashlib, importlib.util, json, warnings
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+import npu_lora_decoding
 from .core import DecodingError, atomic_path, cache_dir, get_device, get_dtype, require
 from .adapters import Adapter, load_adapter
 
@@ -160,6 +161,14 @@ def load_tokenizer(
     "Return the tokenizer called `name`"
     try: return AutoTokenizer.from_pretrained(name, padding_side='left')
     except (OSError, ValueError) as e: raise _missing_model(str(name), f'no tokenizer: {str(e)[:120]}') from e
+
+def shipped_adapter(
+    name:str='king_james',  # Folder under `results/adapters`
+) -> Path:  # A PEFT folder
+    "Return an adapter for the embedded model, shipped with the repository"
+    folder = Path(npu_lora_decoding.__file__).parent.parent/'results'/'adapters'/name
+    require(folder.exists(), f'the adapter {name} is not installed with the package', 'run from a clone of the repository, or give an adapter of your own')
+    return folder
 
 # %% ../nbs/01_models.ipynb #5024670b
 def _kind(prompt):

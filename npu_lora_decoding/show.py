@@ -118,7 +118,7 @@ def plot_training(
         xs = [s * 1.04**j for s in steps]  # side by side, so that intervals do not hide each other
         ax.errorbar(xs, [g.mean for g in gains], [[g.mean - g.low for g in gains], [g.high - g.mean for g in gains]], fmt='o-', capsize=3, label=next(r['label'] for r in rows if r['arm'] == arm))
     ax.axhline(0, c='grey', lw=.8); ax.set(xscale='log', xticks=steps, xlabel='training steps of the adapter', ylabel='gain over greedy'); ax.minorticks_off()
-    ax.set_xticklabels([f'{s}\n(greedy {sum(greedy[s]["scores"]) / len(greedy[s]["scores"]):.1f})' for s in steps], fontsize=8); ax.legend(fontsize=8)
+    ax.set_xticklabels([f'{s}\n(greedy {sum(greedy[s]["scores"]) / len(greedy[s]["scores"]):.1f})' for s in steps], fontsize=8); ax.legend(fontsize=8, loc='lower right')
     return ax
 
 def plot_speed(
