@@ -11,7 +11,7 @@ speed() {
     $nld compare --methods cold,greedy,beam,transformers_greedy,transformers_beam,transformers_lookup,peft_greedy,peft_mixed $ours --json $out/speed_eager.json
 }
 
-equality() { $nld verify --prompts 24 --new-tokens 40 --batch 8 --alpha 0.1 --beta 0.5 --compile --json $out/equality.json; }
+equality() { $nld verify --prompts 16 --new-tokens 32 --batch 8 --alpha 0.1 --beta 0.5 --compile --json $out/equality.json; }
 
 # Dials are chosen on development items: beta by `nld tune` (*_tune.json), the samplers' temperature by the best score (*_samplers_dev.json).
 # chosen FILE NAME: the arm of that sampler with the best score in a development file.

@@ -92,6 +92,11 @@ def test_tune_advises(toy, data, tmp_path, capsys, monkeypatch):
     run(argv)
     assert 'Do not use CoLD here' in capsys.readouterr().out
 
+def test_a_loaded_model_can_generate_at_once(toy):
+    "`load` is all a user imports; the method comes from a later room"
+    code = f'from npu_lora_decoding.models import load; print(len(load({str(toy[0])!r}, {str(toy[1])!r}).generate("hello", max_new_tokens=3, eos_token_id=None).tokens[0]))'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '3'
+
 def test_generate_streams(toy, capsys):
     run(['generate', 'hello', '--model', str(toy[0]), '--adapter', str(toy[1]), '--new-tokens', '3'])
     assert capsys.readouterr().out.strip()
