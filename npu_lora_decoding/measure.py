@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch, torch.nn.functional as F
 from fastprogress.fastprogress import progress_bar
+import npu_lora_decoding
 from .core import DecodingError, peak_memory, require, stopwatch
 from .models import LM, encode
 from .baseline import beam_search
@@ -130,12 +131,17 @@ def methods(
         peft_greedy=Method(_transformers(peft_model), True, True), peft_mixed=Method(_peft_mixed(target), True, True))
 
 # %% ../nbs/15_measure.ipynb #72dbc5bb
+def _commit():
+    "Return the commit of the package's code, marked when the code (not a result file beside it) has changed since; None outside a checkout"
+    git = lambda *a: subprocess.run(['git', *a], capture_output=True, text=True, cwd=Path(npu_lora_decoding.__file__).parent).stdout.strip()
+    head = git('rev-parse', '--short', 'HEAD')
+    return head + ('-dirty' if git('status', '--porcelain', '-uno', '--', '.') else '') if head else None
+
 def environment() -> dict:
     "Return what a reader must know to judge a timing: versions, cores, commit"
     import transformers, peft
-    git = subprocess.run(['git', 'describe', '--always', '--dirty'], capture_output=True, text=True, cwd=Path(__file__).parent if '__file__' in globals() else None)
     return dict(method='environment', python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, peft=peft.__version__,
-                cores=torch.get_num_threads(), machine=platform.machine(), commit=git.stdout.strip() or None)
+                cores=torch.get_num_threads(), machine=platform.machine(), commit=_commit())
 
 def _check(names, known, adapter, batch, n):
     for name in names:
