@@ -48,13 +48,13 @@ wikisql() {
     quality wikisql 500 $o
 }
 
-# Long answers, of which about one in fifty is right: the sweep is short and cannot choose, so the dials are those of the other tasks; sampling and beams get fewer items.
+# Long answers, of which about one in fifty is right: the sweep is short and cannot choose, so the dials are those of the other tasks, and the strength that happened to score best in it stands beside them; sampling and beams get fewer items.
 gsm8k() {
     o="--task gsm8k --data $data --adapter $runs/gsm8k/adapter --batch 50"
     [ -d $runs/gsm8k/adapter ] || $nld train-lora $runs/gsm8k --task gsm8k --data "$data" --steps 120
     [ -f $out/gsm8k_tune.json ] || $nld tune $o --items 100 --betas=0.1,0.3 --alphas 0.1 --json $out/gsm8k_tune.json
     $nld evaluate $o --items 500 --arms greedy,cold:0.1:0.1 --json $out/gsm8k_test.json
-    $nld evaluate $o --items 250 --arms nucleus:0.3,min_p:0.3 --json $out/gsm8k_test.json
+    $nld evaluate $o --items 250 --arms cold:0.1:0.3,nucleus:0.3,min_p:0.3 --json $out/gsm8k_test.json
     $nld evaluate $o --items 100 --arms beam --json $out/gsm8k_test.json
 }
 

@@ -10,6 +10,7 @@ from npu_lora_decoding.decode import Decoder
 from npu_lora_decoding.lora import AdapterBank
 from npu_lora_decoding.adapters import Adapter, load_adapter, LoraWeights, toy_adapter, toy_model
 from npu_lora_decoding.models import FAMILIES, LM
+from toys import toy_tokenizer
 
 DIALS = (CoLD(), CoLD(0.05, 1.), CoLD(0.3, -0.7), CoLD(0.01, 2.))
 WINDOWED = ('mistral', 'gemma2', 'gemma3_text')
@@ -67,7 +68,7 @@ def test_one_pass_is_pefts_mixed_batch(pair, target):
     from npu_lora_decoding.measure import _peft_mixed
     model, bank, path = pair
     ids, mask = prompts()
-    theirs = _peft_mixed(target)(LM(model, type('NoTokenizer', (), dict(pad_token_id=0))), path)(ids, mask, N)
+    theirs = _peft_mixed(target)(LM(model, toy_tokenizer(extra=21)), path)(ids, mask, N)
     same(run(model, ids, mask, target, bank)[:, ids.shape[1]:], theirs)
 
 def test_several_seeds_against_two_passes(llama):
