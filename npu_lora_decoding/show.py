@@ -6,12 +6,12 @@
 __all__ = ['contrast', 'shade', 'token_html', 'token_ansi', 'read_rows', 'signed', 'quality_table', 'plot_training', 'plot_speed']
 
 # %% ../nbs/16_show.ipynb #829ab596
-import html, json, math, os, sys
+import html, math, os, sys
 from pathlib import Path
 from fastcore.basics import patch
 from .core import require
 from .decode import Result, Token
-from .quality import Interval, paired
+from .quality import Interval, json_rows, paired
 
 # %% ../nbs/16_show.ipynb #4090428f
 def contrast(
@@ -80,7 +80,7 @@ def read_rows(
 ) -> list:  # Rows without the environment
     "Return the rows of a result file"
     require(Path(path).exists(), f'no result file {path}', 'run the command that makes it')
-    return [r for r in json.loads(Path(path).read_text()) if r.get('method') != 'environment']
+    return [r for r in json_rows(path) if r.get('method') != 'environment']
 
 def signed(
     i:Interval,  # A difference

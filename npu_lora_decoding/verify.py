@@ -6,13 +6,14 @@
 __all__ = ['TIE', 'scores_at', 'gap', 'Difference', 'first_difference', 'Check', 'check', 'verify', 'check_rows', 'check_table']
 
 # %% ../nbs/15b_verify.ipynb #133a4af9
+from contextlib import nullcontext
 from dataclasses import dataclass
 import torch
 from .core import require
 from .models import LM
 from .cold import CoLD, Plain
 from .decode import bank_of
-from .quality import adapted, batches_of
+from .quality import batches_of
 from .measure import methods
 from .rows import Rows
 
@@ -27,10 +28,8 @@ def scores_at(
 ) -> torch.Tensor:  # The target's scores of the next token `(v,)`
     "Return what the target thinks of every next token, by a pass over the whole sequence"
     bank, ids = bank_of(lm), ids[None].to(lm.device)
-    if 'base' not in target.roles:
-        with adapted(lm): logits = Rows(lm.model, ('expert',), 1, ids.shape[1]).prefill(ids, torch.ones_like(ids))
-    else:
-        with bank.attached([0, -1]): logits = Rows(lm.model, target.roles, 1, ids.shape[1]).prefill(ids, torch.ones_like(ids))
+    rows = Rows(lm.model, target.roles, 1, ids.shape[1])
+    with nullcontext() if bank is None else bank.attached([0 if role == 'expert' else -1 for role in target.roles]): logits = rows.prefill(ids, torch.ones_like(ids))
     return target.combine(*(l[:, -1, :lm.vocab if 'base' in target.roles else None] for l in logits))[0]
 
 def gap(
