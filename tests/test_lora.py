@@ -4,8 +4,8 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from npu_lora_decoding import ops
 from npu_lora_decoding.core import DecodingError, generator
-from npu_lora_decoding.lora import AdapterBank, adapter_from_peft, join_layers, lora_naive, lora_segments, lora_stacked, lora_torch, segments, stack_layers
-from npu_lora_decoding.adapters import load_adapter, LoraWeights, toy_adapter, toy_model
+from npu_lora_decoding.lora import AdapterBank, adapter_from_peft, join_layers, lora_naive, lora_segments, lora_stacked, lora_torch as lora_slices, segments, stack_layers, stack_slices, together
+from npu_lora_decoding.adapters import Adapter, load_adapter, LoraWeights, toy_adapter, toy_model
 from npu_lora_decoding.models import FAMILIES
 
 compiled = pytest.mark.skipif(not ops.compiles(), reason='torch.compile finds no C++ compiler')
@@ -22,6 +22,13 @@ def rows(seed, b, t, d, o):
     y[torch.rand(y.shape, generator=g) < 0.2] = -0.0
     return y, torch.randn(b, t, d, generator=g)
 
+def one_slice(op):
+    "The form for one layer of an operation on slices"
+    def single(y, x, A, B, scale, ids): return op([y], x, A[None], [B], scale[None], torch.full((1, len(A)), A.shape[1], dtype=torch.int32), ids)[0]
+    return single
+
+lora_torch, lora_op = one_slice(lora_slices), one_slice(ops.lora)
+
 def bits(x): return x.view(torch.int32)
 
 def same_bits(a, b): assert a.shape == b.shape and torch.equal(bits(a), bits(b))
@@ -35,7 +42,7 @@ def test_torch_equals_naive(case):
     ranks, ids, seed, t, d, o = case
     layers, (y, x), ids = weights(seed, d, o, ranks), rows(seed, len(ids), t, d, o), torch.tensor(ids)
     given_y, want = y.clone(), lora_naive(y, x, layers, ids)
-    for op in (lora_stacked, lora_segments, lora_torch, ops.lora):
+    for op in (lora_stacked, lora_segments, lora_torch, lora_op):
         got = op(y, x, *stack_layers(layers), ids)
         torch.testing.assert_close(got, want, **TOLERANCE)
         same_bits(got[ids < 0], y[ids < 0])
@@ -48,7 +55,7 @@ def test_segments_cover_the_adapter_rows_once(ids):
     assert {i: k for start, stop, k in found for i in range(start, stop)} == {i: k for i, k in enumerate(ids) if k >= 0}
     assert all(a[1] <= b[0] and (a[1] < b[0] or a[2] != b[2]) for a, b in zip(found, found[1:]))  # sorted, and as few as possible
 
-@pytest.mark.parametrize('op', [lora_stacked, lora_segments, lora_torch, ops.lora])
+@pytest.mark.parametrize('op', [lora_stacked, lora_segments, lora_torch, lora_op])
 def test_one_id_is_for_all_rows(op):
     (y, x), stack = rows(0, 4, 3, 24, 40), stack_layers(weights(0, 24, 40, [4, 2]))
     torch.testing.assert_close(op(y, x, *stack, torch.tensor([1])), op(y, x, *stack, torch.tensor([1] * 4)), rtol=0, atol=0)
@@ -93,12 +100,56 @@ def test_stack_pads_ranks_with_zeros_and_leaves_gaps():
     torch.testing.assert_close(got[0], y[0], rtol=0, atol=0)
     torch.testing.assert_close(got[1:2], lora_naive(y[1:2], x[1:2], two, torch.tensor([0])), **TOLERANCE)
 
+@settings(max_examples=50)
+@given(st.lists(st.lists(st.integers(0, 5), min_size=2, max_size=2), min_size=1, max_size=3).filter(lambda z: all(map(any, z))), st.integers(0, 10**6))
+def test_slices_equal_their_layers_one_by_one(ranks, seed):
+    "Widths and ranks differ from slice to slice; rank 0 stands for an adapter that leaves the slice out"
+    layers = [[weights(seed + z, 11, 7 + z, [w])[0] if w else None for w in r] for z, r in enumerate(ranks)]
+    x, ids = rows(seed, 4, 2, 11, 1)[1], torch.tensor([0, 1, -1, 0])
+    y = [rows(seed + z, 4, 2, 1, 7 + z)[0] for z in range(len(ranks))]
+    s = stack_slices(layers)
+    assert s.ranks.tolist() == ranks and s.scale.dtype == torch.float32
+    for y_z, got, stack in zip(y, ops.lora(y, x, s.A, s.B, s.scale, s.ranks, ids), map(stack_layers, layers)):
+        torch.testing.assert_close(got, lora_torch(y_z, x, *stack, ids), **TOLERANCE)
+        same_bits(got[2], y_z[2])
+
+def test_together_groups_layers_of_one_parent_by_name():
+    paths = ['a.q_proj', 'a.o_proj', 'a.v_proj', 'b.q_proj', 'b.up_proj', 'b.gate_proj', 'b.down_proj', 'lm_head']
+    assert together(paths) == [('a.q_proj', 'a.v_proj'), ('a.o_proj',), ('b.q_proj',), ('b.up_proj', 'b.gate_proj'), ('b.down_proj',), ('lm_head',)]
+
+class Block(torch.nn.Module):
+    "Calls its projections with the input it is told to"
+    def __init__(self):
+        super().__init__()
+        for name in ('q_proj', 'k_proj', 'v_proj'): setattr(self, name, torch.nn.Linear(6, 6))
+        self.device = torch.device('cpu')
+
+def test_layers_collect_only_what_was_computed_from_their_own_input():
+    "One computation for a shared input; other inputs, other orders, repeated and missing calls still give each layer its own result"
+    torch.manual_seed(0)
+    block, calls = Block(), []
+    def counted(*args): calls.append(len(args[0])); return lora_slices(*args)
+    layers = {n: weights(i, 6, 6, [2])[0] for i, n in enumerate(('q_proj', 'k_proj', 'v_proj'))}
+    bank = AdapterBank(block, [Adapter('toy', layers)], counted)
+    want = lambda n, x: getattr(block, n)(x) + layers[n].scale * x @ layers[n].A.T @ layers[n].B.T
+    x, other = torch.randn(2, 1, 2, 6)
+    expected = {(n, name): want(n, v) for n in layers for name, v in (('x', x), ('other', other))}
+    inputs = dict(x=x, other=other)
+    with torch.no_grad(), bank.attached([0]):
+        for sequence, times in (('qx kx vx', 1), ('vx kx qx', 1), ('qx ko vo', 2), ('qx qx', 2), ('qo', 1), ('kx vo qo', 2)):
+            calls.clear()
+            for n, i in sequence.split():
+                name, source = f'{n}_proj', 'x' if i == 'x' else 'other'
+                torch.testing.assert_close(getattr(block, name)(inputs[source]), expected[name, source], **TOLERANCE)
+            assert len(calls) == times, sequence
+    assert all(s.x is None and not s.left for s in bank._groups.values())
+
 @compiled
 def test_lora_compiles_to_the_same():
     torch._dynamo.reset()
     (y, x), (A, B, scale), ids = rows(0, 4, 1, 24, 40), stack_layers(weights(0, 24, 40, [4, 2])), torch.tensor([0, -1, 1, 0])
-    fast = torch.compile(lambda *a: ops.lora(*a), fullgraph=True)(y, x, A, B, scale, ids)
-    torch.testing.assert_close(fast, ops.lora(y, x, A, B, scale, ids), **TOLERANCE)
+    fast = torch.compile(lambda *a: lora_op(*a), fullgraph=True)(y, x, A, B, scale, ids)
+    torch.testing.assert_close(fast, lora_op(y, x, A, B, scale, ids), **TOLERANCE)
     same_bits(fast[1], y[1])
 
 @compiled
@@ -172,7 +223,7 @@ def test_no_trace_after_an_error(error, tmp_path):
     model = toy_model()
     bank, before = AdapterBank(model, [adapter(model, tmp_path/'a')]), copy.deepcopy(model.state_dict())
     with pytest.raises(error), bank.attached([0]):
-        assert len(shadows(model)) == len(bank.layers)
+        assert len(shadows(model)) == sum(map(len, bank.slices))
         raise error
     assert shadows(model) == [] and bank.ids is None
     for k, v in model.state_dict().items(): same_bits(v, before[k])

@@ -1,0 +1,131 @@
+"The operators: one meaning for reference, fake function and compiled code, and a kernel only where it may serve"
+import functools
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from npu_lora_decoding import ops
+from npu_lora_decoding.core import DecodingError, generator
+from npu_lora_decoding.lora import LoraWeights, stack_slices
+
+compiled = pytest.mark.skipif(not ops.compiles(), reason='torch.compile finds no C++ compiler')
+
+def lora_args(seed=0, b=3, t=2, d=40, widths=(12, 7), ranks=((4, 2), (0, 3)), ids=(1, -1, 0), dtype=torch.float32):
+    g = generator(seed)
+    weight = lambda r, o: LoraWeights(torch.randn(r, d, generator=g).to(dtype), torch.randn(o, r, generator=g).to(dtype), 0.7) if r else None
+    s = stack_slices([[weight(r, o) for r in row] for row, o in zip(ranks, widths)])
+    return [torch.randn(b, t, o, generator=g).to(dtype) for o in widths], torch.randn(b, t, d, generator=g).to(dtype), s.A, s.B, s.scale, s.ranks, torch.tensor(ids)
+
+def calls():
+    "Return arguments for every operator"
+    g = generator(1)
+    y, x, A, B, scale, ranks, ids = lora_args()
+    e, a = torch.randn(2, 3, 50, generator=g)
+    dials = torch.full((3, 1), .1), torch.full((3, 1), .5)
+    draft, target = torch.randn(2, 4, 50, generator=g)
+    _, lse, top_p, top_i = ops.topk_loss_forward(draft, target, 5)
+    return dict(lora=(y, x, A, B, scale, ranks, ids), lora_shrink=(x, A, scale, ranks, ids, 2), lora_expand=(y, torch.randn(2, 3, 2, 2, 4, generator=g), B, ranks, ids),
+                cold_scores=(e, a, *dials), cold_select=(e, a, *dials), kv_commit=([torch.randn(2, 2, 9, 4, generator=g)], torch.tensor([[0, 2], [1, 3]]), torch.tensor([2, 1]), 4),
+                topk_loss_forward=(draft.requires_grad_(), target, 5), topk_loss_backward=(torch.ones(4), draft.detach(), lse.detach(), top_p.detach(), top_i))
+
+def test_every_operator_is_tried(): assert set(calls()) == set(ops._OPERATORS) - {'toy_double', 'toy_square'}
+
+@pytest.mark.parametrize('name', calls())
+def test_operator_keeps_the_rules_of_torch_library(name):
+    "Schema (what is changed in place), fake shapes, autograd registration, and compiled code with symbolic shapes"
+    torch.library.opcheck(getattr(torch.ops.npu_lora, name).default, calls()[name])
+
+@pytest.mark.parametrize('name', calls())
+def test_face_and_operator_agree(name):
+    ours, theirs = calls()[name], calls()[name]
+    got, want = getattr(ops, name)(*ours), getattr(torch.ops.npu_lora, name)(*theirs)
+    if name == 'kv_commit': got, want = ours[0], theirs[0]
+    for g, w in zip(*([x] if isinstance(x, torch.Tensor) else x for x in (got, want))): assert torch.equal(g, w)
+
+@functools.cache
+def toy(name):
+    "Return an operator with a kernel for the CPU, whose result tells who ran: the reference doubles, the kernel doubles and adds one"
+    op = ops.define_op(f'{name}(Tensor x) -> Tensor', lambda x: x * 2, torch.empty_like)
+    ops.register_kernel(name, 'cpu', lambda x: x * 2 + 1, 'toy 1.0')
+    return op
+
+def test_a_kernel_serves_its_device_and_says_so():
+    op = toy('toy_double')
+    assert op(torch.ones(2)).tolist() == [3, 3] and ops.backend('toy_double', 'cpu') == 'toy 1.0'
+    assert ops.backend('lora', 'cpu') == ops.backend('lora', torch.device('cpu')) == ops.backend('toy_double', 'meta') == 'torch'
+    assert op(torch.ones(2, device='meta')).shape == (2,)
+
+def test_a_kernel_without_a_gradient_leaves_training_to_the_reference():
+    op = toy('toy_square')
+    x = torch.ones(2, requires_grad=True)
+    assert op(x).tolist() == [2, 2] and torch.autograd.grad(op(x).sum(), x)[0].tolist() == [2, 2]
+    with torch.no_grad(): assert op(x).tolist() == [3, 3]
+
+@compiled
+def test_a_kernel_is_a_box_to_the_compiler():
+    torch._dynamo.reset()
+    op = toy('toy_square')
+    assert torch.compile(lambda x: op(x) + 1, fullgraph=True)(torch.ones(2)).tolist() == [4, 4]
+
+def test_a_kernel_for_an_unknown_operator_is_refused():
+    with pytest.raises(DecodingError, match="no operator 'nothing': use one of"): ops.register_kernel('nothing', 'cpu', None, '')
+
+case = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 70), st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 3), st.integers(1, 4), st.data())
+
+@settings(max_examples=60, deadline=None)
+@given(case)
+def test_shrink_and_expand_are_lora_row_by_row(case):
+    "The references that kernels are held against, against the loop; any number of parts; padding that is NaN is never used"
+    b, t, d, widths, n, parts, data = case
+    ranks = [[data.draw(st.integers(0, 6)) for _ in range(n)] for _ in widths]
+    ranks[0][0] = max(1, ranks[0][0])
+    if not all(map(any, ranks)): ranks = [[max(1, r) for r in row] for row in ranks]
+    ids = [data.draw(st.integers(-1, n - 1)) for _ in range(b)]
+    y, x, A, B, scale, own, ids = lora_args(0, b, t, d, widths, ranks, ids)
+    want = ops.lora(y, x, A, B, scale, own, ids)
+    padding = torch.arange(A.shape[2]) >= own[..., None]
+    A, B = A.masked_fill(padding[..., None], torch.nan), [B_z.masked_fill(p[..., None], torch.nan) for B_z, p in zip(B, padding)]
+    h = ops.lora_shrink(x, A, scale, own, ids, parts)
+    assert h.shape == (parts, b, t, len(widths), A.shape[2]) and not h[:, ids < 0].any()
+    for got, w, y_z in zip(ops.lora_expand(y, h, B, own, ids), want, y):
+        torch.testing.assert_close(got, w, rtol=1e-4, atol=1e-4)
+        assert torch.equal(got[ids < 0].view(torch.int32), y_z[ids < 0].view(torch.int32))
+
+def test_an_id_without_adapter_is_nan_and_touches_no_other_row():
+    y, x, A, B, scale, ranks, _ = lora_args()
+    ids = torch.tensor([2, -1, -5])
+    out = ops.lora_expand(y, ops.lora_shrink(x, A, scale, ranks, ids, 1), B, ranks, ids)
+    assert all(o[[0, 2]].isnan().all() and torch.equal(o[1], y_z[1]) for o, y_z in zip(out, y))
+
+commits = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(0, 6), st.integers(0, 8), st.data())
+
+@settings(max_examples=100, deadline=None)
+@given(commits)
+def test_commit_moves_accepted_nodes_and_nothing_else(case):
+    b, g, start, free, data = case
+    nodes = [data.draw(st.lists(st.integers(0, max(0, free - 1)), max_size=free, unique=True).map(sorted)) for _ in range(b)]
+    m = max(map(len, nodes))
+    order = torch.tensor([n + [data.draw(st.sampled_from([0, -3, 99]))] * (m - len(n)) for n in nodes], dtype=torch.long).view(b, m)
+    planes = [torch.randn(b, g, start + free, 4, generator=generator(i)) for i in range(2)]
+    before = [x.clone() for x in planes]
+    ops.kv_commit(planes, order, torch.tensor([len(n) for n in nodes]), start)
+    for x, old in zip(planes, before):
+        for i, n in enumerate(nodes):
+            assert torch.equal(x[i, :, start:start + len(n)], old[i, :, [start + j for j in n]])
+            assert torch.equal(x[i, :, :start], old[i, :, :start]) and torch.equal(x[i, :, start + len(n):], old[i, :, start + len(n):])
+
+def test_commit_skips_columns_outside_the_cache_and_keeps_nan_bits():
+    x = torch.arange(8, dtype=torch.int32).add(0x7f800001).view(torch.float32).view(1, 1, 8, 1).clone()  # signalling NaNs, all different
+    before = x.view(torch.int32).clone()
+    ops.kv_commit([x], torch.tensor([[1, 6, 99]]), torch.tensor([3]), 3)
+    after = x.view(torch.int32)
+    assert after.flatten().tolist() == [*before.flatten().tolist()[:3], before[0, 0, 4, 0].item(), *before.flatten().tolist()[4:]]
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 40), st.integers(0, 10**6), st.data())
+def test_topk_loss_is_the_plain_definition(t, v, seed, data):
+    k, g = data.draw(st.integers(1, v)), generator(seed)
+    draft, target = (torch.randn(t, v, generator=g) * 4).requires_grad_(), torch.randn(t, v, generator=g) * 4
+    plain = lambda z: -(target.softmax(-1).topk(k)[0] * z.log_softmax(-1).gather(1, target.topk(k)[1])).sum(-1)
+    weight = torch.rand(t, generator=g)
+    torch.testing.assert_close(ops.topk_loss(draft, target, k), plain(draft), rtol=1e-5, atol=1e-5)
+    ours, theirs = (torch.autograd.grad((f(draft) * weight).sum(), draft)[0] for f in (lambda z: ops.topk_loss(z, target, k), plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
