@@ -2,7 +2,7 @@
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lab notebooks readme results clean
+.PHONY: help venv demo test lab notebooks readme results kernels clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -30,6 +30,9 @@ readme: $(READY) ## Write README.md from nbs/index.ipynb
 results: $(READY) ## Make the files under results/ again (DATA=folder adds the tasks that need files)
 	bash results/make.sh $(DATA)
 
+kernels: ## Verify the Ascend kernels, in an environment of their own (kernels/README.md)
+	bash kernels/verify/run
+
 clean: ## Remove .venv and everything else that was built
-	rm -rf .venv .check.* build dist *.egg-info .pytest_cache .hypothesis README.md.new
+	rm -rf .venv kernels/verify/.venv .check.* build dist *.egg-info .pytest_cache .hypothesis README.md.new
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -32,6 +32,14 @@ def _column(x, e):
     require(len(x) in (1, len(e)), f'there are {len(x)} values of alpha or beta for {len(e)} sequences', 'give one number, or one for each sequence')
     return x
 
+def _alike(expert, base):
+    "Return both as a kernel reads them: whole rows of one dtype; a constraint may have made the expert's fp32, and padded vocabulary cut the rows"
+    return expert.contiguous(), base.to(expert.dtype).contiguous()
+
+def _refuse(who, broken):
+    bad = broken.nonzero()[:, 0].unique().tolist()
+    require(not bad, f'the {who} gave NaN or infinite logits in rows {bad}', 'check the model and adapter weights, or use dtype="fp32"')
+
 @dataclass(frozen=True)
 class CoLD:
     "Contrastive LoRA decoding: `e + beta * (e - a)` where `e >= log(alpha) + max(e)`"
@@ -59,20 +67,17 @@ class CoLD:
         expert:torch.Tensor,  # Logits `(b, ..., v)`
         base:torch.Tensor,  # Logits `(b, ..., v)`
     ) -> torch.Tensor:  # `(b, ..., v)` fp32, minus infinity outside the plausible set
-        "Return the contrastive scores; raises `DecodingError` naming a row that holds NaN"
-        for who, x in (('expert', expert), ('base', base)):
-            bad = x.amax(-1).isnan().nonzero()[:, 0].tolist()
-            require(not bad, f'the {who} gave NaN logits in rows {bad}', 'check the model and adapter weights, or use dtype="fp32"')
-        return ops.cold_scores(expert, base, _column(self.alpha, expert), _column(self.beta, expert))
+        "Return the contrastive scores; raises `DecodingError` naming a row whose best logit is NaN or infinite"
+        for who, x in (('expert', expert), ('base', base)): _refuse(who, ~x.amax(-1).isfinite())
+        return ops.cold_scores(*_alike(expert, base), _column(self.alpha, expert), _column(self.beta, expert))
 
     def select(self,
         expert:torch.Tensor,  # Logits `(b, ..., v)`
         base:torch.Tensor,  # Logits `(b, ..., v)`
     ) -> torch.Tensor:  # Token of each row `(b, ...)`
         "Return the best token of each row in one pass over its logits"
-        token = ops.cold_select(expert, base, _column(self.alpha, expert), _column(self.beta, expert))
-        bad = (token < 0).nonzero()[:, 0].tolist()
-        require(not bad, f'expert or base gave NaN logits in rows {bad}', 'check the model and adapter weights, or use dtype="fp32"')
+        token = ops.cold_select(*_alike(expert, base), _column(self.alpha, expert), _column(self.beta, expert))
+        _refuse('expert or base', token < 0)
         return token
 
 # %% ../nbs/05_cold.ipynb #6f30dc90

@@ -197,7 +197,7 @@ def kernel_report(
     from npu_lora_kernels import cases
     name = getattr(torch, device.type).get_device_name(device)
     log(f'{name}: {served}')
-    outcomes = check_cases([c for family in cases.families() for c in cases.family(family).CASES], device, log)
+    outcomes = check_cases([c for family in cases.FAMILIES for c in cases.family(family).CASES], device, log)
     failed = sum(o.problem is not None for o in outcomes)
     log(f'{len(outcomes) - failed} of {len(outcomes)} cases agree with the references')
     checks = check_tokens(lm, prompts)

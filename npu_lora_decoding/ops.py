@@ -156,22 +156,21 @@ def cold_scores_torch(
     alpha:torch.Tensor,  # `(..., 1)`, in (0, 1]
     beta:torch.Tensor,  # `(..., 1)`, finite
 ) -> torch.Tensor:  # fp32 `(..., v)`, minus infinity outside the plausible set
-    "Return the contrastive scores of every token"
+    "Return the contrastive scores of every token, NaN where a row's best logit, of either, is not finite"
     e, a = e.float(), a.float()
-    floor = torch.where(a.isneginf(), torch.inf, a).amin(-1, keepdim=True)
-    plausible = e >= alpha.log() + e.amax(-1, keepdim=True)
-    return torch.where(plausible, e + beta * (e - torch.maximum(a, floor)), -torch.inf)
+    top, floor = e.amax(-1, keepdim=True), torch.where(a.isneginf(), torch.inf, a).amin(-1, keepdim=True)
+    scores = torch.where(e >= alpha.log() + top, e + beta * (e - torch.maximum(a, floor)), -torch.inf)
+    return torch.where(top.isfinite() & a.amax(-1, keepdim=True).isfinite(), scores, torch.nan)
 
 def cold_select_torch(
     e:torch.Tensor,  # Expert logits `(..., v)`, any float dtype
     a:torch.Tensor,  # Base logits `(..., v)`
     alpha:torch.Tensor,  # `(..., 1)`, in (0, 1]
     beta:torch.Tensor,  # `(..., 1)`, finite
-) -> torch.Tensor:  # Token of each row `(...)`, -1 where a row holds NaN
+) -> torch.Tensor:  # Token of each row `(...)`, -1 where a row's best logit, of either, is not finite
     "Return the token with the best contrastive score, the lowest index among ties"
-    token = cold_scores_torch(e, a, alpha, beta).argmax(-1)
-    broken = (e.amax(-1) + a.amax(-1)).isnan()  # a maximum is NaN as soon as one entry is
-    return torch.where(broken, -1, token)
+    score, token = cold_scores_torch(e, a, alpha, beta).max(-1)
+    return torch.where(score.isnan(), -1, token)
 
 def _scores_fake(e, a, alpha, beta): return torch.empty_like(e, dtype=torch.float32)
 def _select_fake(e, a, alpha, beta): return e.new_empty(e.shape[:-1], dtype=torch.long)

@@ -228,8 +228,8 @@ def test_a_seed_of_ours_leaves_the_global_one_alone(llama):
 def test_nan_is_named(who, row):
     e, a = logits()
     (e if who == 'expert' else a)[row, 11] = torch.nan
-    with pytest.raises(DecodingError, match=rf'the {who} gave NaN logits in rows \[{row}\]'): CoLD().combine(e, a)
-    with pytest.raises(DecodingError, match=rf'NaN logits in rows \[{row}\]'): CoLD().select(e, a)
+    with pytest.raises(DecodingError, match=rf'the {who} gave NaN or infinite logits in rows \[{row}\]'): CoLD().combine(e, a)
+    with pytest.raises(DecodingError, match=rf'NaN or infinite logits in rows \[{row}\]'): CoLD().select(e, a)
 
 @pytest.mark.parametrize('options', [{}, dict(repetition_penalty=1.2)], ids=['select', 'combine'])
 def test_nan_in_the_loop_is_named(llama, options):
@@ -237,7 +237,7 @@ def test_nan_in_the_loop_is_named(llama, options):
     layers = dict(bank.adapters[0].layers)
     path = 'model.layers.1.mlp.down_proj'
     layers[path] = LoraWeights(layers[path].A, layers[path].B * torch.nan, 1.)
-    with pytest.raises(DecodingError, match=r'NaN logits in rows \[0, 1, 2\]'): run(model, *prompts(), CoLD(), AdapterBank(model, [Adapter('nan', layers)]), **options)
+    with pytest.raises(DecodingError, match=r'NaN or infinite logits in rows \[0, 1, 2\]'): run(model, *prompts(), CoLD(), AdapterBank(model, [Adapter('nan', layers)]), **options)
     assert not any('forward' in m.__dict__ for m in model.modules())
 
 @pytest.mark.parametrize('bad', [dict(alpha=0), dict(alpha=-.1), dict(alpha=1.01), dict(alpha=math.nan), dict(beta=math.inf), dict(beta=math.nan), dict(alpha=(.1, 0.)), dict(beta=(0., math.nan))])

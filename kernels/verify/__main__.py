@@ -1,0 +1,63 @@
+"""Verify the kernels as far as it goes without an NPU: `python -m verify [--write] [family ...]`; the exit code is 1 when anything failed"""
+import argparse, collections, multiprocessing, os, subprocess, sys
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+import torch
+from . import examine, report
+from npu_lora_kernels.cases import FAMILIES, family
+
+HERE = Path(__file__).parent
+
+def say(*words): print(*words, flush=True)
+
+def tests(file, **environment):
+    "Run a file of tests in its own process and return its failures"
+    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '--tb=short', '--disable-warnings', HERE/file], env=os.environ | environment, capture_output=True, text=True)
+    about = ' '.join([file, *environment.values()])
+    say('tests', about, done.stdout if done.returncode else done.stdout.splitlines()[-1])
+    return [f'{about}: see above'] if done.returncode else []
+
+def all_tests(chosen):
+    "Test the harness, what the kernels refuse, and every family under the interpreter, as many at a time as there are cores"
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        interpreted = pool.map(lambda name: tests('test_interpreter.py', TRITON_INTERPRET='1', VERIFY_FAMILIES=name), chosen)
+        return [f for found in [*pool.map(tests, ['test_harness.py', 'test_arguments.py']), *interpreted] for f in found]
+
+def progress(pool, function, tasks):
+    "Yield function(*task) for each task, in order"
+    for task, result in zip(tasks, pool.map(function, *zip(*tasks))):
+        say(f'{function.__name__} {" ".join(map(str, task))}')
+        yield result
+
+def verify(chosen):
+    "Return (findings, number of planted bugs, failures) of the chosen families"
+    failures = all_tests(chosen)
+    cases = [(name, c.name, dtype) for name in chosen for c in family(name).CASES for dtype in c.dtypes]
+    mutants = [(name, i) for name in chosen for i in range(len(family(name).MUTANTS))]
+    failures += [f'{name}: two cases are called {case!r}' for (name, case, _), n in collections.Counter(cases).items() if n > 1]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context('spawn'), torch.set_num_threads, (1,)) as pool:
+        findings = list(progress(pool, examine.examine, cases))
+        failures += [f for finding in findings for f in finding.failures]
+        failures += [f for found in progress(pool, examine.overflows, [(name,) for name in chosen]) for f in found]
+        failures += list(filter(None, progress(pool, examine.survives, mutants)))
+    return findings, len(mutants), failures
+
+def main():
+    parser = argparse.ArgumentParser(prog='verify', description=__doc__)
+    parser.add_argument('--write', action='store_true', help='write the report into kernels/README.md, instead of comparing it with the one there')
+    parser.add_argument('families', nargs='*', help=f'only these (then there is no report): {", ".join(FAMILIES)}')
+    options = parser.parse_args()
+    findings, mutants, failures = verify(options.families or FAMILIES)
+    if not failures and not options.families: failures = publish(report.report(findings, mutants), options.write)
+    for failure in failures: say('FAILED', failure)
+    say(f'{len(failures)} failures' if failures else 'verified')
+    sys.exit(bool(failures))
+
+def publish(new, write):
+    "Write the report, or return a failure when the committed one differs"
+    text = report.README.read_text()
+    if write: report.README.write_text(report.written(text, new))
+    elif report.committed(text) != new: return ['kernels/README.md: its report is not what was found: run kernels/verify/run --write']
+    return []
+
+if __name__ == '__main__': main()

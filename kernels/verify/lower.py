@@ -1,0 +1,57 @@
+"""Lower one launch to Ascend linalg MLIR, the input of bishengir-compile: offline, without CANN, torch_npu or a device"""
+import functools, re
+from dataclasses import dataclass
+from triton._C.libtriton import ir
+from triton.backends.ascend import compiler as ascend
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import ASTSource
+
+ARCH = 'Ascend910B3'  # the lowered text is the same for every 910B: planning tells them apart
+
+@dataclass(frozen=True)
+class Lowered:
+    "One configuration: a kernel lowered for given argument types and constants"
+    name: str
+    mode: str  # aiv: vector cores, aic: cube cores, mix: both
+    signature: tuple  # ((parameter, type), ...) of the arguments that are passed at run time
+    constants: tuple  # ((parameter, value), ...), with the integers that are 1: Triton compiles those in
+    text: str
+
+    def __str__(self):
+        blocks = ' '.join(f'{k}={v}' for k, v in self.constants)
+        return f'{self.name}({" ".join(t for _, t in self.signature if t.startswith("*"))}; {blocks})'
+
+@functools.lru_cache(None)
+def _backend(): return ascend.AscendBackend(GPUTarget('npu', ARCH, 0))
+
+def specialise(kernel, args, constants):
+    "Return (signature, constants, attributes) exactly as Triton's own launch on an NPU derives them from the arguments' values"
+    if kernel.binder is None: kernel.create_binder(_backend())
+    bound, types, *_ = kernel.binder(*args, **constants)
+    attributes = _backend().get_attrs_descriptor(kernel.params, tuple(bound.values()))
+    free = [p for p in kernel.params if not p.is_constexpr]
+    fixed = {p.name: bound[p.name] for p in kernel.params if p.is_constexpr or p.num in attributes.get_constants()}
+    return {p.name: t for p, t in zip(free, types)}, fixed, attributes
+
+def lower(kernel, args, constants):
+    "Return the `Lowered` form of `kernel` for these arguments and constants"
+    return _lower(kernel, *_hashable(*specialise(kernel, args, constants)))
+
+def _hashable(signature, constants, attributes): return tuple(signature.items()), tuple(constants.items()), _Attributes(attributes)
+
+class _Attributes:
+    "Triton's attributes, equal when they say the same: the key of the cache"
+    def __init__(self, value): self.value = value
+    def __eq__(self, other): return self.value.hash() == other.value.hash()
+    def __hash__(self): return hash(self.value.hash())
+
+@functools.lru_cache(None)
+def _lower(kernel, signature, constants, attributes):
+    options, backend, context = _backend().parse_options({}), _backend(), ir.context()
+    ir.load_dialects(context)
+    source = ASTSource(fn=kernel, signature=dict(signature), constants=dict(constants), attrs=attributes.value)
+    module = source.make_ir(options, backend.get_codegen_implementation(), backend.get_module_map(), context)
+    meta = {'hash': 'unused', 'target': backend.target, **options.__dict__}
+    text, meta = ascend._parse_linalg_metadata(ascend.ttir_to_linalg(ascend.make_ttir(module, meta, options), meta, options, named_ops=True), meta)
+    fixed = dict(constants)
+    return Lowered(meta['kernel_name'], meta['mix_mode'], tuple((k, t) for k, t in signature if k not in fixed), constants, text)
