@@ -15,6 +15,7 @@ from .targets import target_of
 MAX_RANK, MAX_PARTS = 256, 16
 ALIGN = 32  # Parts of the width are multiples of so many columns, 64 bytes of fp16, so that every transfer starts aligned
 BURST = 256  # Least columns worth a transfer: 512 bytes of fp16, from which it runs at full speed
+VARYING = ['tiles', 'm', 'b', 't', 'n', 'parts', 'z0', 'z_i']  # with the batch, the text and the layer: a specialisation for each would compile in the middle of decoding
 CUBE_ROWS = 16  # From so many tokens with one adapter on, a cube core takes the work: its smallest operand has 16 rows
 
 @triton.jit
@@ -25,7 +26,7 @@ def _adapter(ids, ranks, row, n, z_i, r):
     i = tl.where(own, i, 0)
     return i, tl.where(own, tl.minimum(tl.load(ranks + z_i * n + i), r), 0), own
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def lora_shrink_kernel(h, x, A, scale, ranks, ids, tiles, m, t, n, z, r, d, parts, part, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
     "A tile is `BLOCK_R` ranks of one row and slice, summed over one part of the width, on a vector core"
     rank_tiles = tl.cdiv(r, BLOCK_R)
@@ -64,7 +65,7 @@ def _expand_slice(out, y, B, h, ranks, ids, row, c, z_i, m, t, n, z, r, o, parts
     delta = tl.where(own, tl.sum(acc, 0), float('nan'))
     tl.store(out + at + os, tl.where(base, y_o, (y_o.to(tl.float32) + delta).to(y_o.dtype)), mask=os < o)
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def lora_expand_kernel(out0, out1, out2, y0, y1, y2, B0, B1, B2, h, ranks, ids, tiles, m, t, n, z0, z, r, o0, o1, o2, parts,
                        SLICES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr):
     "A tile is `BLOCK_O` columns of one row, in one of up to three slices, on a vector core"
@@ -78,28 +79,31 @@ def lora_expand_kernel(out0, out1, out2, y0, y1, y2, B0, B1, B2, h, ranks, ids, 
         elif c < c0 + c1: _expand_slice(out1, y1, B1, h, ranks, ids, row, c - c0, z0 + 1, m, t, n, z, r, o1, parts, BLOCK_P, BLOCK_R, BLOCK_O)
         else: _expand_slice(out2, y2, B2, h, ranks, ids, row, c - c0 - c1, z0 + 2, m, t, n, z, r, o2, parts, BLOCK_P, BLOCK_R, BLOCK_O)
 
-@triton.jit
-def lora_shrink_tile_kernel(h, x, A, scale, ranks, ids, tiles, b, t, n, z, r, d, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    "A tile is `BLOCK_T` tokens of one sequence times `BLOCK_R` ranks of one slice, on a cube core: tokens of a sequence share their adapter"
+@triton.jit(do_not_specialize=VARYING)
+def lora_shrink_tile_kernel(h, x, A, scale, ranks, ids, tiles, b, t, n, z, r, d, parts, part, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
+    "A tile is `BLOCK_T` tokens of one sequence times `BLOCK_R` ranks of one slice, summed over one part of the width, on a cube core: tokens of a sequence share their adapter"
     rank_tiles, token_tiles = tl.cdiv(r, BLOCK_R), tl.cdiv(t, BLOCK_T)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         r0 = tile % rank_tiles * BLOCK_R
         z_i = tile // rank_tiles % z
-        t0 = tile // (rank_tiles * z) % token_tiles * BLOCK_T
-        row = tile // (rank_tiles * z * token_tiles)
+        p = tile // (rank_tiles * z) % parts
+        t0 = tile // (rank_tiles * z * parts) % token_tiles * BLOCK_T
+        row = tile // (rank_tiles * z * parts * token_tiles)
+        k0 = p * part
+        stop = tl.minimum(k0 + part, d)
         i, rank, own = _adapter(ids, ranks, row, n, z_i, r)
         ts, rs = tl.arange(0, BLOCK_T), r0 + tl.arange(0, BLOCK_R)
         here = (row * t + t0).to(tl.int64)
         acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-        for k in range(0, tl.where(r0 < rank, d, 0), BLOCK_K):
+        for k in range(k0, tl.where(r0 < rank, stop, k0), BLOCK_K):
             ks = k + tl.arange(0, BLOCK_K)
-            x_k = tl.load(x + here * d + ts[:, None] * d + ks[None, :], mask=(ts < t - t0)[:, None] & (ks < d)[None, :], other=0.)
-            a = tl.load(A + ((z_i * n + i) * r + rs)[:, None] * d + ks[None, :], mask=(rs < rank)[:, None] & (ks < d)[None, :], other=0.)
+            x_k = tl.load(x + here * d + ts[:, None] * d + ks[None, :], mask=(ts < t - t0)[:, None] & (ks < stop)[None, :], other=0.)
+            a = tl.load(A + ((z_i * n + i) * r + rs)[:, None] * d + ks[None, :], mask=(rs < rank)[:, None] & (ks < stop)[None, :], other=0.)
             acc = tl.dot(x_k, tl.trans(a), acc, input_precision='ieee')
-        tl.store(h + (here * z + z_i) * r + ts[:, None] * (z * r) + rs[None, :], tl.where(own, acc * tl.load(scale + z_i * n + i), 0.), mask=(ts < t - t0)[:, None] & (rs < r)[None, :])
+        tl.store(h + ((p * b * t + here) * z + z_i) * r + ts[:, None] * (z * r) + rs[None, :], tl.where(own, acc * tl.load(scale + z_i * n + i), 0.), mask=(ts < t - t0)[:, None] & (rs < r)[None, :])
 
-@triton.jit
-def lora_expand_tile_kernel(out, y, B, h, ranks, ids, tiles, t, n, z_i, z, r, o, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr):
+@triton.jit(do_not_specialize=VARYING)
+def lora_expand_tile_kernel(out, y, B, h, ranks, ids, tiles, b, t, n, z_i, z, r, o, parts, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr):
     "A tile is `BLOCK_T` tokens of one sequence times `BLOCK_O` columns of one slice, on a cube core"
     token_tiles, column_tiles = tl.cdiv(t, BLOCK_T), tl.cdiv(o, BLOCK_O)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -111,10 +115,12 @@ def lora_expand_tile_kernel(out, y, B, h, ranks, ids, tiles, t, n, z_i, z, r, o,
         acc = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
         for r0 in range(0, rank, BLOCK_R):
             rs = r0 + tl.arange(0, BLOCK_R)
+            h_r = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+            for p in range(parts):
+                h_r += tl.load(h + ((p * b * t + here) * z + z_i) * r + ts[:, None] * (z * r) + rs[None, :], mask=(ts < t - t0)[:, None] & (rs < rank)[None, :], other=0.)
+            B_r = tl.load(B + (i * r + rs)[:, None] * o + os[None, :], mask=(rs < rank)[:, None] & (os < o)[None, :], other=0.)
             # the cube multiplies numbers of one type: h is rounded to the layer's, as every LoRA layer does between its two products
-            h_r = tl.load(h + (here * z + z_i) * r + ts[:, None] * (z * r) + rs[None, :], mask=(ts < t - t0)[:, None] & (rs < rank)[None, :], other=0.).to(B.dtype.element_ty)
-            b = tl.load(B + (i * r + rs)[:, None] * o + os[None, :], mask=(rs < rank)[:, None] & (os < o)[None, :], other=0.)
-            acc = tl.dot(h_r, b, acc, input_precision='ieee')
+            acc = tl.dot(h_r.to(B_r.dtype), B_r, acc, input_precision='ieee')
         base, inside = tl.load(ids + row) == -1, (ts < t - t0)[:, None] & (os < o)[None, :]
         y_o = tl.load(y + here * o + ts[:, None] * o + os[None, :], mask=inside, other=0.)
         sum_ = y_o.to(tl.float32) + tl.where(own, acc, float('nan'))
@@ -138,17 +144,22 @@ def shrink_plan(m, z, r, d, target):
     return block_r, cdiv(d, part_width(d, parts))
 
 def expand_plan(m, r, widths, target):
-    "Return `(BLOCK_R, BLOCK_O)` of an expand of m rows on vector cores: the columns of a tile are halved where that is needed to fill them"
-    enough = cdiv(m, 2) * sum(cdiv(o, target.blocks.width) for o in widths) >= target.cores
-    return min(target.blocks.rank, next_power_of_2(r)), target.blocks.width if enough else BURST
+    "Return `(BLOCK_R, BLOCK_O)` of an expand of m rows on vector cores: to fill them the columns of a tile are halved, down to rows of half a burst, many of which go in one transfer"
+    block_o = target.blocks.width
+    while cdiv(m, 2) * sum(cdiv(o, block_o) for o in widths) < target.cores and block_o > BURST // 2: block_o //= 2
+    return min(target.blocks.rank, next_power_of_2(r)), block_o
 
 def tile_plan(t, r, target):
     "Return `(BLOCK_T, BLOCK_R)` on cube cores, whose smallest operand is 16 x 16"
     return min(target.blocks.tokens, max(16, next_power_of_2(t))), min(target.blocks.tokens, max(16, next_power_of_2(r)))
 
 def shrink_parts(x, A):
-    "Return into how many partial sums to split the width here; one where many tokens share an adapter, which is work for a cube core"
-    return 1 if x.shape[1] >= CUBE_ROWS else shrink_plan(x.shape[0] * x.shape[1], A.shape[0], *A.shape[2:], target_of(x.device))[1]
+    "Return into how many partial sums to split the width here, so that every core has work: vector cores, or cube cores where many tokens share an adapter"
+    (b, t, d), (z, _, r, _), target = x.shape, A.shape, target_of(x.device)
+    if t < CUBE_ROWS: return shrink_plan(b * t, z, r, d, target)[1]
+    block_t, block_r = tile_plan(t, r, target)
+    parts = min(MAX_PARTS, cdiv(target.cube_cores, cdiv(b, 2) * cdiv(t, block_t) * z * cdiv(r, block_r)), max(1, d // BURST))
+    return cdiv(d, part_width(d, parts))
 
 def lora_shrink(x, A, scale, ranks, ids, parts):
     """Return `h` `(parts, b, t, z, r)` fp32, the partial sums of `scale * A @ x` with each row's adapter, zero for base rows
@@ -157,7 +168,7 @@ def lora_shrink(x, A, scale, ranks, ids, parts):
     """
     check_shrink(x, A, scale, ranks, ids, parts)
     h = torch.empty(parts, *x.shape[:2], A.shape[0], A.shape[2], dtype=torch.float32, device=x.device)
-    (_shrink_tiles if x.shape[1] >= CUBE_ROWS and parts == 1 else _shrink_rows)(h, x, A, scale, ranks, ids)
+    (_shrink_tiles if x.shape[1] >= CUBE_ROWS else _shrink_rows)(h, x, A, scale, ranks, ids)
     return h
 
 def _shrink_rows(h, x, A, scale, ranks, ids):
@@ -167,10 +178,11 @@ def _shrink_rows(h, x, A, scale, ranks, ids):
     launch(lora_shrink_kernel, target.programs(tiles), h, x, A, scale, ranks, ids, tiles, b * t, t, n, z, r, d, parts, part, BLOCK_R=block_r, BLOCK_K=target.blocks.width if part > BURST else BURST)
 
 def _shrink_tiles(h, x, A, scale, ranks, ids):
-    (b, t, d), (z, n, r, _), target = x.shape, A.shape, target_of(x.device)
+    (b, t, d), (z, n, r, _), parts, target = x.shape, A.shape, h.shape[0], target_of(x.device)
     block_t, block_r = tile_plan(t, r, target)
-    tiles = b * cdiv(t, block_t) * z * cdiv(r, block_r)
-    launch(lora_shrink_tile_kernel, target.programs(tiles, cube=True), h, x, A, scale, ranks, ids, tiles, b, t, n, z, r, d, BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_K=target.blocks.tile_width)
+    tiles = b * cdiv(t, block_t) * parts * z * cdiv(r, block_r)
+    launch(lora_shrink_tile_kernel, target.programs(tiles, cube=True), h, x, A, scale, ranks, ids, tiles, b, t, n, z, r, d, parts, part_width(d, parts),
+           BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_K=target.blocks.tile_width)
 
 def lora_expand(y, h, B, ranks, ids):
     """Return for each slice `y + B.T @ h`, `(b, t, o)`, with each row's adapter; base rows keep their bits
@@ -179,7 +191,7 @@ def lora_expand(y, h, B, ranks, ids):
     """
     check_expand(y, h, B, ranks, ids)
     out = [torch.empty_like(y_z) for y_z in y]
-    if y[0].shape[1] >= CUBE_ROWS and h.shape[0] == 1:
+    if y[0].shape[1] >= CUBE_ROWS:
         for z_i in range(len(y)): _expand_tiles(out[z_i], y[z_i], B[z_i], h, ranks, ids, z_i)
     else:
         for z0 in range(0, len(y), 3): _expand_rows(out[z0:z0+3], y[z0:z0+3], B[z0:z0+3], h, ranks, ids, z0)
@@ -195,10 +207,10 @@ def _expand_rows(out, y, B, h, ranks, ids, z0):
            SLICES=slices, BLOCK_P=1 if parts == 1 else MAX_PARTS, BLOCK_R=block_r, BLOCK_O=block_o)
 
 def _expand_tiles(out, y, B, h, ranks, ids, z_i):
-    (_, b, t, z, r), n, o, target = h.shape, ranks.shape[1], y.shape[2], target_of(h.device)
+    (parts, b, t, z, r), n, o, target = h.shape, ranks.shape[1], y.shape[2], target_of(h.device)
     block_t, block_r = tile_plan(t, r, target)
     tiles = b * cdiv(t, block_t) * cdiv(o, target.blocks.tile_width)
-    launch(lora_expand_tile_kernel, target.programs(tiles, cube=True), out, y, B, h, ranks, ids, tiles, t, n, z_i, z, r, o, BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_O=target.blocks.tile_width)
+    launch(lora_expand_tile_kernel, target.programs(tiles, cube=True), out, y, B, h, ranks, ids, tiles, b, t, n, z_i, z, r, o, parts, BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_O=target.blocks.tile_width)
 
 def lora(y, x, A, B, scale, ranks, ids):
     """Return for each slice `y + scale * B.T @ A @ x`, `(b, t, o)`, with each row's adapter: `lora_shrink` and `lora_expand`

@@ -1,7 +1,8 @@
 """What a kernel has to know about the device it runs on: cores to fill, memory to fit, block sizes
 
 Ascend 910B: a vector core plans with 192 KB of UB, a cube core with 128 KB of L0C and 512 KB of L1. Double buffering halves what a tile may use, and a tile of fp16 is cast to fp32 beside its copy;
-the budget is therefore 0.8 * (192 KB / 2) / 4 live buffers = 19 KB, a block of about 8,192 fp16 or 4,096 fp32 numbers. Rows are multiples of 512 bytes, the size from which a burst runs at full speed.
+the budget is therefore 0.8 * (192 KB / 2) / 4 live buffers = 19 KB, a block of about 8,192 fp16 or 4,096 fp32 numbers. Rows of 512 bytes and more are transferred at full speed. The four 910B that are verified
+have the same memories, so one table of blocks serves them; the compiler's own plan for each configuration is in kernels/README.md. CUDA takes the same blocks until somebody measures better ones there.
 """
 import contextlib, functools, threading
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ class Blocks:
     width: int = 512  # Columns of a LoRA tile: rank * width numbers live in UB as fp16 and as fp32
     tokens: int = 64  # Rows of a cube tile: 64 x 128 fp32 is a quarter of L0C
     tile_width: int = 128  # Columns of a cube tile
-    vocabulary: int = 2048  # Tokens of one step over a row of logits: expert, base and scores in fp32 are 24 KB
+    vocabulary: int = 2048  # Tokens of one step over a row of logits: the compiler plans 158 KB of UB for a selection, and refuses 4,096
     heads: int = 16  # KV heads whose path one program moves: 16 x 128 numbers are 4 KB of fp16
 
 @dataclass(frozen=True)
@@ -22,10 +23,11 @@ class Target:
     "One kind of device"
     name: str
     cores: int  # Vector cores: work is split until it fills them
-    cube_cores: int = 0
+    cube_cores: int  # Cores for matrix products, likewise
     persistent: bool = True  # Launch one program a core and loop over tiles inside; a GPU takes one program a tile
     ub: int = 192 << 10  # Bytes a vector core plans with
-    l0c: int = 128 << 10  # Bytes of a cube core's accumulator
+    l0c: int = 128 << 10  # Bytes of a cube core's accumulator,
+    l1: int = 512 << 10  # and of its buffer for operands
     blocks: Blocks = Blocks()
 
     def programs(self, tiles, cube=False):
@@ -33,6 +35,10 @@ class Target:
         return (max(1, min(tiles, self.cube_cores if cube else self.cores) if self.persistent else tiles),)
 
 ASCEND = {t.name: t for t in (Target('Ascend910B1', 48, 24), Target('Ascend910B3', 40, 20), Target('Ascend910B4', 40, 20), Target('Ascend910_9382', 48, 24))}
+
+def gpu(name, processors):
+    "Return the target for a GPU: one program a tile, memory left to its compiler"
+    return Target(name, processors, processors, persistent=False, ub=0, l0c=0, l1=0)
 
 _local = threading.local()
 
@@ -50,7 +56,7 @@ def target_of(device):
 
 @functools.lru_cache(None)
 def _target_of(kind, index):
-    if kind == 'cuda': return Target(torch.cuda.get_device_name(index), torch.cuda.get_device_properties(index).multi_processor_count, persistent=False, ub=0, l0c=0)
+    if kind == 'cuda': return gpu(torch.cuda.get_device_name(index), torch.cuda.get_device_properties(index).multi_processor_count)
     if kind == 'npu': return _npu_target(index)
     return ASCEND['Ascend910B3']  # the interpreter on a CPU plays the middle one
 

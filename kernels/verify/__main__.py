@@ -1,5 +1,5 @@
 """Verify the kernels as far as it goes without an NPU: `python -m verify [--write] [family ...]`; the exit code is 1 when anything failed"""
-import argparse, collections, multiprocessing, os, subprocess, sys
+import argparse, collections, json, multiprocessing, os, subprocess, sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 import torch
@@ -18,10 +18,18 @@ def tests(file, **environment):
     return [f'{about}: see above'] if done.returncode else []
 
 def all_tests(chosen):
-    "Test the harness, what the kernels refuse, and every family under the interpreter, as many at a time as there are cores"
+    "Test whole decodes, the harness, what the kernels refuse, how work is cut, and every family under the interpreter, as many at a time as there are cores"
     with ThreadPoolExecutor(os.cpu_count()) as pool:
+        whole = pool.map(tests, ['test_decode.py', 'test_harness.py', 'test_arguments.py', 'test_plans.py'])
         interpreted = pool.map(lambda name: tests('test_interpreter.py', TRITON_INTERPRET='1', VERIFY_FAMILIES=name), chosen)
-        return [f for found in [*pool.map(tests, ['test_harness.py', 'test_arguments.py']), *interpreted] for f in found]
+        return [f for found in [*whole, *interpreted] for f in found]
+
+def cuda():
+    "Return what verify/cuda.py found: how many configurations of each kernel compile for CUDA, or a failure"
+    path = f'{HERE}/.venv/cuda:{os.environ["PYTHONPATH"]}'
+    done = subprocess.run([sys.executable, '-m', 'verify.cuda'], env=os.environ | dict(PYTHONPATH=path, TRITON_CACHE_DIR=f'{HERE}/.venv/cuda/cache'), capture_output=True, text=True)
+    say('cuda', done.stdout.strip() or done.stderr)
+    return json.loads(done.stdout) if done.returncode == 0 else None
 
 def progress(pool, function, tasks):
     "Yield function(*task) for each task, in order"
@@ -48,7 +56,10 @@ def main():
     parser.add_argument('families', nargs='*', help=f'only these (then there is no report): {", ".join(FAMILIES)}')
     options = parser.parse_args()
     findings, mutants, failures = verify(options.families or FAMILIES)
-    if not failures and not options.families: failures = publish(report.report(findings, mutants), options.write)
+    if not options.families:
+        compiled = cuda()
+        if compiled is None: failures.append('cuda: a kernel does not compile, see above')
+        if not failures: failures = publish(report.report(findings, mutants, compiled), options.write)
     for failure in failures: say('FAILED', failure)
     say(f'{len(failures)} failures' if failures else 'verified')
     sys.exit(bool(failures))

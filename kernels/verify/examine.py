@@ -20,8 +20,8 @@ planned = functools.lru_cache(None)(plan)
 class Finding:
     "What came of one case in one dtype"
     failures: list = field(default_factory=list)
-    kernels: dict = field(default_factory=dict)  # {(target, lowered text): configuration in words}
-    rows: list = field(default_factory=list)  # (case's name, launch, cost) of each launch, for the report
+    kernels: dict = field(default_factory=dict)  # {(target, lowered text): (lowered, cost)} of each configuration that was planned
+    rows: list = field(default_factory=list)  # (the work in words, launch, cost) of each launch, for the report
 
 def examine(name, case, dtype):
     "Run one case on x86 and plan its launches for every target; return the `Finding`"
@@ -35,15 +35,14 @@ def _execute(finding, case, dtype, target):
     try: take(runner, target, compare.check, case, dtype)
     except Exception as e: return finding.failures.append(_told(case, dtype, f'executed as on {target}', e))
     if case.work and dtype == case.dtypes[0] and target == REPORTED:
-        finding.rows = [(case.name, launch, cost.cost(planned(launch.lowered.text, target))) for launch in runner.launches]
+        finding.rows = [(case.work, launch, cost.cost(planned(launch.lowered.text, target))) for launch in runner.launches]
 
 def _plan(finding, case, dtype, target):
     recorder = Recorder()
     try: take(recorder, target, case.host, *case.arguments(dtype))
     except Exception as e: return finding.failures.append(_told(case, dtype, 'lowered', e))
     for launch in recorder.launches:
-        finding.kernels[target, launch.lowered.text] = str(launch.lowered)
-        try: planned(launch.lowered.text, target)
+        try: finding.kernels[target, launch.lowered.text] = launch.lowered, cost.cost(planned(launch.lowered.text, target))
         except PlanError as e: finding.failures.append(_told(case, dtype, f'{launch.lowered} planned for {target}', e))
 
 def _told(case, dtype, doing, error):
@@ -65,7 +64,7 @@ def _scratch(): return tempfile.TemporaryDirectory()  # until the process ends: 
 
 def survives(name, index):
     "Return why planted bug `index` of a family is not caught, or nothing when a case fails because of it"
-    (text, replacement), cases = family(name).MUTANTS[index], sorted(family(name).CASES, key=lambda c: c.work)
+    (text, replacement), cases = family(name).MUTANTS[index], sorted(family(name).CASES, key=lambda c: bool(c.work))
     sources = {m: Path(sys.modules[m].__file__).read_text().count(text) for m in {c.host.__module__ for c in cases}}
     if sum(sources.values()) != 1: return f'{name}: mutant {text!r} is found {sum(sources.values())} times in {", ".join(sources)}'
     module = next(m for m, n in sources.items() if n)

@@ -8,28 +8,46 @@ README = Path(__file__).parent.parent/'README.md'
 START, END = '<!-- report -->', '<!-- end of report -->'
 CLAIM = ("*lowered and memory-planned for Ascend 910B by Huawei's bishengir-compile 1.2.0; the lowered IR validated numerically on x86; "
          'final code generation and execution on an NPU not performed.*')
-NOTES = '''Per core, read from the compiled file: UB, L1 and L0C are the last byte in use; "doubled" counts buffers with two places, so that loading overlaps with work; calls, flags (set and wait) and barriers
-are counted in the program text, not as often as its loops run. Counted while the lowered program ran: "moved" is all bytes between global memory and the cores, "busiest" the part of the program that moves
-most, "/ floor" is moved over the floor: each byte that is needed read once and each result written once; what cube and vector cores exchange through the workspace is not in it. "Ideal" is the ideal time at
-HBM bandwidth: the bytes of the core with most of them, when 1.6 TB/s (910B1, 910B3, 910_9382) or 0.8 TB/s (910B4), an assumption, are shared equally by all cores. It is arithmetic, not a measurement.'''
-COLUMNS = 'shape, kernel, cores, UB, L1, L0C, workspace, doubled, loads, stores, scalar loads, vector calls, cube calls, flags, barriers, programs, moved, busiest, / floor, ideal B3, ideal B4'.split(', ')
-CORES = dict(aiv='vector', aic='cube', mix='cube + vector')
+CORES = dict(aiv='vector', aic='cube', mix='cube, vector')
+LIMITS = {space: getattr(ASCEND['Ascend910B3'], space) for space in ('ub', 'l0c', 'l1')}  # Bytes; all four are alike
+PLANNED = 'A configuration is a kernel with its types, blocks and whatever else Triton compiles in. Memory is the most that any of them uses, with its share of what a core has. The last column: the same source compiled to machine code for {target} by Triton {triton}; not run.'
+COSTS = '''fp16, planned for 910B3. Counted while the lowered program ran: "moved" is all bytes between global memory and the cores, "/ floor" is moved over the floor (each byte that is needed read once, each result
+written once), "busiest" the part of the program that moves most; what cube and vector cores exchange through a workspace is not in it. "Ideal" is the time of those bytes when 1.6 TB/s (910B3) or 0.8 TB/s (910B4), an
+assumption, are shared equally by all cores: arithmetic, not a measurement. Read from the compiled file: UB in use; "doubled", buffers with two places, so that loading overlaps with work; loads, stores, vector and cube
+calls, flags (set and wait) and barriers in the program text, each counted once however often its loop runs.'''
 
-def report(findings, mutants):
+def report(findings, mutants, cuda):
     "Return the report as Markdown"
-    kernels = {key: name for f in findings for key, name in f.kernels.items()}
-    planned = ', '.join(f'{a} {sum(t == a for t, _ in kernels)}' for a in ARCHS)
-    counts = (f'{len(findings)} cases (shape and dtype) agree with their torch references, with the programs run first to last and last to first. Configurations planned (kernel, types, constants): {planned}. '
-              f'Planted bugs caught: {mutants} of {mutants}.')
-    rows = [_row(*row) for f in findings for row in f.rows]
-    table = [COLUMNS, ['---'] * 3 + ['--:'] * (len(COLUMNS) - 3), *rows]
-    return '\n\n'.join([CLAIM, counts, '\n'.join('| ' + ' | '.join(map(str, r)) + ' |' for r in table), NOTES])
+    counts = (f'{len(findings)} cases (shape and dtype) agree with their torch references, the programs run first to last and last to first. {mutants} of {mutants} planted bugs are caught. '
+              'SmolLM2-135M with an adapter, every operator served by lowered code, writes the tokens of the references: greedy, CoLD, and CoLD over trees, in fp32. '
+              'Of every kernel, the same configuration with larger blocks is refused.')
+    kernels = {key: value for f in findings for key, value in f.kernels.items()}
+    return '\n\n'.join([CLAIM, counts, '### Planned', _planned(kernels, cuda['counts']), PLANNED.format(**cuda), '### Cost', _costs([row for f in findings for row in f.rows]), COSTS])
 
-def _row(name, launch, cost):
-    "Return one launch as the cells of a line"
-    times = [f'{1e6 * ideal_seconds(launch, ASCEND[t]):.2f} µs' for t in ('Ascend910B3', 'Ascend910B4')]
-    return [name, f'`{launch.lowered.name}`', CORES[launch.lowered.mode], *(f'{b:,}' for b in (cost.ub, cost.l1, cost.l0c, cost.workspace)), cost.doubled, cost.loads, cost.stores, cost.scalars,
-            cost.vector, cost.cube, cost.flags, cost.barriers, len(launch.moved), f'{sum(launch.moved):,}', f'{max(launch.moved):,}', f'{sum(launch.moved) / launch.distinct:.2f}', *times]
+def _table(columns, rows, words):
+    "Return Markdown; the first `words` columns hold words, the others numbers"
+    return '\n'.join('| ' + ' | '.join(map(str, r)) + ' |' for r in [columns, ['---'] * words + ['--:'] * (len(columns) - words), *rows])
+
+def _planned(kernels, cuda):
+    "Return the table of what was planned for Ascend and compiled for CUDA, a line a kernel"
+    rows = []
+    for name in dict.fromkeys(lowered.name for lowered, _ in kernels.values()):
+        mine = {key: value for key, value in kernels.items() if value[0].name == name}
+        modes = {lowered.mode for lowered, _ in mine.values()}
+        most = {space: max(getattr(cost, space) for _, cost in mine.values()) for space in LIMITS}
+        used = [f'{n:,} ({n / LIMITS[space]:.0%})' if n else '' for space, n in most.items()]
+        rows.append([f'`{name}`', *(CORES[m] for m in modes), *(sum(target == a for target, _ in mine) for a in ARCHS), *used, cuda[name]])
+    return _table(['kernel', 'cores', *(f'planned for {a.removeprefix("Ascend")}' for a in ARCHS), 'UB', 'L0C', 'L1', 'compiled for CUDA'], rows, 2)
+
+def _costs(rows):
+    "Return the table of what realistic work costs, a line a launch"
+    columns = 'work, kernel, programs, moved, / floor, busiest, ideal B3, ideal B4, UB, doubled, loads, stores, vector, cube, flags, barriers'.split(', ')
+    return _table(columns, [_cost(*row) for row in rows], 2)
+
+def _cost(work, launch, cost):
+    ideal = [f'{1e6 * ideal_seconds(launch, ASCEND[t]):.2f} µs' for t in ('Ascend910B3', 'Ascend910B4')]
+    return [work, f'`{launch.lowered.name}`', len(launch.moved), f'{sum(launch.moved):,}', f'{sum(launch.moved) / launch.distinct:.2f}', f'{max(launch.moved):,}', *ideal,
+            f'{cost.ub:,}', cost.doubled, cost.loads, cost.stores, cost.vector, cost.cube, cost.flags, cost.barriers]
 
 def committed(text):
     "Return the report inside README text, or nothing"

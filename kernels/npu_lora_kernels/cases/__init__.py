@@ -22,7 +22,7 @@ class Case:
     dtypes: tuple = (torch.float16, torch.bfloat16, torch.float32)
     tolerance: dict | None = None  # {dtype: (atol, rtol)}; None: equal bit for bit
     mutates: tuple = ()  # positions of arguments that are changed in place, compared besides what is returned
-    work: bool = False  # a realistic decoding shape: the cost report is made from these
+    work: str = ''  # what a realistic shape is, in words: the cost report is made from these
 
     def arguments(self, dtype):
         "Return the arguments, the same at every call"

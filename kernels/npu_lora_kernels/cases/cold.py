@@ -64,7 +64,7 @@ def _late(e, a):
     e.fill_(1), a.fill_(1)
     e[..., 0], a[..., 0] = 1.5, 4
 
-def case(host, reference, shape, kind=REAL, change=_plain, alpha=None, beta=None, dtypes=Case.dtypes, work=False):
+def case(host, reference, shape, kind=REAL, change=_plain, alpha=None, beta=None, dtypes=Case.dtypes, work=''):
     "A case on logits of `shape`; alpha and beta: one value, or None for one that differs from row to row"
     def make(dtype, generator):
         e, a = _logits(kind, shape, dtype, generator)
@@ -96,7 +96,7 @@ CASES = [make(*args, **kwargs) for make in (select, scores) for args, kwargs in 
     (((3, 9000), REAL, _border), dict(alpha=SQUARE, beta=one(.5))), *[((shape, REAL, _late), dict(alpha=one(.1), beta=one(.5))) for shape in ((3, 9000), (41, 9000))],
 ]] + [
     select((7, 97), REAL, _broken), select((7, 5000), REAL, _broken),
-    select((1, 49152), alpha=one(.1), beta=one(.5), work=True), select((8, 151936), alpha=one(.1), beta=one(.5), work=True), scores((1, 49152), alpha=one(.1), beta=one(.5), work=True),
+    select((1, 49152), alpha=one(.1), beta=one(.5), work='token of one pair, 49,152 tokens'), select((8, 151936), alpha=one(.1), beta=one(.5), work='tokens of eight pairs, 151,936 tokens'), scores((1, 49152), alpha=one(.1), beta=one(.5), work='scores of one pair, 49,152 tokens'),
 ]
 
 def random_case(draw):

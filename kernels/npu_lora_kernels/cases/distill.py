@@ -33,12 +33,12 @@ def _pair(t, v, k, holes, broken, dtype, generator):
     if broken: _broken(draft, target)
     return draft, target
 
-def forward(t, v, k, holes=False, broken=False, work=False):
+def forward(t, v, k, holes=False, broken=False, work=''):
     "The loss of `t` rows; `holes`: half of the tokens have no probability; `broken`: the first two rows hold NaN"
     def make(dtype, generator): return *_pair(t, v, k, holes, broken, dtype, generator), k
     return Case('distill', f'loss t={t} v={v} k={k}{" holes" * holes}{" NaN" * broken}', topk_loss_forward, ops.topk_loss_forward_torch, make, tolerance=SUMS, work=work)
 
-def backward(t, v, k, holes=False, broken=False, work=False):
+def backward(t, v, k, holes=False, broken=False, work=''):
     "The gradient of such a loss, from the reference's own forward pass"
     def make(dtype, generator):
         draft, target = _pair(t, v, k, holes, broken, dtype, generator)
@@ -47,7 +47,7 @@ def backward(t, v, k, holes=False, broken=False, work=False):
     return Case('distill', f'gradient t={t} v={v} k={k}{" holes" * holes}{" NaN" * broken}', topk_loss_backward, ops.topk_loss_backward_torch, make, tolerance=ROUNDED, work=work)
 
 CASES = [make(t, v, k, *more) for make in (forward, backward) for t, v, k, *more in [
-    (0, 97, 1), (1, 97, 1), (5, 97, 10), (1, 2049, 10), (5, 2049, 64, True), (5, 4099, 10, True), (33, 4099, 10, True, True), (41, 97, 10), (1, 49152, 10), (8, 49152, 10, False, False, True)]]
+    (0, 97, 1), (1, 97, 1), (5, 97, 10), (1, 2049, 10), (5, 2049, 64, True), (5, 4099, 10, True), (33, 4099, 10, True, True), (41, 97, 10), (1, 49152, 10), (8, 49152, 10, False, False, 'distillation, 8 rows of 49,152 logits')]]
 
 def random_case(draw):
     "Draw a loss or a gradient"
