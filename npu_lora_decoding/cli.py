@@ -20,7 +20,7 @@ from .finetune import FinetuneConfig, card, finetune
 from .quality import answers, judge, paired, parse_arm, save_rows, score_arms
 from .measure import compare, environment, table
 from .verify import check_rows, verify as verify_ways
-from .doctor import kernel_device, kernel_report
+from .doctor import kernel_device, kernel_report, wrong
 from .advise import BETAS, advise, plot_sweep, sweep
 from .show import token_ansi
 
@@ -280,11 +280,10 @@ def doctor(
 def _check_kernels(device, file):
     "Write the report of `15c_doctor`; status 1 when a kernel is wrong"
     lm, _ = _load(None, None, 'fp32', device.type)
-    report = kernel_report(device, lm, king_james().dev[:16])
-    save_rows([dict(method='kernels') | report, environment()], file)
-    wrong = report['failed'] + sum(len(t['unexplained']) for t in report['tokens'])
-    print(f'{file}: {f"{wrong} WRONG" if wrong else "all kernels agree with the references"}')
-    if wrong: sys.exit(1)
+    save = lambda report: save_rows([dict(method='kernels') | report, environment()], file)
+    problems = wrong(kernel_report(device, lm, king_james().dev[:16], save))
+    print(f'{file}: {len(problems)} WRONG, the first is {problems[0]}' if problems else f'{file}: all kernels agree with the references')
+    if problems: sys.exit(1)
 
 # %% ../nbs/17_cli.ipynb #2dbe7046
 _SHOWN = dict(greedy='greedy', beam='beam', cold='cold:{alpha}:{beta}')

@@ -28,6 +28,7 @@ class Plain:
 # %% ../nbs/05_cold.ipynb #8337673b
 def _column(x, e):
     "Return a float, or one value for each sequence, as a tensor that broadcasts over logits `e` `(b, ..., v)`"
+    if isinstance(x, (int, float)): return torch.full([1] * e.dim(), x, dtype=torch.float32, device=e.device)  # made there: a copy would wait for the device
     x = torch.as_tensor(x, dtype=torch.float32, device=e.device).reshape(-1, *[1] * (e.dim()-1))
     require(len(x) in (1, len(e)), f'there are {len(x)} values of alpha or beta for {len(e)} sequences', 'give one number, or one for each sequence')
     return x

@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['Outcome', 'on_device', 'check_cases', 'lora_loop', 'lora_gather', 'peft_layer', 'lora_problem', 'lora_contestants',
-           'copy_bandwidth', 'lora_floor', 'measure_lora', 'check_tokens', 'kernel_device', 'kernel_report']
+           'copy_bandwidth', 'lora_floor', 'cold_calls', 'measure_lora', 'Guesses', 'check_tokens', 'kernel_device',
+           'kernel_report', 'wrong']
 
 # %% ../nbs/15c_doctor.ipynb #effa0ce7
-import functools, importlib.util
+import functools, itertools
 from dataclasses import asdict, dataclass
 import torch, torch.nn.functional as F
 from . import ops
 from .core import get_device, has_device, require, time_interleaved
 from .lora import LoraWeights, stack_slices
 from .cold import CoLD, Plain
+from .tree import Tree
+from .decode import Decoder, bank_of
 from .quality import batches_of
 from .measure import methods
 from .verify import check, check_rows
@@ -132,6 +135,18 @@ def lora_floor(x, A, B, y):
     "Return the least bytes of one `lora`: each operand read once, each result written once"
     return sum(t.numel() * t.element_size() for t in (x, A, B[0], y, y))
 
+def cold_calls(
+    rows:int, d:int, r:int, dtype:torch.dtype, device:torch.device,  # As for `lora_problem`
+    mb:int=512,  # Adapters in all: more than a cache holds
+):  # Function without arguments
+    "Return a function that applies `lora` to other adapters at every call"
+    calls = max(2, (mb << 20) // (rows * r * 2 * d * dtype.itemsize))
+    A, B = (torch.empty(shape, dtype=dtype, device=device).normal_(std=d**-.5) for shape in ((1, calls * rows, r, d), (calls * rows, r, d)))
+    scale, ranks = torch.ones(1, calls * rows, device=device), torch.full((1, calls * rows), r, dtype=torch.int32, device=device)
+    x, y = (torch.randn(rows, 1, d, device=device).to(dtype) for _ in range(2))
+    ids = itertools.cycle(torch.arange(calls * rows, device=device).view(calls, rows))
+    return lambda: ops.lora([y], x, A, [B], scale, ranks, next(ids))
+
 @torch.no_grad()
 def measure_lora(
     device:torch.device,
@@ -147,10 +162,9 @@ def measure_lora(
     copy, table = copy_bandwidth(device), []
     for d, r, b in [(d, r, b) for d in widths for r in ranks for b in rows]:
         weight, *args = problem = lora_problem(b, d, r, dtype, device)
-        y = [F.linear(args[0], weight)]
-        ways = {name: _many(way, times) for name, way in lora_contestants(*problem).items()} | dict(alone=_many(lambda: ops.lora(y, *args), times))
+        ways = {name: _many(way, times) for name, way in lora_contestants(*problem).items()} | dict(alone=_many(cold_calls(b, d, r, dtype, device), times))
         seconds = {name: t.median / times for name, t in time_interleaved(ways, rounds, 2, device).items()}
-        share = lora_floor(args[0], args[1], args[2], y[0]) / seconds['alone'] / copy
+        share = lora_floor(*args[:3], F.linear(args[0], weight)) / seconds['alone'] / copy
         table.append(dict(width=d, rank=r, rows=b, share_of_copy=share, **{name: seconds[name] / seconds['ours'] for name in ('loop', 'gather', 'peft')}))
         log(f'd {d:5} r {r:3} rows {b:2}: {share:6.1%} of copy bandwidth; ' + ', '.join(f'{n} {table[-1][n]:.2f}x' for n in ('loop', 'gather', 'peft')))
     return table
@@ -161,18 +175,43 @@ def _recorded(run, batches, n):
     answers = iter([run(*batch, n) for batch in batches])
     return lambda *_: next(answers)
 
+class Guesses:
+    "A drafter for tests: trees of four nodes from answers that are known, right and wrong in turn"
+    def __init__(self, answers, start): self.answers, self.start, self.steps = answers, start, 0
+
+    def propose(self, state, rows):
+        self.steps += 1
+        tokens = [self._tree(a.tolist(), text, text[self.start:].numel()) for a, text in zip(self.answers, state.text)]
+        return Tree(torch.tensor(tokens, device=self.answers.device), torch.tensor([[-1, 0, 0, 2]] * len(tokens), device=self.answers.device), 'guess')
+
+    def _tree(self, answer, text, said):
+        right, then = (answer[said:said + 2] + [0, 0])[:2]
+        return [int(text[-1]), right + 1 if right == 0 else right - 1, right if self.steps % 2 else max(0, right - 2), then]
+
+def _over_trees(lm, target, known):
+    "Return a way of decoding over trees whose guesses come from known answers, a batch at a call"
+    bank = bank_of(lm)
+    def run(ids, mask, n):
+        decoder = Decoder(target, Guesses(next(known), ids.shape[1]), bank=bank, vocab=lm.vocab)
+        out = lm.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=lm.pad_id, custom_generate=decoder)
+        return out[:, ids.shape[1]:]
+    return run
+
 def check_tokens(
     lm,  # Model with an adapter, in fp32, on the device
     prompts:list,  # Texts, messages or `Item`s
     new_tokens:int=32,
     target:CoLD=CoLD(),
 ) -> list:  # `Check`s
-    "Compare decoding with kernels and with references"
+    "Compare decoding with kernels and with references; CoLD also over trees, whose guesses are the references' own answers, right and wrong in turn"
     require(lm.dtype == torch.float32, f'in {lm.dtype} roundings change tokens, and no equality can be expected', 'use fp32')
     batches, ways = batches_of(lm, prompts, 4), methods(target)
-    answers = {name: _recorded(ways[name].build(lm, None), batches, new_tokens) for name in ('greedy', 'cold')}
+    with ops.references(): known = [ways['cold'].build(lm, None)(*batch, new_tokens) for batch in batches]
+    ours = dict(greedy=ways['greedy'].build(lm, None), cold=ways['cold'].build(lm, None), trees=_over_trees(lm, target, iter(known)))
+    answers = {name: _recorded(run, batches, new_tokens) for name, run in ours.items()}
     with ops.references():  # which also judge how close a difference was
-        return [check(lm, f'{name}: kernels = references', t, answers[name], ways[name].build(lm, None), batches, new_tokens) for name, t in (('greedy', Plain()), ('cold', target))]
+        compare = lambda name, way, t: check(lm, f'{name}: kernels = references', t, answers[name], ways[way].build(lm, None), batches, new_tokens)
+        return [compare('greedy', 'greedy', Plain()), compare('cold', 'cold', target), compare('trees', 'cold', target)]
 
 # %% ../nbs/15c_doctor.ipynb #982ff98f
 def kernel_device(
@@ -182,24 +221,42 @@ def kernel_device(
     require(kind in ('npu', 'cuda'), f'kernels run on npu and cuda, not on {kind!r}', 'choose one of them')
     remedy = "run this on an Ascend host with CANN, torch_npu and triton-ascend" if kind == 'npu' else 'run this on a machine with a CUDA device and triton'
     require(has_device(kind), f'no {kind} device is here, so there is nothing to report', remedy)
-    require(importlib.util.find_spec('triton') is not None, 'Triton is not installed, so no kernel can run', 'install triton-ascend' if kind == 'npu' else 'install triton')
+    problem = ops.find_kernels(kind)[2]
+    require(problem is None, str(problem), f'install {"triton-ascend" if kind == "npu" else "triton"} as its own page says')
     return get_device(kind)
 
 def kernel_report(
     device:torch.device,  # From `kernel_device`
     lm,  # A model with an adapter, in fp32, on that device
     prompts:list,  # What it shall answer
+    save=lambda report: None,  # Called with the report after each section
     log=print,
-) -> dict:  # Device, outcomes, bandwidth table and token checks
-    "Return everything that one run on a device can tell"
+) -> dict:  # Device, operators, and the sections `cases`, `tokens` and `lora`
+    "Return everything that one run on a device can tell; a section that stops says why, and the others follow"
     served = {op: ops.backend(op, device) for op in ops._OPERATORS}
     require('torch' not in served.values(), f'these operators have no kernel on {device.type}: {", ".join(k for k, v in served.items() if v == "torch")}', 'install the Triton of this device')
     from npu_lora_kernels import cases
     name = getattr(torch, device.type).get_device_name(device)
     log(f'{name}: {served}')
-    outcomes = check_cases([c for family in cases.FAMILIES for c in cases.family(family).CASES], device, log)
-    failed = sum(o.problem is not None for o in outcomes)
-    log(f'{len(outcomes) - failed} of {len(outcomes)} cases agree with the references')
-    checks = check_tokens(lm, prompts)
-    for c in checks: log(c)
-    return dict(device=name, operators=served, failed=failed, cases=[asdict(o) for o in outcomes], tokens=check_rows(checks), lora=measure_lora(device, log=log))
+    report = dict(device=name, operators=served)
+    sections = dict(cases=lambda: [asdict(o) for o in check_cases([c for f in cases.FAMILIES for c in cases.family(f).CASES], device, log)],
+                    tokens=lambda: check_rows(check_tokens(lm, prompts)), lora=lambda: measure_lora(device, log=log))
+    for section, make in sections.items():
+        report[section] = _section(section, make, log)
+        save(report)
+    return report
+
+def _section(name, make, log):
+    "Return a section of the report, or what stopped it: the file must reach us, and the next section be tried"
+    try: return make()
+    except Exception as e:
+        log(f'{name}: {type(e).__name__}: {e}')
+        return dict(error=f'{type(e).__name__}: {e}')
+
+def wrong(
+    report:dict,  # From `kernel_report`
+) -> list:  # Sentences
+    "Return what a report found wrong"
+    broken = [f'{name}: {s["error"]}' for name, s in report.items() if isinstance(s, dict) and 'error' in s]
+    rows = lambda name: report[name] if isinstance(report[name], list) else []
+    return broken + [f'{c["case"]}, {c["dtype"]}: {c["problem"]}' for c in rows('cases') if c['problem']] + [f'{t["check"]}: {len(t["unexplained"])} prompts differ' for t in rows('tokens') if t['unexplained']]

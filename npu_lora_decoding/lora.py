@@ -36,7 +36,7 @@ def stack_layers(
     "Return the adapters of one layer as three tensors, ranks padded with zeros"
     first = next(w for w in layers if w is not None)
     r, d, o = max(rank, *(w.A.shape[0] for w in layers if w)), first.A.shape[1], first.B.shape[0]
-    A, B, scale = first.A.new_zeros(len(layers), r, d), first.B.new_zeros(len(layers), r, o), torch.zeros(len(layers), device=first.A.device)
+    A, B, scale = first.A.new_zeros(len(layers), r, d), first.B.new_zeros(len(layers), r, o), torch.zeros(len(layers), dtype=torch.float32, device=first.A.device)
     for k, w in enumerate(layers):
         if w is not None: A[k, :w.A.shape[0]], B[k, :w.A.shape[0]], scale[k] = w.A, w.B.T, w.scale
     return A, B, scale

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['ALIGN', 'lora_shrink', 'lora_expand', 'lora', 'cold_scores', 'cold_select', 'kv_commit', 'topk_loss_forward',
-           'topk_loss_backward', 'define_op', 'served', 'register_kernel', 'backend', 'references', 'part_width',
-           'lora_shrink_torch', 'lora_expand_torch', 'compiles', 'cold_scores_torch', 'cold_select_torch',
+           'topk_loss_backward', 'define_op', 'served', 'register_kernel', 'find_kernels', 'backend', 'references',
+           'part_width', 'lora_shrink_torch', 'lora_expand_torch', 'compiles', 'cold_scores_torch', 'cold_select_torch',
            'kv_commit_torch', 'topk_loss_forward_torch', 'topk_loss_backward_torch', 'topk_loss']
 
 # %% ../nbs/04_ops.ipynb #6fae8f00
-import contextlib, importlib.util
+import contextlib, importlib.util, warnings
 import torch
 from .core import DecodingError, require
 from .lora import lora_torch
 
 # %% ../nbs/04_ops.ipynb #95f58db0
 # One library a process, kept by torch itself: a notebook that is run again in the same process must find it, and one that ends must not take it away
-_LIBRARY = vars(torch.library).setdefault('_npu_lora_library', torch.library.Library('npu_lora', 'FRAGMENT'))
+if not hasattr(torch.library, '_npu_lora_library'): torch.library._npu_lora_library = torch.library.Library('npu_lora', 'FRAGMENT')
+_LIBRARY = torch.library._npu_lora_library
 _KEYS = dict(cpu='CPU', cuda='CUDA', npu='PrivateUse1')  # torch's dispatch keys
 _OPERATORS, _KERNELS = {}, {'cpu': {}}  # operator -> whether it has a gradient; device -> {operator: label of its kernel}
 
@@ -43,9 +44,9 @@ def served(
     name:str,  # Operator name, without `npu_lora::`
     args:tuple,  # Its arguments
 ) -> bool:
-    "Return whether a kernel takes this call"
+    "Return whether a kernel takes this call: there is one, there is something to do, nothing is fp64, and no gradient is wanted that it has not"
     tensors = _tensors(args)
-    if backend(name, tensors[0].device.type) == 'torch': return False
+    if backend(name, tensors[0].device.type) == 'torch' or not all(x.numel() > 0 and x.dtype != torch.float64 for x in tensors): return False
     return _OPERATORS[name] or not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 def register_kernel(
@@ -59,13 +60,27 @@ def register_kernel(
     _LIBRARY.impl(name, kernel, _KEYS[device])
     _KERNELS.setdefault(device, {})[name] = label
 
+def find_kernels(
+    kind:str,  # Device type
+) -> tuple:  # Kernels by operator, their label, and None; or nothing, nothing, and what is missing
+    "Return the kernels that can run on a kind of device, or a sentence that says why there are none"
+    wanted = dict(cuda=('nvidia', 'triton'), npu=('ascend', 'triton-ascend')).get(kind)
+    if wanted is None: return {}, None, f'no kernels are written for {kind}'
+    backend, package = wanted
+    if importlib.util.find_spec('triton') is None: return {}, None, f'no kernels on {kind}: {package} is not installed'
+    try:
+        import npu_lora_kernels, triton
+        if backend in triton.backends.backends: return npu_lora_kernels.kernels(), f'{package} {triton.__version__}', None
+        return {}, None, f'no kernels on {kind}: the Triton that is installed is not {package}'
+    except Exception as e: return {}, None, f'no kernels on {kind}: Triton does not start ({e})'  # a driver or a library it needs is missing, each in its own words
+
 def _kernels_on(kind):
     "Register the Triton kernels for a kind of device when it is first met, and return the label of each"
     if kind not in _KERNELS:
+        kernels, label, problem = find_kernels(kind)
+        if problem and kind in _KEYS: warnings.warn(f'{problem}; the torch references run instead.')
         _KERNELS[kind] = {}
-        if kind in _KEYS and importlib.util.find_spec('triton'):
-            import npu_lora_kernels, triton
-            for name, kernel in npu_lora_kernels.kernels().items(): register_kernel(name, kind, kernel, f'triton {triton.__version__}')
+        for name, kernel in kernels.items(): register_kernel(name, kind, kernel, label)
     return _KERNELS[kind]
 
 @torch.compiler.assume_constant_result  # a compiler that comes by asks once
@@ -131,7 +146,7 @@ def lora_expand_torch(
         return torch.where((ids == -1)[:, None, None], y_z, (y_z.float() + delta).to(y_z.dtype))
     return [one(*a) for a in zip(y, h.unbind(2), B, ranks)]
 
-def _like(y, *_): return [torch.empty_like(y_z) for y_z in y]
+def _like(y, *_): return [torch.empty_like(y_z, memory_format=torch.contiguous_format) for y_z in y]
 def _shrink_fake(x, A, scale, ranks, ids, parts): return x.new_empty(parts, *x.shape[:2], A.shape[0], A.shape[2], dtype=torch.float32)
 
 lora_shrink = define_op('lora_shrink(Tensor x, Tensor A, Tensor scale, Tensor ranks, Tensor ids, int parts) -> Tensor', lora_shrink_torch, _shrink_fake)
@@ -243,9 +258,13 @@ def _save(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(inputs[0], *output[1:])
 
-def _differentiate(ctx, grad, *_): return topk_loss_backward(grad.contiguous(), *ctx.saved_tensors), None, None
+def _differentiate(ctx, grad, *_):
+    require(not torch.is_grad_enabled(), 'the Top-K loss has no second derivative', 'do not use create_graph=True')
+    return topk_loss_backward(grad.contiguous(), *ctx.saved_tensors), None, None
 
-torch.library.register_autograd('npu_lora::topk_loss_forward', _differentiate, setup_context=_save, lib=_LIBRARY)
+if not hasattr(_LIBRARY, 'differentiable'):  # once, like the definitions above
+    torch.library.register_autograd('npu_lora::topk_loss_forward', _differentiate, setup_context=_save, lib=_LIBRARY)
+    _LIBRARY.differentiable = True
 
 def topk_loss(
     draft:torch.Tensor,  # Logits of the draft `(t, v)`
@@ -253,4 +272,7 @@ def topk_loss(
     k:int=10,  # How many of the target's likeliest tokens count
 ) -> torch.Tensor:  # `(t,)` fp32
     "Return the Top-K distillation loss of every row, differentiable in `draft`, without a softmax of the whole vocabulary in memory"
-    return torch.ops.npu_lora.topk_loss_forward(draft, target, k)[0]
+    args = draft.contiguous(), target.contiguous(), k
+    # through the operator, for its lean gradient, unless a kernel is there that must not take this call
+    through = served('topk_loss_forward', args) or 'topk_loss_forward' not in _KERNELS[draft.device.type]
+    return (torch.ops.npu_lora.topk_loss_forward if through else topk_loss_forward_torch)(*args)[0]

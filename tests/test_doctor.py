@@ -72,5 +72,6 @@ def test_tokens_of_kernels_and_references(tmp_path, kernel_on_cpu, wrong):
     kernel_on_cpu(kernel)
     checks = doctor.check_tokens(lm, toy_items(4), 8)
     layers = 2 * 4  # two blocks: q, k, v together, o, gate and up together, down
-    assert len(calls) == layers * 8 * 2, 'kernels run for greedy and CoLD, and not for their references'
-    assert [bool(c.differences) for c in checks] == [bool(wrong)] * 2
+    steps, rest = divmod(len(calls), layers)
+    assert rest == 0 and (16 < steps < 24 or wrong and steps == 24), 'kernels run for greedy, for CoLD, and for trees, in fewer steps where the guesses are right; not for their references'
+    assert [bool(c.differences) for c in checks] == [bool(wrong)] * 3

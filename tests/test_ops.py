@@ -1,5 +1,6 @@
 "The operators: one meaning for reference, fake function and compiled code, and a kernel only where it may serve"
-import functools
+import functools, importlib.util, sys
+from types import SimpleNamespace
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from npu_lora_decoding import ops
@@ -33,12 +34,72 @@ def test_operator_keeps_the_rules_of_torch_library(name):
     "Schema (what is changed in place), fake shapes, autograd registration, and compiled code with symbolic shapes"
     torch.library.opcheck(getattr(torch.ops.npu_lora, name).default, calls()[name])
 
+REFERENCES = dict(lora=ops.lora_torch) | {name: getattr(ops, f'{name}_torch') for name in calls() if name != 'lora'}
+FACES = {name: getattr(ops, name) for name in calls()}
+DIFFERENTIABLE = {'topk_loss_forward'}
+
+@pytest.fixture
+def kernels(monkeypatch):
+    "Serve every operator on the CPU by its reference, and note who was called"
+    library, called = torch.library.Library('npu_lora', 'IMPL'), []
+    for name, reference in REFERENCES.items():
+        def kernel(*args, name=name, reference=reference): called.append(name); return reference(*args)
+        library.impl(name, kernel, 'CPU')
+    monkeypatch.setitem(ops._KERNELS, 'cpu', dict.fromkeys(REFERENCES, 'noted'))
+    yield called
+    library._destroy()
+
 @pytest.mark.parametrize('name', calls())
-def test_face_and_operator_agree(name):
-    ours, theirs = calls()[name], calls()[name]
-    got, want = getattr(ops, name)(*ours), getattr(torch.ops.npu_lora, name)(*theirs)
-    if name == 'kv_commit': got, want = ours[0], theirs[0]
-    for g, w in zip(*([x] if isinstance(x, torch.Tensor) else x for x in (got, want))): assert torch.equal(g, w)
+def test_a_call_reaches_the_kernel_unless_it_must_not(kernels, name):
+    "Not inside `references()`, not where it would lose a gradient, not in fp64"
+    def serves(args, face=FACES[name]):
+        kernels.clear(); face(*args); return kernels == [name]
+    args = calls()[name]
+    kernels.clear()
+    with torch.no_grad(): assert serves(args)
+    with torch.no_grad(), ops.references(): assert not serves(args) and not kernels
+    if name != 'kv_commit':
+        train = [[x.clone().requires_grad_() if x.is_floating_point() else x for x in a] if isinstance(a, list) else a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+        assert serves(train) == (name in DIFFERENTIABLE)
+    wide = lambda a: [x.double() if x.is_floating_point() else x for x in a] if isinstance(a, list) else a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+    with torch.no_grad(): assert ops.served(name, args) and not ops.served(name, [wide(a) for a in args])
+
+def test_topk_loss_goes_the_same_way(kernels):
+    draft, target, k = calls()['topk_loss_forward']
+    kernels.clear()
+    ops.topk_loss(draft, target, k).sum().backward()
+    assert kernels == ['topk_loss_forward', 'topk_loss_backward']
+    kernels.clear()
+    with ops.references(): ops.topk_loss(draft, target, k).sum().backward()
+    assert not kernels
+    grad = torch.autograd.grad(ops.topk_loss(draft[:, ::2], target[:, ::2], k).sum(), draft)[0]
+    assert grad[:, ::2].any() and not grad[:, 1::2].any()
+
+def test_topk_loss_refuses_a_second_derivative():
+    draft, target, k = calls()['topk_loss_forward']
+    with pytest.raises(DecodingError, match='the Top-K loss has no second derivative'): torch.autograd.grad(ops.topk_loss(draft, target, k).sum(), draft, create_graph=True)
+
+@compiled
+def test_slices_through_a_kernel_compile_whole(kernels):
+    torch._dynamo.reset()
+    args = calls()['lora']
+    kernels.clear()
+    got = torch.compile(lambda: ops.lora(*args), fullgraph=True)()
+    assert 'lora' in kernels and all(torch.equal(a, b) for a, b in zip(got, ops.lora_torch(*args), strict=True))
+    torch._dynamo.reset()
+
+@pytest.mark.parametrize('kind, said', [('meta', 'no kernels are written for meta'), ('cuda', 'no kernels on cuda: triton is not installed'), ('npu', 'no kernels on npu: triton-ascend is not installed')])
+def test_missing_kernels_are_explained(kind, said):
+    if importlib.util.find_spec('triton') and kind != 'meta': pytest.skip('Triton is here')
+    assert ops.find_kernels(kind) == ({}, None, said)
+
+def test_a_triton_of_another_device_or_a_broken_one_is_explained(monkeypatch):
+    monkeypatch.setattr(ops.importlib.util, 'find_spec', lambda name: True)
+    other = SimpleNamespace(__version__='3', backends=SimpleNamespace(backends={'nvidia': 1}))
+    monkeypatch.setitem(sys.modules, 'triton', other)
+    assert ops.find_kernels('npu')[2] == 'no kernels on npu: the Triton that is installed is not triton-ascend'
+    monkeypatch.setitem(sys.modules, 'triton', None)  # an import of None raises
+    assert ops.find_kernels('npu')[2].startswith('no kernels on npu: Triton does not start (')
 
 @functools.cache
 def toy(name):

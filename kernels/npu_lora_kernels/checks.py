@@ -1,14 +1,8 @@
 """What every host function asks of its arguments, in one sentence that names the remedy"""
 import torch
+from npu_lora_decoding.core import require  # raises DecodingError
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-
-class KernelError(ValueError):
-    "An argument that no kernel can take; the message names the remedy"
-
-def require(ok, problem, remedy):
-    "Raise `KernelError` with `problem` and `remedy` unless `ok`"
-    if not ok: raise KernelError(f'{problem}: {remedy}.')
 
 def check_tensor(name, x, shape, dtypes=FLOATS, device=None):
     "Check one tensor's shape (None in `shape` takes any size), dtype, device and contiguity"

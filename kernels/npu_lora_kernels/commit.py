@@ -13,7 +13,7 @@ from .targets import target_of
 
 _WORDS = {2: tl.int16, 4: tl.int32}
 
-@triton.jit(do_not_specialize=['start'])  # it changes at every step, and a new specialisation would compile in the middle of decoding
+@triton.jit(do_not_specialize=['start', 'tiles', 'b', 'm', 's'])  # they change from step to step, and a new specialisation would compile in the middle of decoding
 def kv_commit_kernel(table, order, count, start, tiles, b, g, m, s, k, WORD: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr):
     "One tile: the accepted path of one row, in `BLOCK_G` heads of one plane"
     # No program reads what another wrote: a tile's heads belong to it alone. Nor does a move read what an earlier one of its tile wrote: those wrote columns below j, and this one reads a column above j

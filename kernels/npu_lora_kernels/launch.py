@@ -11,15 +11,21 @@ def launch(kernel, grid, *args, **constants):
     On a device this is Triton's own launch. Inside `running(...)` somebody else takes the call: the verification lowers it for Ascend, plans its memory and executes the lowered code on x86.
     """
     runner = getattr(_local, 'runner', None)
-    # no fused multiply-add: every device rounds as often as the reference does
-    if runner is None: kernel[grid](*map(_table, args), enable_fp_fusion=False, **constants)
-    else: runner(kernel, grid, args, constants)
+    if runner is not None: return runner(kernel, grid, args, constants)
+    device = next(x.device for a in args for x in (a if isinstance(a, list) else [a]) if isinstance(x, torch.Tensor))
+    with _current(device): kernel[grid](*map(_table, args), **_OPTIONS.get(device.type, {}), **constants)
+
+_OPTIONS = dict(cuda=dict(enable_fp_fusion=False))  # rounds as often as the reference does; triton-ascend has no such choice
+
+def _current(device):
+    "Return a block in which Triton, which asks for the current device and stream, finds those of the tensors"
+    return contextlib.nullcontext() if device.type == 'cpu' else torch.get_device_module(device).device(device)
 
 def _table(a): return _addresses(tuple(x.data_ptr() for x in a), a[0].device) if isinstance(a, list) else a
 
-@functools.lru_cache(4096)
+@functools.lru_cache(64)
 def _addresses(addresses, device):
-    "Return the addresses on `device`: they are copied there once, so tensors that stay where they are cost nothing more, and a captured graph finds their table where it was"
+    "Return the addresses on `device`, copied there once: tensors that stay where they are (a static cache) cost one small blocking copy, a growing cache one at every step"
     return torch.tensor(addresses, dtype=torch.int64).to(device)
 
 @contextlib.contextmanager

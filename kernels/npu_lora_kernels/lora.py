@@ -190,7 +190,7 @@ def lora_expand(y, h, B, ranks, ids):
     y list of `(b, t, o_z)`, h `(parts, b, t, z, r)` fp32 from `lora_shrink`, B list of `(n, r, o_z)` of y's dtype, ranks `(z, n)` int32, ids `(b,)` int64.
     """
     check_expand(y, h, B, ranks, ids)
-    out = [torch.empty_like(y_z) for y_z in y]
+    out = [torch.empty_like(y_z, memory_format=torch.contiguous_format) for y_z in y]
     if y[0].shape[1] >= CUBE_ROWS:
         for z_i in range(len(y)): _expand_tiles(out[z_i], y[z_i], B[z_i], h, ranks, ids, z_i)
     else:
@@ -222,7 +222,7 @@ def lora(y, x, A, B, scale, ranks, ids):
     return lora_expand([y_z.contiguous() for y_z in y], h, B, ranks, ids)
 
 def check_shrink(x, A, scale, ranks, ids, parts):
-    "Raise `KernelError` for arguments that `lora_shrink` cannot take"
+    "Raise `DecodingError` for arguments that `lora_shrink` cannot take"
     check_tensor('x', x, (None, None, None))
     check_tensor('A', A, (None, None, None, x.shape[2]), x.dtype, x.device)
     z, n, r, _ = A.shape
@@ -233,7 +233,7 @@ def check_shrink(x, A, scale, ranks, ids, parts):
     require(1 <= parts <= MAX_PARTS, f'parts is {parts}', 'take it from shrink_parts')
 
 def check_expand(y, h, B, ranks, ids):
-    "Raise `KernelError` for arguments that `lora_expand` cannot take"
+    "Raise `DecodingError` for arguments that `lora_expand` cannot take"
     check_tensor('h', h, (None, None, None, None, None), torch.float32)
     (parts, b, t, z, r), n = h.shape, ranks.shape[-1]
     require(len(y) == len(B) == z, f'there are {len(y)} outputs and {len(B)} Bs for {z} slices', 'give one of each for every slice of h')

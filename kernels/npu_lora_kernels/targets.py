@@ -2,7 +2,7 @@
 
 Ascend 910B: a vector core plans with 192 KB of UB, a cube core with 128 KB of L0C and 512 KB of L1. Double buffering halves what a tile may use, and a tile of fp16 is cast to fp32 beside its copy;
 the budget is therefore 0.8 * (192 KB / 2) / 4 live buffers = 19 KB, a block of about 8,192 fp16 or 4,096 fp32 numbers. Rows of 512 bytes and more are transferred at full speed. The four 910B that are verified
-have the same memories, so one table of blocks serves them; the compiler's own plan for each configuration is in kernels/README.md. CUDA takes the same blocks until somebody measures better ones there.
+have the same memories, so one table of blocks serves them; the compiler's own plan for each configuration is in kernels/README.md. CUDA takes nearly the same blocks until somebody measures better ones there.
 """
 import contextlib, functools, threading
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ ASCEND = {t.name: t for t in (Target('Ascend910B1', 48, 24), Target('Ascend910B3
 
 def gpu(name, processors):
     "Return the target for a GPU: one program a tile, memory left to its compiler"
-    return Target(name, processors, processors, persistent=False, ub=0, l0c=0, l1=0)
+    return Target(name, processors, processors, persistent=False, ub=0, l0c=0, l1=0, blocks=Blocks(tile_width=64))  # fp32 tiles of 128 columns want more shared memory than small GPUs have
 
 _local = threading.local()
 

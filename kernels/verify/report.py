@@ -11,7 +11,7 @@ CLAIM = ("*lowered and memory-planned for Ascend 910B by Huawei's bishengir-comp
 CORES = dict(aiv='vector', aic='cube', mix='cube, vector')
 LIMITS = {space: getattr(ASCEND['Ascend910B3'], space) for space in ('ub', 'l0c', 'l1')}  # Bytes; all four are alike
 PLANNED = 'A configuration is a kernel with its types, blocks and whatever else Triton compiles in. Memory is the most that any of them uses, with its share of what a core has. The last column: the same source compiled to machine code for {target} by Triton {triton}; not run.'
-COSTS = '''fp16, planned for 910B3. Counted while the lowered program ran: "moved" is all bytes between global memory and the cores, "/ floor" is moved over the floor (each byte that is needed read once, each result
+COSTS = '''fp16, planned for 910B3. Counted while the lowered program ran: "moved" is all bytes between global memory and the cores, "/ floor" is moved over the floor (each byte that it touches read once, each result
 written once), "busiest" the part of the program that moves most; what cube and vector cores exchange through a workspace is not in it. "Ideal" is the time of those bytes when 1.6 TB/s (910B3) or 0.8 TB/s (910B4), an
 assumption, are shared equally by all cores: arithmetic, not a measurement. Read from the compiled file: UB in use; "doubled", buffers with two places, so that loading overlaps with work; loads, stores, vector and cube
 calls, flags (set and wait) and barriers in the program text, each counted once however often its loop runs.'''
@@ -19,8 +19,8 @@ calls, flags (set and wait) and barriers in the program text, each counted once 
 def report(findings, mutants, cuda):
     "Return the report as Markdown"
     counts = (f'{len(findings)} cases (shape and dtype) agree with their torch references, the programs run first to last and last to first. {mutants} of {mutants} planted bugs are caught. '
-              'SmolLM2-135M with an adapter, every operator served by lowered code, writes the tokens of the references: greedy, CoLD, and CoLD over trees, in fp32. '
-              'Of every kernel, the same configuration with larger blocks is refused.')
+              'SmolLM2-135M with an adapter, every operator served by lowered code, writes the 12 tokens that the references write for a verse: greedy, CoLD, and CoLD over trees, in fp32. '
+              'Of every kernel, a configuration with larger blocks is refused (fp16, 910B3).')
     kernels = {key: value for f in findings for key, value in f.kernels.items()}
     return '\n\n'.join([CLAIM, counts, '### Planned', _planned(kernels, cuda['counts']), PLANNED.format(**cuda), '### Cost', _costs([row for f in findings for row in f.rows]), COSTS])
 

@@ -1,13 +1,13 @@
 """What a kernel cannot take is refused with one sentence that names the remedy, before anything is launched"""
 import pytest, torch
+from npu_lora_decoding.core import DecodingError
 from npu_lora_kernels import cold, commit, distill, lora
-from npu_lora_kernels.checks import KernelError
 from npu_lora_kernels.launch import running
 
 def never(*_): raise AssertionError('a kernel was launched')
 
 def refused(host, args, said):
-    with running(never), pytest.raises(KernelError, match=said): host(*args)
+    with running(never), pytest.raises(DecodingError, match=said): host(*args)
 
 def shrink(**changed):
     args = dict(x=torch.randn(2, 1, 8), A=torch.randn(1, 3, 4, 8), scale=torch.ones(1, 3), ranks=torch.full((1, 3), 4, dtype=torch.int32), ids=torch.tensor([0, -1]), parts=1)

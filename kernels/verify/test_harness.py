@@ -146,3 +146,18 @@ def test_report_goes_between_its_markers():
     text = report.written('# Title\n', 'old')
     assert report.committed(text) == 'old' and report.committed(report.written(text + 'after\n', 'new')) == 'new'
     assert report.written(text + 'after\n', 'new').endswith('after\n') and report.committed('# Title') == ''
+
+def test_a_changed_input_is_reported():
+    def host(x):
+        y = scaled(x)
+        x.fill_(7)
+        return y
+    with pytest.raises(compare.Mismatch, match='argument 0 was changed'): run(case(host, lambda x: 2 * x))
+
+def test_an_input_that_a_kernel_writes_is_reported():
+    def host(x):
+        y = torch.empty_like(x)
+        launch(scale_kernel, (3,), y, x, x.numel(), 2., 0, BLOCK=64)
+        launch(scale_kernel, (3,), x, y, x.numel(), 2., 0, BLOCK=64)
+        return y
+    with pytest.raises(compare.Mismatch, match='argument 0 was changed'): run(case(host, lambda x: 2 * x))

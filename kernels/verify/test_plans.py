@@ -1,5 +1,6 @@
 """How work is cut: every core gets some, no part is empty, and the grid fits the device"""
 import pytest, torch
+from npu_lora_decoding import ops
 from npu_lora_kernels import lora
 from npu_lora_kernels.targets import ASCEND, gpu, using
 
@@ -12,6 +13,7 @@ def test_parts_cover_the_width_and_none_is_empty(target, t, d):
     for b, z, r in ((1, 1, 1), (2, 1, 16), (2, 3, 16), (16, 1, 64), (64, 2, 256)):
         with using(target): parts = lora.shrink_parts(torch.empty(b, t, d, device='meta'), torch.empty(z, 1, r, d, device='meta'))
         width = lora.part_width(d, parts)
+        assert width == ops.part_width(d, parts), 'the reference cuts elsewhere'
         assert 1 <= parts <= lora.MAX_PARTS and (parts - 1) * width < d <= parts * width
         assert parts == 1 or width % lora.ALIGN == 0
 

@@ -58,4 +58,5 @@ MUTANTS = [
     ('tl.load(column + (start + node) * k, mask=(ks < k)[None, :])', 'tl.load(column + (start + node) * k)'),
     ('x, mask=(ks < k)[None, :])', 'x)'),  # rows of 80 are written as 128
     ('row = tile // row_tiles % b', 'row = tile // row_tiles'),
+    ('x = tl.load(column', 'tl.store(order + row * m + j, node + 1); x = tl.load(column'),  # an input is changed
 ]

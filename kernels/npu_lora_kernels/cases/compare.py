@@ -14,8 +14,11 @@ def poisoned():
     finally: torch.use_deterministic_algorithms(before); torch.utils.deterministic.fill_uninitialized_memory = filled
 
 def outcome(function, arguments, mutates):
-    "Call `function` and return every tensor that it returns or changes"
+    "Call `function` and return every tensor that it returns or may change; no other may change"
+    kept = [(i, t, t.clone()) for i, a in enumerate(arguments) if i not in mutates for t in _tensors(a)]
     with poisoned(): returned = function(*arguments)
+    for i, now, before in kept:
+        if not torch.equal(_bits(now), _bits(before)): raise Mismatch(f'argument {i} was changed')
     return [*_tensors(returned), *(t for i in mutates for t in _tensors(arguments[i]))]
 
 def _tensors(x):

@@ -68,4 +68,5 @@ MUTANTS = [
     ("scale, out = grad * top_p.sum(1)", "scale, out = grad"),
     ("scale[:, None] * top_q - grad[:, None] * top_p", "scale[:, None] * top_q"),
     ("return out.logsumexp(1)", "return out.amax(1)"),
+    ('tl.store(out + tile, top + tl.log(total))', 'tl.store(out + tile, top + tl.log(total)); tl.store(row + v0, top.to(logits.dtype.element_ty))'),  # an input is changed
 ]

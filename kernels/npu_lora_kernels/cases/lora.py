@@ -113,6 +113,7 @@ MUTANTS = [
     ('acc = tl.dot(h_r.to(B_r.dtype), B_r, acc, input', 'acc = tl.dot(h_r.to(B_r.dtype), B_r, input'),  # cube: only the last ranks count
     ('for p in range(parts):', 'for p in range(1):'),  # cube: only the first part is summed
     ('        k0 = p * part\n        stop = tl.minimum(k0 + part, d)\n', '        k0 = p * part\n        stop = d\n'),  # cube: parts overlap
+    ('    y_o = tl.load(y + at + os, mask=os < o, other=0.)', '    y_o = tl.load(y + at + os, mask=os < o, other=0.); tl.store(y + at + os, y_o + y_o, mask=os < o)'),  # an input is changed
 ]
 
 def random_case(draw):
