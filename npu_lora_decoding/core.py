@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DEVICES', 'DTYPES', 'DecodingError', 'require', 'import_npu', 'has_device', 'get_device', 'get_dtype', 'generator',
            'sync', 'stopwatch', 'Timing', 'summarise', 'time_interleaved', 'resident_mb', 'peak_memory', 'atomic_path',
-           'cache_dir']
+           'cache_dir', 'ctrl_c']
 
 # %% ../nbs/00_core.ipynb #043906d0
-import contextlib, importlib.util, os, statistics, sys, tempfile, threading, time
+import contextlib, importlib.util, os, signal, statistics, sys, tempfile, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
@@ -174,3 +174,16 @@ def cache_dir() -> Path:
     "Return the folder for converted models: `$NLD_CACHE`, or `npu_lora_decoding` in the user's cache"
     base = os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache'
     return Path(os.environ.get('NLD_CACHE') or Path(base)/'npu_lora_decoding')
+
+# %% ../nbs/00_core.ipynb #bd274eb2
+@contextlib.contextmanager
+def ctrl_c():
+    "Yield a list that the first Ctrl-C fills, so that the step under way is finished; a second one stops at once"
+    asked = []
+    def note(*_):
+        if asked: raise KeyboardInterrupt
+        asked.append(True)
+    if threading.current_thread() is not threading.main_thread(): yield asked; return
+    old = signal.signal(signal.SIGINT, note)
+    try: yield asked
+    finally: signal.signal(signal.SIGINT, old)

@@ -7,14 +7,14 @@ __all__ = ['FinetuneConfig', 'tokenize', 'collate', 'answer_loss', 'batch_of_ste
            'card', 'learning_rate', 'train_step', 'finetune']
 
 # %% ../nbs/14b_finetune.ipynb #de71ce83
-import contextlib, hashlib, json, math, random, signal, threading
+import hashlib, json, math, random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch, torch.nn.functional as F
 from fastprogress.fastprogress import progress_bar
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from .core import DecodingError, atomic_path, require
+from .core import DecodingError, atomic_path, ctrl_c, require
 from .adapters import fingerprint
 from .models import LM, encode_one
 
@@ -230,18 +230,6 @@ def finetune(
         finally: model.unload(); lm.model.eval().requires_grad_(False)
     return losses
 
-@contextlib.contextmanager
-def _ctrl_c():
-    "Yield a list that the first Ctrl-C fills, so that the step under way is finished; a second one stops at once"
-    asked = []
-    def note(*_):
-        if asked: raise KeyboardInterrupt
-        asked.append(True)
-    if threading.current_thread() is not threading.main_thread(): yield asked; return
-    old = signal.signal(signal.SIGINT, note)
-    try: yield asked
-    finally: signal.signal(signal.SIGINT, old)
-
 def _data_hash(base, pairs):
     "Return a hash of the base's fingerprint and every training token"
     h = hashlib.sha256(json.dumps(base).encode())
@@ -254,7 +242,7 @@ def _run(lm, model, pairs, folder, config, base, card, stop_after):
     done, losses = load_state(folder, model, opt, config, data) if (folder/'state.safetensors').exists() else (0, [])
     lengths, end = [len(p) + len(a) for p, a in pairs], min(config.steps, done + (config.steps if stop_after is None else stop_after))
     bar = progress_bar(range(done, end), total=end-done)
-    with _ctrl_c() as asked:
+    with ctrl_c() as asked:
         for step in bar:
             batch = collate([pairs[i] for i in batch_of_step(lengths, step, config.batch, config.seed)], lm.pad_id)
             losses.append(train_step(model, opt, batch, learning_rate(step, config)))
