@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'soft_cross_entropy', 'topk', 'forward_kl', 'reverse_kl', 'total_variation', 'weighted_topk',
-           'token_weights', 'frequency_topk', 'losses_for', 'feature_loss', 'Objective', 'distill']
+           'token_weights', 'frequency_topk', 'losses_for', 'feature_loss', 'Objective', 'closed_form', 'distill']
 
 # %% ../nbs/09_distill.ipynb #25d5a890
 import math
@@ -140,7 +140,38 @@ class Objective:
         with torch.no_grad(): target = feature @ head.T
         return [(self.feature, feature_loss(guess, feature, scale))] + [(w, losses[name](draft, target, self.k)) for name, w in self.tokens]
 
+# %% ../nbs/09_distill.ipynb #0208a5ca
+def closed_form(
+    draft:torch.Tensor,  # Logits of the draft `(t, v)`
+    target:torch.Tensor,  # Logits of the target `(t, v)`
+    weights:dict,  # Of `soft_ce` and `topk`
+    k:int,  # Of the Top-K loss
+) -> tuple:  # Name -> loss `(t,)`; gradient of the weighted sum in the draft's logits `(t, v)`
+    "Return soft cross-entropy and Top-K loss with their gradient, from one softmax each of draft and target"
+    ce, tk = weights.get('soft_ce', 0.), weights.get('topk', 0.)
+    z, p = _wide(draft), _wide(target).softmax(-1)
+    z = z - z.amax(-1, keepdim=True)
+    top_p, top_i = p.topk(k)
+    dot, z_top, q = (p * z).sum(-1), z.gather(1, top_i), z.exp_()
+    total = q.sum(-1, keepdim=True)
+    lse = total.log()
+    grad = q.mul_((ce + tk * top_p.sum(-1, keepdim=True)) / total).add_(p, alpha=-ce).scatter_add_(1, top_i, -tk * top_p)
+    return dict(soft_ce=lse[:, 0] - dot, topk=(top_p * (lse - z_top)).sum(-1)), grad.to(draft.dtype)
+
 # %% ../nbs/09_distill.ipynb #89053897
+def _chunk(guess, feature, head, objective, scale, rarity, wants_grad):
+    "Return each term of a chunk `(t,)`, and the gradient of their weighted sum in the guesses `(t, d)`"
+    names, served = {name for _, name in objective.weights()} - {'feature'}, ops.served('topk_loss_forward', (guess, feature, objective.k))
+    with torch.enable_grad():
+        g = guess.requires_grad_(wants_grad)
+        closed = names <= {'soft_ce', 'topk'} and not served and len(objective.tokens) == len(names)
+        terms = [(objective.feature, feature_loss(g, feature, scale))] if closed else objective.terms(g, feature, head, scale, rarity)
+        grad = torch.autograd.grad(sum(w * x.sum() for w, x in terms), g)[0] if wants_grad else None
+    terms = [x.detach() for _, x in terms]
+    if not closed or not names: return terms, grad
+    losses, of_logits = closed_form(guess.detach() @ head.T, feature @ head.T, dict(objective.tokens), objective.k)
+    return terms + [losses[name] for name, _ in objective.tokens], None if grad is None else grad + of_logits @ head
+
 class _Fused(torch.autograd.Function):
     "Losses through a frozen LM head, a chunk of positions at a time: only the gradient in the features is kept"
     @staticmethod
@@ -148,12 +179,9 @@ class _Fused(torch.autograd.Function):
         at, sums = keep.nonzero()[:, 0], []
         n, grad = max(1, len(at)), torch.zeros_like(guess) if ctx.needs_input_grad[0] else None
         for i in at.split(objective.chunk):
-            with torch.enable_grad():
-                g = guess[i].detach().requires_grad_(grad is not None)
-                terms = objective.terms(g, feature[i].detach(), head.detach(), scale, rarity)
-                total = sum(w * x.sum() for w, x in terms)
-            if grad is not None: grad[i] = torch.autograd.grad(total, g)[0] / n
-            sums.append(torch.stack([x.detach().sum() for _, x in terms]))
+            terms, g = _chunk(guess[i].detach(), feature[i].detach(), head.detach(), objective, scale, rarity, grad is not None)
+            if grad is not None: grad[i] = g / n
+            sums.append(torch.stack([x.sum() for x in terms]))
         ctx.save_for_backward(grad)
         parts = torch.stack(sums).sum(0) / n
         ctx.mark_non_differentiable(parts)
