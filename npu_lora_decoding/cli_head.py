@@ -20,7 +20,8 @@ from .make_head import Source, acceptance_rows, make_head, texts_of
 # %% ../nbs/16b_cli_head.ipynb #4d8245cc
 @command
 def train_head(
-    out:str,  # Folder of the run; the head appears in OUT/best and OUT/last
+    out:str,  # Folder of everything; the head appears in OUT/best and OUT/last
+    name:str='.',  # Of the run inside OUT: several runs share conversations and features
     data:str=None,  # Conversations: folder of shards, JSON lines, or dataset (name:split)
     prompts:str=None,  # Or prompts that the target answers: JSON lines, or dataset (name:split)
     column:str=None,  # Of either (default: messages, prompt)
@@ -58,7 +59,7 @@ def train_head(
                                   eval_every=eval_every, precision='bf16' if dtype == 'bf16' else 'no') | _recipe(recipe, n, topk)))
     source = Source(data, prompts, column, conversations, heldout, write=WriteConfig(per_shard=min(512, conversations), batch=write_batch, user_tokens=user_tokens, new_tokens=new_tokens, seed=seed))
     lm, _ = load_target(model, adapter, dtype, device)
-    make_head(lm, out, config, source, online, dict(depth=6, top_k=10, nodes=tree) if tree else None, init, stop_after)
+    make_head(lm, out, config, source, name, online, dict(depth=6, top_k=10, nodes=tree) if tree else None, init, stop_after)
 
 def _recipe(name, n, topk):
     "Return the settings of a recipe, with what the user wants otherwise"

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DEVICES', 'DTYPES', 'DecodingError', 'require', 'import_npu', 'has_device', 'get_device', 'get_dtype', 'generator',
            'sync', 'stopwatch', 'Timing', 'summarise', 'time_interleaved', 'resident_mb', 'peak_memory', 'atomic_path',
-           'cache_dir', 'ctrl_c']
+           'cache_dir', 'order_metadata', 'ctrl_c']
 
 # %% ../nbs/00_core.ipynb #043906d0
-import contextlib, importlib.util, os, signal, statistics, sys, tempfile, threading, time
+import contextlib, importlib.util, json, os, signal, statistics, sys, tempfile, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
@@ -174,6 +174,17 @@ def cache_dir() -> Path:
     "Return the folder for converted models: `$NLD_CACHE`, or `npu_lora_decoding` in the user's cache"
     base = os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache'
     return Path(os.environ.get('NLD_CACHE') or Path(base)/'npu_lora_decoding')
+
+# %% ../nbs/00_core.ipynb #b2aee78a
+def order_metadata(
+    file:Path,  # A safetensors file; changed in place
+):
+    "Write the header's metadata in order: safetensors shuffles it, and equal runs should give equal files"
+    raw = file.read_bytes()
+    n = int.from_bytes(raw[:8], 'little')
+    head = json.loads(raw[8:8+n])
+    head['__metadata__'] = dict(sorted(head['__metadata__'].items()))
+    file.write_bytes(raw[:8] + json.dumps(head, separators=(',', ':')).encode().ljust(n) + raw[8+n:])
 
 # %% ../nbs/00_core.ipynb #bd274eb2
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
-from .core import DecodingError, atomic_path, require
+from .core import DecodingError, atomic_path, order_metadata, require
 from .adapters import fingerprint, same_base
 
 # %% ../nbs/08_draft_head.ipynb #586b99b9
@@ -229,6 +229,7 @@ def save_head(
         tmp.mkdir()
         (tmp/'config.json').write_text(_config_json(head, dtype, extra), encoding='utf-8')
         save_file(tensors, tmp/'model.safetensors', metadata=dict(format='pt', base_fingerprint=json.dumps(fingerprint(target))))
+        order_metadata(tmp/'model.safetensors')
         if head.vocab is not None:
             vocab = dict(ids=head.vocab) | ({} if head.counts is None else dict(counts=head.counts))
             save_file({k: x.cpu().contiguous().clone() for k, x in vocab.items()}, tmp/'draft_vocab.safetensors', metadata=dict(format='pt'))

@@ -14,7 +14,7 @@ import torch, torch.nn.functional as F
 from fastprogress.fastprogress import progress_bar
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from .core import DecodingError, atomic_path, ctrl_c, require
+from .core import DecodingError, atomic_path, ctrl_c, order_metadata, require
 from .adapters import fingerprint
 from .models import LM, encode_one
 
@@ -139,14 +139,6 @@ def load_state(
     return int(meta['step']), state['losses'].tolist()
 
 # %% ../nbs/14b_finetune.ipynb #d31a4b03
-def _order_metadata(file):
-    "Write the header's metadata in order: safetensors shuffles it, and equal runs should give equal files"
-    raw = file.read_bytes()
-    n = int.from_bytes(raw[:8], 'little')
-    head = json.loads(raw[8:8+n])
-    head['__metadata__'] = dict(sorted(head['__metadata__'].items()))
-    file.write_bytes(raw[:8] + json.dumps(head, separators=(',', ':')).encode().ljust(n) + raw[8+n:])
-
 def save_adapter(
     lm:LM,  # The base
     model,  # PEFT model
@@ -161,7 +153,7 @@ def save_adapter(
         file = tmp/'adapter_model.safetensors'
         weights = {k: v.to(torch.bfloat16) for k, v in load_file(file).items()}
         save_file(weights, file, metadata=dict(format='pt', base_fingerprint=json.dumps(base)))
-        _order_metadata(file)
+        order_metadata(file)
         (tmp/'README.md').write_text(card)
 
 # %% ../nbs/14b_finetune.ipynb #5fdd28df

@@ -6,11 +6,9 @@
 __all__ = ['Source', 'gather', 'texts_of', 'make_head', 'acceptance_rows']
 
 # %% ../nbs/11a_make_head.ipynb #163e012e
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
-from accelerate import Accelerator
 from .core import require
 from .models import LM
 from .draft_head import draft_rows, frozen_of, load_head
@@ -19,7 +17,7 @@ from .conversations import deduplicated, encode_all, read_conversations, read_pr
 from .write import write_conversations
 from .features import OnlineFeatures, StoredFeatures, data_hash, draft_vocabulary, target_features, write_features
 from .acceptance import Text, measure_acceptance
-from .train_head import HeadTraining, start_run, train
+from .train_head import HeadTraining, new_accelerator, start_run, train
 
 # %% ../nbs/11a_make_head.ipynb #dc39ba39
 @dataclass(frozen=True)
@@ -97,6 +95,7 @@ def make_head(
     folder:str|Path,  # Everything goes here; what is there already is used
     config:HeadTraining=HeadTraining(),
     source:Source=Source(),
+    name:str='.',  # Of the run inside `folder`: several runs share its conversations and features
     online:bool=False,  # Compute features as needed instead of storing them
     tree:dict|None=None,  # Also measure trees: `depth`, `top_k`, `nodes`
     init:str|None=None,  # Folder of a head to go on from
@@ -104,7 +103,7 @@ def make_head(
     report=print,
 ):  # The `Run`
     "Train a draft head for `lm`, from nothing or from conversations or prompts; the same command goes on after a stop"
-    folder, acc = Path(folder), Accelerator(mixed_precision=config.precision, cpu=lm.device.type == 'cpu')
+    folder, acc = Path(folder), new_accelerator(lm, config)
     say = report if acc.is_main_process else lambda *_: None
     kept, held = gather(lm, folder, source, say)
     acc.wait_for_everyone()
@@ -116,7 +115,7 @@ def make_head(
     store = _store(lm, examples, folder, online, acc, say)
     texts = texts_of(lm, held) if acc.is_main_process else ()
     head = None if init is None else load_head(init, lm.model, torch.float32)
-    run = start_run(lm, store, folder, config, vocab and vocab[:2], data_hash(lm, examples), acc, head)
+    run = start_run(lm, store, folder/name, config, vocab and vocab[:2], data_hash(lm, examples), acc, head)
     return train(run, texts, tree, f'Trained on {len(examples):,} conversations ({_origin(source)}).', stop_after)
 
 def _origin(source): return Path(source.data).name if source.data else f'answers to the prompts of {Path(source.prompts).name}' if source.prompts else 'both sides written by the target itself'

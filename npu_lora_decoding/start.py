@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from .core import require
 from .draft_head import DraftHead
 
-# %% ../nbs/10d_start.ipynb #776631ba
+# %% ../nbs/10d_start.ipynb #5975d820
 @dataclass(frozen=True, eq=False)
 class Scales:
     "Root mean square of every input dimension, over the tokens of a text"
@@ -29,11 +29,11 @@ def _rms(rows):
 def measure_scales(
     examples:list,  # (ids, response, features) of some texts
     embed:torch.Tensor,  # `(v, d)`
-) -> Scales:
+) -> Scales:  # On the embeddings' device, fp32
     "Return the scale of each dimension of embeddings and features"
-    return Scales(_rms([embed[ids] for ids, _, _ in examples]), _rms([f for _, _, f in examples]))
+    return Scales(_rms([embed[ids.to(embed.device)] for ids, _, _ in examples]), _rms([f for _, _, f in examples]).to(embed.device))
 
-# %% ../nbs/10d_start.ipynb #4c810258
+# %% ../nbs/10d_start.ipynb #f603e8d0
 class Scaled(nn.Module):
     "A weight that is kept as `w / scale`: all entries are of one size for the optimiser, whatever they multiply"
     def __init__(self, scale):
@@ -47,6 +47,7 @@ def precondition(
     scales:Scales,  # Of its inputs; its output has the scale of features
 ) -> DraftHead:  # `head`
     "Let the optimiser see weights that read inputs, and write outputs, of unit scale"
+    require(not parametrize.is_parametrized(head.fc), 'the head is scaled already', 'take a plain_copy of it first')
     layer, f = head.layers[0], scales.feature
     def scaled(linear, out, into): parametrize.register_parametrization(linear, 'weight', Scaled((out[:, None] * into[None]).to(linear.weight)))
     one = lambda n: f.new_ones(n)
@@ -55,21 +56,18 @@ def precondition(
     for p in (layer.self_attn.o_proj, layer.mlp.down_proj): scaled(p, f, one(p.in_features))
     return head
 
+# %% ../nbs/10d_start.ipynb #d5794377
 def plain_copy(
     head:DraftHead,  # With or without scaled weights
 ) -> DraftHead:  # Without; in evaluation mode, no gradients
     "Return a copy of `head` whose weights are what they multiply by"
     copy = DraftHead(head.config, fc_bias=head.fc.bias is not None).to(head.fc.weight)
-    real = {n: head.get_submodule(n.rpartition('.')[0]).get_parameter(n.rpartition('.')[2]) if not _is_scaled(head, n) else head.get_submodule(n.rpartition('.')[0]).weight for n in copy.state_dict()}
-    copy.load_state_dict({n: x.detach() for n, x in real.items()})
+    def real(name): module, _, leaf = name.rpartition('.'); return getattr(head.get_submodule(module), leaf).detach()  # of a scaled weight: the product
+    copy.load_state_dict({n: real(n) for n in copy.state_dict()})
     copy.vocab, copy.counts = head.vocab, head.counts
     return copy.eval().requires_grad_(False)
 
-def _is_scaled(head, name):
-    module, _, leaf = name.rpartition('.')
-    return parametrize.is_parametrized(head.get_submodule(module), leaf)
-
-# %% ../nbs/10d_start.ipynb #5975d820
+# %% ../nbs/10d_start.ipynb #909dd408
 def random_start(
     head:DraftHead,  # Changed in place
     seed:int=0,
@@ -81,32 +79,34 @@ def random_start(
         for m in head.modules():
             if not isinstance(m, nn.Linear): continue
             w = torch.randn(m.weight.shape, generator=g) * m.in_features**-.5 * (.3 if m in quiet else 1.)
-            _set(m, w.to(m.weight))
+            _seen(m).copy_(w)
+            if m.bias is not None: m.bias.zero_()
     return head
 
-def _set(linear, w):
-    "Give a linear layer a weight in the optimiser's units"
-    (linear.parametrizations.weight.original if parametrize.is_parametrized(linear, 'weight') else linear.weight).copy_(w)
+def _seen(linear):
+    "Return the weight that the optimiser sees"
+    return linear.parametrizations.weight.original if parametrize.is_parametrized(linear, 'weight') else linear.weight
 
-# %% ../nbs/10d_start.ipynb #a2b690f9
+# %% ../nbs/10d_start.ipynb #3129a2ff
 def least_squares(
     examples:list,  # (ids, response, features) of some texts
     embed:torch.Tensor,  # `(v, d)`
     scales:Scales,  # Inputs and outputs are measured in these units
     ridge:float=1e-2,  # Share of the mean squared input that is added to each
-) -> torch.Tensor:  # `(d, 2d)`, in those units
+) -> torch.Tensor:  # `(d, 2d)`, in those units, on the CPU
     "Return the matrix that best turns (embedding of the next token, feature) into the next feature"
-    d = embed.shape[1]
+    d, (se, sf) = embed.shape[1], (s.float().cpu() for s in (scales.embed, scales.feature))
     xx, xy = torch.zeros(2*d, 2*d, dtype=torch.float64), torch.zeros(2*d, d, dtype=torch.float64)
     for ids, response, f in examples:
         at = response[1:].nonzero()[:, 0].cpu()  # slots that read a token of an answer
-        x = torch.cat([embed[ids[at+1]].float().cpu() / scales.embed.cpu(), f[at].float().cpu() / scales.feature.cpu()], 1)
-        y = f[at+1].float().cpu() / scales.feature.cpu()
-        xx += (x.T @ x).double(); xy += (x.T @ y).double()
+        f = f.float().cpu() / sf
+        x = torch.cat([embed[ids.cpu()[at+1].to(embed.device)].float().cpu() / se, f[at]], 1)
+        xx += (x.T @ x).double(); xy += (x.T @ f[at+1]).double()
     require(bool(xx.any()), 'no example has an answer to learn from', 'give texts with answers')
     xx.diagonal().add_(ridge * xx.diagonal().mean())
     return torch.linalg.solve(xx, xy).T.float()
 
+# %% ../nbs/10d_start.ipynb #fe6c1a8e
 def least_squares_start(
     head:DraftHead,  # Changed in place
     examples:list,  # (ids, response, features) of some texts
@@ -114,7 +114,7 @@ def least_squares_start(
     scales:Scales,
 ) -> DraftHead:  # `head`
     "Let `fc` begin as the best linear guess of the next feature"
-    w = least_squares(examples, embed, scales)
-    if not parametrize.is_parametrized(head.fc, 'weight'): w = w * scales.feature.cpu()[:, None] / torch.cat([scales.embed, scales.feature]).cpu()
-    with torch.no_grad(): _set(head.fc, w.to(head.fc.weight))
+    w = least_squares(examples, embed, scales) * scales.feature.float().cpu()[:, None] / torch.cat([scales.embed, scales.feature]).float().cpu()
+    w = w.to(head.fc.weight)
+    with torch.no_grad(): _seen(head.fc).copy_(head.fc.parametrizations.weight[0].right_inverse(w) if parametrize.is_parametrized(head.fc, 'weight') else w)
     return head

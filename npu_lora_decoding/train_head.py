@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'HeadTraining', 'AlignedLoss', 'add_noise', 'hash_of', 'learning_rate', 'make_optimizers', 'Run',
            'train_step', 'save_state', 'load_state', 'free_memory', 'training_bytes', 'check_memory', 'evaluate',
-           'card', 'save_checkpoint', 'start_run', 'sample_numbers', 'train']
+           'card', 'save_checkpoint', 'new_accelerator', 'start_run', 'sample_numbers', 'train']
 
 # %% ../nbs/11_train_head.ipynb #9d9238f2
 import contextlib, json, math, shutil
@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from fastprogress.fastprogress import progress_bar
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -56,7 +57,10 @@ class HeadTraining:
     def __post_init__(self):
         for name in ('losses', 'step_weights', 'betas'): object.__setattr__(self, name, tuple(tuple(x) if isinstance(x, list) else x for x in getattr(self, name)))
         for name in ('steps', 'tokens', 'n', 'save_every', 'eval_every'): require(getattr(self, name) >= 1, f'{name} is {getattr(self, name)}', 'give at least 1')
-        require(self.lr > 0 and self.clip > 0 and self.noise >= 0 and 0 <= self.warmup < 1, f'lr is {self.lr}, clip {self.clip}, noise {self.noise} and warmup {self.warmup}', 'choose lr and clip above 0, noise from 0 on and warmup in [0, 1)')
+        for name in ('steps', 'tokens', 'n', 'vocab', 'row', 'save_every', 'eval_every'): require(isinstance(getattr(self, name), int) and getattr(self, name) >= 0, f'{name} is {getattr(self, name)}', 'give a whole number')
+        require(len(self.betas) == 2 and 0 <= self.betas[0] < (.95 if self.optimizer == 'muon' else 1) and 0 <= self.betas[1] < 1, f'betas are {self.betas}', 'give two from 0 on and below 1; for muon, whose momentum is the first and .05, the first below .95')
+        require(all(0 <= w < math.inf for w in self.step_weights) and (not self.step_weights or sum(self.step_weights) > 0), f'the step weights are {self.step_weights}', 'give weights of at least 0, one of them above 0')
+        require(max(self.lr, self.noise) < math.inf and self.lr > 0 and self.clip > 0 and self.noise >= 0 and 0 <= self.warmup < 1, f'lr is {self.lr}, clip {self.clip}, noise {self.noise} and warmup {self.warmup}', 'choose lr and clip above 0, noise from 0 on and warmup in [0, 1)')
         require(len(self.step_weights) in (0, self.n), f'{len(self.step_weights)} step weights for {self.n} alignment steps', 'give one for each step, or none')
         for name, known in dict(optimizer=('muon', 'adamw'), precision=('bf16', 'no'), start=('least_squares', 'random')).items():
             require(getattr(self, name) in known, f'{name} is {getattr(self, name)!r}', f'use one of {", ".join(known)}')
@@ -143,6 +147,7 @@ class Run:
     losses:list=field(default_factory=list)  # Of every step, a list of alignment steps' losses
     history:list=field(default_factory=list)  # Measurements of acceptance
     best:float=0.
+    sizes:list=field(default_factory=list)  # Batches of every epoch so far
 
     def __post_init__(self):
         self.opts, rows = make_optimizers(self.head, self.config), draft_rows(self.head, self.frozen)
@@ -151,14 +156,18 @@ class Run:
 
     def batch(self, step):
         "Return this process's share of the batch of a step"
-        per_epoch = {}
         epoch, k = 0, step
-        while k >= len(plan := self._plan(epoch)): epoch, k = epoch + 1, k - len(plan)
+        while k >= self._batches(epoch): epoch, k = epoch + 1, k - self._batches(epoch)
+        plan = self._plan(epoch)
         rows, me, of = plan[k], self.accelerator.process_index, self.accelerator.num_processes
         mine = rows[me::of]
         out = batch_of([self.store.read(r) for r in mine or rows[:1]], mine or rows[:1])
         if not mine: out.keep.zero_()  # fewer rows than devices: this one computes along, and counts for nothing
         return out.to(self.accelerator.device)
+
+    def _batches(self, epoch):
+        while len(self.sizes) <= epoch: self.sizes.append(len(self._plan(len(self.sizes))))
+        return self.sizes[epoch]
 
     def _plan(self, epoch):
         if getattr(self, '_epoch', None) != epoch: self._epoch, self._planned = epoch, plan_epoch(self.store.lengths, self.config.tokens, self.config.seed, epoch, self.config.row or None)
@@ -186,11 +195,17 @@ def train_step(
             acc.backward(loss * weight * share * acc.num_processes)  # data parallelism takes the mean over processes
         losses.append(loss.detach() * share)
         if not last: inputs.append(next_inputs(inputs[-1], guess.to(dtype), batch.segments))
-    acc.clip_grad_norm_(run.head.parameters(), c.clip)
+    norm = acc.clip_grad_norm_(run.head.parameters(), c.clip)
     values = acc.reduce(torch.stack(losses), 'sum').tolist()
-    if not all(map(math.isfinite, values)): raise DecodingError(f'the loss is {values} at step {step}, batch of examples {[i for r in batch.numbers for i in r][:8]}: train again with a lower learning rate, or leave these out.')
+    if not all(map(math.isfinite, [*values, norm.item()])): raise DecodingError(_not_finite(batch, values, step))
     for o in run.opts: o.step(); o.zero_grad(set_to_none=True)
     return values
+
+def _not_finite(batch, values, step):
+    "Return what to say of a step whose loss or gradient is no number, with the texts that are to blame where their features show it"
+    bad = [r for r, f in zip(batch.numbers, batch.features) if not f.isfinite().all()]
+    texts = f'the features of examples {sorted(i for r in bad for i in r)[:8]} are not finite' if bad else f'the batch begins with examples {[i for r in batch.numbers for i in r][:8]}'
+    return f'the loss is {values}, or its gradient is no number, at step {step}, and {texts}: leave them out, or train again with a lower learning rate.'
 
 # %% ../nbs/11_train_head.ipynb #7902bb17
 def save_state(run:Run):
@@ -206,21 +221,25 @@ def save_state(run:Run):
 def load_state(run:Run):
     "Restore the training state; raises `DecodingError` when the run had other settings, another target or other conversations"
     file = run.folder/'state.safetensors'
+    damaged = lambda e: DecodingError(f'{file} is damaged ({e}): remove it to begin again.')
     try:
-        with safe_open(file, 'pt') as f: meta = f.metadata()
-        state = load_file(file)
-    except (OSError, SafetensorError) as e: raise DecodingError(f'{file} is damaged ({e}): remove it to begin again.') from e
+        with safe_open(file, 'pt') as f: meta = f.metadata() or {}
+        state, config = load_file(file), json.loads(meta['config'])
+        done, data, history, best, losses = int(meta['step']), meta['data'], json.loads(meta['history']), float(meta['best']), state['losses'].tolist()
+    except (OSError, SafetensorError, KeyError, ValueError) as e: raise damaged(repr(e)) from e
     remedy = 'continue it with the same ones, or train into another folder'
-    require(json.loads(meta['config']) == json.loads(json.dumps(asdict(run.config))), f'{run.folder} holds a run with other settings', remedy)
-    require(meta['data'] == run.data, f'{run.folder} holds a run for another target or other conversations', remedy)
-    for n, p in run.head.named_parameters(): p.data.copy_(state[f'weight/{n}'])
-    names = {n: p for n, p in run.head.named_parameters()}
+    require(config == json.loads(json.dumps(asdict(run.config))), f'{run.folder} holds a run with other settings', remedy)
+    require(data == run.data, f'{run.folder} holds a run for another target or other conversations', remedy)
+    names = dict(run.head.named_parameters())
+    for n, p in names.items():
+        if state.get(f'weight/{n}', torch.empty(0)).shape != p.shape: raise damaged(f'it lacks {n}')
+    for n, p in names.items(): p.data.copy_(state[f'weight/{n}'])
     for o in run.opts:
         for p in (p for g in o.param_groups for p in g['params']):
             n = next(n for n, q in names.items() if q is p)
             own = {k.split('/')[1]: v for k, v in state.items() if k.startswith(f'{type(o).__name__}/') and k.endswith(f'/{n}')}
-            o.state[p] = {k: v if k == 'step' else v.to(p.device) for k, v in own.items()}
-    run.done, run.losses, run.history, run.best = int(meta['step']), state['losses'].tolist(), json.loads(meta['history']), float(meta['best'])
+            o.state[p] = {k: v.clone() if k == 'step' else v.clone().to(p.device) for k, v in own.items()}
+    run.done, run.losses, run.history, run.best = done, losses, history, best
 
 # %% ../nbs/11_train_head.ipynb #46ad5c81
 def free_memory(
@@ -268,7 +287,7 @@ def evaluate(
     head = head.to(run.frozen.embed.dtype)
     found = measure_acceptance(head, run.frozen.embed, rows, texts, head.vocab, (3, 5), tree)
     loss = sum(sum(x) for x in run.losses[-50:]) / max(1, len(run.losses[-50:]))
-    return dict(step=run.done, loss=loss, rates=found['chain 5'].rates, **{name.replace(' ', '_'): a.tau for name, a in found.items()})
+    return dict(step=run.done, loss=loss, rates=list(found['chain 5'].rates), **{name.replace(' ', '_'): a.tau for name, a in found.items()})
 
 def card(
     run:Run,
@@ -290,8 +309,14 @@ def save_checkpoint(
     about:str='',  # For the card
 ):
     "Write the head as it is now, with a card, in a folder of its own"
-    folder = save_head(plain_copy(run.head), run.folder/name, run.lm.model)
-    with atomic_path(folder/'README.md') as tmp: tmp.write_text(card(run, about))
+    with atomic_path(run.folder/name) as tmp:  # with its card: a kill must not leave half of it
+        save_head(plain_copy(run.head), tmp, run.lm.model)
+        (tmp/'README.md').write_text(card(run, about), encoding='utf-8')
+
+def new_accelerator(lm, config):
+    "Return an accelerator for one run; its library allows one precision a process unless the last one is forgotten"
+    AcceleratorState._reset_state()  # the process group stays
+    return Accelerator(mixed_precision=config.precision, cpu=lm.device.type == 'cpu')
 
 # %% ../nbs/11_train_head.ipynb #d4f5ce05
 def start_run(
@@ -305,12 +330,12 @@ def start_run(
     init:DraftHead|None=None,  # Go on from this head instead of beginning anew
 ) -> Run:
     "Return a run before its first step, or where the last call left it"
-    acc = accelerator or Accelerator(mixed_precision=config.precision, cpu=lm.device.type == 'cpu')
+    acc = accelerator or new_accelerator(lm, config)
     frozen, dtype = frozen_of(lm.model), torch.bfloat16 if config.precision == 'bf16' else torch.float32
     frozen = Frozen(frozen.embed.to(acc.device, dtype), frozen.lm_head.to(acc.device, dtype))
-    sample = store.read(sample_numbers(store, config.seed))
+    sample = [(ids.cpu(), response.cpu(), f.cpu()) for ids, response, f in store.read(sample_numbers(store, config.seed))]
     scales = measure_scales(sample, frozen.embed.cpu())
-    head = DraftHead(head_config(lm.model.config)) if init is None else init
+    head = DraftHead(head_config(lm.model.config)) if init is None else plain_copy(init)
     if vocab is not None: head.vocab, head.counts = vocab
     check_memory(training_bytes(head, config, len(draft_rows(head, frozen)), max(max(store.lengths), config.row), acc.num_processes), acc.device)
     head = head.float().train().requires_grad_(True)
@@ -353,7 +378,8 @@ def train(
             if main and texts and (run.done % c.eval_every == 0 or run.done == c.steps): _measure(run, texts, tree, about)
             if main and (run.done % c.save_every == 0 or run.done == end or stop): _save(run, about)
             if stop: break
-    if stop_at := (main and run.done < c.steps): print(f'\nstopped after {run.done} of {c.steps} steps; the run is saved: give the same command to continue')
+    run.accelerator.wait_for_everyone()  # the first process may still be saving
+    if main and run.done < c.steps: print(f'\nstopped after {run.done} of {c.steps} steps; the run is saved: give the same command to continue')
     return run
 
 def _anywhere(asked, accelerator):
@@ -374,6 +400,6 @@ def _measure(run, texts, tree, about):
     if row['chain_5'] > run.best: run.best = row['chain_5']; save_checkpoint(run, 'best', about)
 
 def _save(run, about):
-    save_state(run)
     save_checkpoint(run, 'last', about)
     with atomic_path(run.folder/'log.jsonl') as tmp: tmp.write_text(''.join(json.dumps(dict(step=i+1, losses=l)) + '\n' for i, l in enumerate(run.losses)) + ''.join(json.dumps(h) + '\n' for h in run.history))
+    save_state(run)  # last: what is older than the state would not be written again

@@ -1,0 +1,100 @@
+"`nld train-head` and `nld accept` on a toy model: every kind of source, stopped and continued, and each thing a user can get wrong"
+import json
+import pytest, torch
+from npu_lora_decoding import features
+from npu_lora_decoding.adapters import fingerprint, toy_adapter, toy_model
+from npu_lora_decoding.cli import run
+from npu_lora_decoding.core import DecodingError
+from npu_lora_decoding.draft_head import load_head
+from npu_lora_decoding.models import load
+from test_conversations import CHATML, IM, lm_of
+from toys import toy_folder
+
+SMALL = '--steps 4 --tokens 256 --heldout 4 --save-every 2 --eval-every 2 --write-batch 4 --user-tokens 24 --new-tokens 10 --dtype fp32 --device cpu'.split()
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+    lm = lm_of(CHATML, IM, '<|im_end|>')
+    return str(toy_folder(tmp_path_factory.mktemp('model')/'toy', lm.model, lm.tokenizer))
+
+def lines(path, rows):
+    path.write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    return str(path)
+
+def talk(i, answer=None): return dict(messages=[dict(role='user', content=f'say {i} words'), dict(role='assistant', content=f'{i} words are said ' * 2 if answer is None else answer)])
+def prompt(i): return dict(prompt=f'say {i} words')
+
+@pytest.mark.parametrize('source', ['data', 'prompts', 'nothing'])
+def test_every_source(model, tmp_path, source, capsys):
+    rows = dict(data=[talk(i) for i in range(20)], prompts=[prompt(i) for i in range(20)], nothing=None)[source]
+    given = ['--conversations', '12'] if rows is None else [f'--{source}', lines(tmp_path/'rows.jsonl', rows)]
+    try: run(['train-head', str(tmp_path/'out'), '--model', model, *given, *SMALL])
+    except DecodingError as e:  # a random toy may never end the user's turn, and must say so
+        assert source == 'nothing' and 'never ends' in str(e); return
+    target = load(model, dtype='fp32', device='cpu').model
+    for name in ('last', 'best'): assert load_head(tmp_path/'out'/name, target).fc.weight.isfinite().all()
+    log = [json.loads(l) for l in (tmp_path/'out'/'log.jsonl').read_text().splitlines()]
+    assert [r['step'] for r in log if 'losses' in r] == [1, 2, 3, 4] and [r['step'] for r in log if 'chain_5' in r] == [2, 4]
+
+def test_stopped_and_continued(model, tmp_path, capsys):
+    data = lines(tmp_path/'rows.jsonl', [talk(i) for i in range(20)])
+    go = lambda out, *more: run(['train-head', str(tmp_path/out), '--model', model, '--data', data, *SMALL, *more])
+    go('a'); go('b', '--stop-after', '1'); assert 'stopped after 1 of 4 steps' in capsys.readouterr().out
+    go('b')
+    assert (tmp_path/'a'/'last'/'model.safetensors').read_bytes() == (tmp_path/'b'/'last'/'model.safetensors').read_bytes()
+
+def test_runs_share_a_folder_and_an_adapter_counts(model, tmp_path, capsys):
+    data = lines(tmp_path/'rows.jsonl', [talk(i) for i in range(20)])
+    go = lambda *more: run(['train-head', str(tmp_path/'out'), '--model', model, '--data', data, *SMALL, *more])
+    go('--name', 'hass', '--vocab', '40'); go('--name', 'eagle2', '--recipe', 'eagle2', '--vocab', '40')
+    assert {'hass', 'eagle2', 'features', 'heldout'} <= {f.name for f in (tmp_path/'out').iterdir()}
+    adapter = toy_adapter(toy_model(vocab=load(model, device='cpu').model.config.vocab_size), tmp_path/'adapter')
+    with pytest.raises(DecodingError, match='with another'): go('--name', 'lora', '--adapter', str(adapter))
+    heads = ','.join(str(tmp_path/'out'/n/'last') for n in ('hass', 'eagle2'))
+    run(['accept', heads, str(tmp_path/'out'/'heldout'), '--model', model, '--tree', '8', '--dtype', 'fp32', '--device', 'cpu', '--json', str(tmp_path/'rows.json')])
+    rows = [r for r in json.loads((tmp_path/'rows.json').read_text()) if r['method'] == 'acceptance']
+    assert len(rows) == 2 * 3 and all(1 <= r['tau'] <= 7 and len(r['taus']) == r['questions'] for r in rows)
+
+@pytest.mark.parametrize('rows, options, message', [
+    ([dict(text='a')] * 9, ['--data'], "there is no column 'messages': choose one of text"),
+    ([dict(question='a')] * 9, ['--prompts'], "there is no column 'prompt': choose one of question"),
+    ([talk(i, '') for i in range(9)], ['--data'], r'no conversation can be used \(1 times: an answer is empty'),
+    ([talk(i, 'a' * 400) for i in range(9)], ['--data'], r'no conversation can be used \(1 times: longer than 256 tokens'),
+    ([talk(i) for i in range(3)], ['--data'], 'there are 3 conversations, of which 4 would be held out'),
+    (None, ['--data', 'nowhere.jsonl'], 'there is no file nowhere.jsonl'),
+    (None, ['--data', 'a', '--prompts', 'b'], 'conversations and prompts are both given'),
+    (None, ['--recipe', 'eagle3'], "unknown recipe 'eagle3'"),
+    (None, ['--optimizer', 'sgd'], "optimizer is 'sgd'"),
+    (None, ['--conversations', '0'], 'per_shard is 0'),
+])
+def test_refused(model, tmp_path, rows, options, message):
+    if rows is not None: options = [*options, lines(tmp_path/'rows.jsonl', rows)]
+    with pytest.raises(DecodingError, match=message): run(['train-head', str(tmp_path/'out'), '--model', model, *SMALL, *options])
+    assert not (tmp_path/'out'/'state.safetensors').exists()
+
+def test_a_head_for_another_vocabulary_is_named(model, tmp_path):
+    data = lines(tmp_path/'rows.jsonl', [talk(i) for i in range(20)])
+    run(['train-head', str(tmp_path/'out'), '--model', model, '--data', data, *SMALL])
+    other = lm_of(CHATML, IM, '<|im_end|>', words=('zz', 'qq'))
+    folder = str(toy_folder(tmp_path/'other', other.model, other.tokenizer))
+    with pytest.raises(DecodingError, match='knows .* tokens but the target'):
+        run(['train-head', str(tmp_path/'more'), '--model', folder, '--data', data, *SMALL, '--init', str(tmp_path/'out'/'last')])
+
+def test_a_full_disk_leaves_no_half_of_a_shard(model, tmp_path, monkeypatch):
+    data, out = lines(tmp_path/'rows.jsonl', [talk(i) for i in range(20)]), tmp_path/'out'
+    argv = ['train-head', str(out), '--model', model, '--data', data, *SMALL]
+    def full(tensors, path, **_): path.write_bytes(b'half'); raise OSError(28, 'No space left on device')
+    with monkeypatch.context() as m:
+        m.setattr(features, 'save_file', full)
+        with pytest.raises(DecodingError, match='make room and give the same command again'): run(argv)
+    assert not list((out/'features').glob('*.safetensors')) and not list((out/'features').glob('.*'))
+    run(argv)
+    assert (out/'last').exists()
+
+def test_the_target_is_as_it_was(model, tmp_path, monkeypatch):
+    import npu_lora_decoding.cli_head as cli_head
+    lm = load(model, dtype='fp32', device='cpu')
+    monkeypatch.setattr(cli_head, 'load_target', lambda *_: (lm, None))
+    before = {k: v.clone() for k, v in lm.model.state_dict().items()}
+    run(['train-head', str(tmp_path/'out'), '--model', model, '--data', lines(tmp_path/'rows.jsonl', [talk(i) for i in range(20)]), *SMALL])
+    assert all(torch.equal(v, before[k]) for k, v in lm.model.state_dict().items()) and not any(p.requires_grad for p in lm.model.parameters())
