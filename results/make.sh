@@ -58,8 +58,24 @@ gsm8k() {
     $nld evaluate $o --items 100 --arms beam --json $out/gsm8k_test.json
 }
 
+# The conversations are part of the repository, so that all heads learn from the same text; the target itself wrote both sides, with the options of the first line. Answers to replay against are written anew; GSM8K's prompts come from
+# the folder, HumanEval's from its package. A head is trained for hours on two cores: stop it with Ctrl-C and give the command again.
+heads() {
+    job=$runs/heads o="--conversations 2560 --write-batch 96 --user-tokens 64 --heldout 48 --vocab 8192 --tokens 4096 --steps 600 --eval-every 100"
+    mkdir -p $job; [ -d $job/conversations ] || cp -r $out/heads/conversations $job/
+    $nld train-head $job --name hass --recipe hass $o
+    $nld write $job/chat --bare --temperatures 0,1 --seed 1234 --new-tokens 160
+    $nld write $job/humaneval --prompts humaneval --temperatures 0,1 --new-tokens 160
+    [ -z "$data" ] || $nld write $job/gsm8k --prompts "$data/gsm8k_train.jsonl" --column question --temperatures 0,1 --new-tokens 160
+    $nld accept $job/hass/last "$job/chat,$job/humaneval${data:+,$job/gsm8k}" --new-tokens 128 --json $out/heads/acceptance.json
+}
+
+alignment() { .venv/bin/python results/alignment.py $out/heads/alignment.json; }
+
 speed
 equality
+alignment
+heads
 king_james
 if [ -n "$data" ]; then wikisql; gsm8k; fi
 

@@ -98,3 +98,13 @@ def test_the_target_is_as_it_was(model, tmp_path, monkeypatch):
     before = {k: v.clone() for k, v in lm.model.state_dict().items()}
     run(['train-head', str(tmp_path/'out'), '--model', model, '--data', lines(tmp_path/'rows.jsonl', [talk(i) for i in range(20)]), *SMALL])
     assert all(torch.equal(v, before[k]) for k, v in lm.model.state_dict().items()) and not any(p.requires_grad for p in lm.model.parameters())
+
+def test_write_and_accept_at_two_temperatures(model, tmp_path, capsys):
+    run(['train-head', str(tmp_path/'out'), '--model', model, '--data', lines(tmp_path/'rows.jsonl', [talk(i) for i in range(20)]), *SMALL])
+    run(['write', str(tmp_path/'said'), '--model', model, '--prompts', lines(tmp_path/'asked.jsonl', [prompt(i) for i in range(5)]), '--temperatures', '0,1', '--conversations', '3', '--new-tokens', '9', '--user-tokens', '24', '--dtype', 'fp32', '--device', 'cpu'])
+    said = [json.loads(l) for l in (tmp_path/'said'/'shard-0000.jsonl').read_text().splitlines()]
+    assert [(c['messages'][0]['content'], c['temperature']) for c in said] == [(f'say {i} words', t) for i in range(3) for t in (0., 1.)]
+    capsys.readouterr()
+    run(['accept', str(tmp_path/'out'/'last'), str(tmp_path/'said'), '--model', model, '--tree', '0', '--dtype', 'fp32', '--device', 'cpu'])
+    shown = capsys.readouterr().out
+    assert 'said T=0' in shown and 'said T=1' in shown
