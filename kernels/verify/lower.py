@@ -1,5 +1,5 @@
 """Lower one launch to Ascend linalg MLIR, the input of bishengir-compile: offline, without CANN, torch_npu or a device"""
-import functools, re
+import functools, re, subprocess
 from dataclasses import dataclass
 from triton._C.libtriton import ir
 from triton.backends.ascend import compiler as ascend
@@ -45,6 +45,13 @@ class _Attributes:
     def __eq__(self, other): return self.value.hash() == other.value.hash()
     def __hash__(self): return hash(self.value.hash())
 
+def _to_linalg(ttir, meta, options, tries=3):
+    "Return linalg MLIR; the tool died of a segmentation fault once in many thousand calls, and not again on the same input: a death by signal, and nothing else, is tried again"
+    for left in reversed(range(tries)):
+        try: return ascend.ttir_to_linalg(ttir, meta, options, named_ops=True)
+        except subprocess.CalledProcessError as e:
+            if e.returncode >= 0 or not left: raise
+
 @functools.lru_cache(None)
 def _lower(kernel, signature, constants, attributes):
     options, backend, context = _backend().parse_options({}), _backend(), ir.context()
@@ -52,6 +59,6 @@ def _lower(kernel, signature, constants, attributes):
     source = ASTSource(fn=kernel, signature=dict(signature), constants=dict(constants), attrs=attributes.value)
     module = source.make_ir(options, backend.get_codegen_implementation(), backend.get_module_map(), context)
     meta = {'hash': 'unused', 'target': backend.target, **options.__dict__}
-    text, meta = ascend._parse_linalg_metadata(ascend.ttir_to_linalg(ascend.make_ttir(module, meta, options), meta, options, named_ops=True), meta)
+    text, meta = ascend._parse_linalg_metadata(_to_linalg(ascend.make_ttir(module, meta, options), meta, options), meta)
     fixed = dict(constants)
     return Lowered(meta['kernel_name'], meta['mix_mode'], tuple((k, t) for k, t in signature if k not in fixed), constants, text)

@@ -1,9 +1,10 @@
 """The harness itself can fail: planted faults in small kernels, each of which it must report"""
+import subprocess
 import pytest, torch, triton
 import triton.language as tl
 from npu_lora_kernels.launch import launch
 from npu_lora_kernels.cases import compare
-from verify import cost, report
+from verify import cost, lower as lowering, report
 from npu_lora_kernels.cases import Case
 from verify.lower import lower
 from verify.plan import ARCHS, PlanError, plan, planned
@@ -161,3 +162,16 @@ def test_an_input_that_a_kernel_writes_is_reported():
         launch(scale_kernel, (3,), x, y, x.numel(), 2., 0, BLOCK=64)
         return y
     with pytest.raises(compare.Mismatch, match='argument 0 was changed'): run(case(host, lambda x: 2 * x))
+
+@pytest.mark.parametrize('code, deaths, dies', [(-11, 2, False), (-11, 3, True), (1, 1, True)])
+def test_only_a_death_by_signal_is_tried_again(monkeypatch, code, deaths, dies):
+    calls = []
+    def tool(*_, **__):
+        calls.append(1)
+        if len(calls) <= deaths: raise subprocess.CalledProcessError(code, 'tool')
+        return 'text'
+    monkeypatch.setattr(lowering.ascend, 'ttir_to_linalg', tool)
+    if dies:
+        with pytest.raises(subprocess.CalledProcessError): lowering._to_linalg(None, {}, None)
+        assert len(calls) == (3 if code < 0 else 1)
+    else: assert lowering._to_linalg(None, {}, None) == 'text'
