@@ -67,7 +67,7 @@ heads() {
     $nld write $job/chat --bare --temperatures 0,1 --seed 1234 --new-tokens 160
     $nld write $job/humaneval --prompts humaneval --temperatures 0,1 --new-tokens 160
     [ -z "$data" ] || $nld write $job/gsm8k --prompts "$data/gsm8k_train.jsonl" --column question --temperatures 0,1 --new-tokens 160
-    $nld accept $job/hass/last "$job/chat,$job/humaneval${data:+,$job/gsm8k}" --new-tokens 128 --json $out/heads/acceptance.json
+    $nld accept $job/hass/last "$job/chat,$job/humaneval${data:+,$job/gsm8k}" --texts 40 --new-tokens 128 --json $out/heads/acceptance.json
 }
 
 alignment() { .venv/bin/python results/alignment.py $out/heads/alignment.json; }
