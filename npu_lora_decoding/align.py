@@ -42,13 +42,12 @@ def aligned_attention(
     segments:torch.Tensor,  # `(b, t)`
 ) -> torch.Tensor:  # `(b, h, t, k)`
     "Return attention in which the slot `o` places to the left shows its step j - o, and step 1 from there on"
-    (b, h, t, k), g, j, wide = q.shape, keys[0].shape[1], len(keys), torch.promote_types(q.dtype, torch.float32)
-    least = torch.finfo(wide).min  # not -inf: a slot of padding sees nothing, and its numbers must stay finite
-    q = q.view(b, g, h//g, t, k)
-    far = (q.flatten(2, 3) @ keys[0].mT).view(b, g, h//g, t, t).to(wide)
-    far = far.masked_fill(~far_mask(segments, j)[:, None, None], least)
-    near = [(q * shift(keys[-1-o], o)[:, :, None]).sum(-1, dtype=wide).masked_fill(~near_mask(segments, o)[:, None, None], least) for o in range(j-1)]
-    p = (torch.cat([far, *(s[..., None] for s in near)], -1) * k**-.5).softmax(-1).to(q.dtype)
+    (b, h, t, k), g, j = q.shape, keys[0].shape[1], len(keys)
+    least = torch.finfo(q.dtype).min  # not -inf: a slot of padding sees nothing, and its numbers must stay finite
+    q = (q * k**-.5).view(b, g, h//g, t, k)
+    far = (q.flatten(2, 3) @ keys[0].mT).view(b, g, h//g, t, t).masked_fill(~far_mask(segments, j)[:, None, None], least)
+    near = [(q * shift(keys[-1-o], o)[:, :, None]).sum(-1).masked_fill(~near_mask(segments, o)[:, None, None], least) for o in range(j-1)]
+    p = torch.cat([far, *(s[..., None] for s in near)], -1).softmax(-1)  # of half precision too the kernel takes its sum in fp32
     out = (p[..., :t].flatten(2, 3) @ values[0]).view(b, g, h//g, t, k)
     for o in range(j-1): out = out + p[..., t+o, None] * shift(values[-1-o], o)[:, :, None]
     return out.view(b, h, t, k)

@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 from .core import DecodingError, atomic_path, order_metadata, require
 from .adapters import fingerprint, same_base
 
@@ -90,6 +90,15 @@ def grouped_attention(
     return (p.view(b, g, h//g * t, -1) @ values).view(b, h, t, k)
 
 # %% ../nbs/08_draft_head.ipynb #c48b0177
+def _rotate(x, rotations):
+    "Return `x` `(b, h, t, k)` turned by its positions"
+    cos, sin = (r.to(x.dtype)[:, None] for r in rotations)
+    return x * cos + rotate_half(x) * sin
+
+def _norm(norm, x):
+    "Return the norm of `x` with its weight in the dtype of `x`: master weights in fp32 would send half precision on a slow path"
+    return nn.functional.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
+
 class DraftHead(nn.Module):
     "One decoder layer behind `fc`, from (embedding of the next token, feature) to the next feature"
     def __init__(self,
@@ -125,9 +134,9 @@ class DraftHead(nn.Module):
         layer, out = self.layers[0].self_attn, []
         for w in which:
             x = getattr(layer, f'{w}_proj')(u).unflatten(-1, (-1, _head_width(self.config)))
-            if w != 'v' and hasattr(layer, f'{w}_norm'): x = getattr(layer, f'{w}_norm')(x)
+            if w != 'v' and hasattr(layer, f'{w}_norm'): x = _norm(getattr(layer, f'{w}_norm'), x)
             x = x.transpose(1, 2)
-            out.append(x if w == 'v' else apply_rotary_pos_emb(x, x, *(r.to(x.dtype) for r in rotations))[0])
+            out.append(x if w == 'v' else _rotate(x, rotations))
         return tuple(out)
 
     def finish(self,
@@ -137,7 +146,7 @@ class DraftHead(nn.Module):
         "Return the layer's output: output projection and MLP, each added to the residual stream"
         layer = self.layers[0]
         x = u + layer.self_attn.o_proj(context.transpose(1, 2).flatten(2))
-        return x + layer.mlp(layer.post_attention_layernorm(x))
+        return x + layer.mlp(_norm(layer.post_attention_layernorm, x))
 
     def forward(self,
         e:torch.Tensor,  # Embeddings of the next tokens `(b, t, d)`
