@@ -35,6 +35,9 @@ def train_head(
     k:int=10,  # Of the Top-K loss
     topk:float=None,  # Weight of the Top-K loss (default: the recipe's)
     feature:float=.05,  # Weight of the feature loss
+    step_weights:str='',  # Of each alignment step, separated by commas (default: 1 each)
+    drawn:bool=False,  # A batch trains one alignment step, drawn by its weight, instead of all: faster
+    remember:bool=False,  # Keep what the target says to the losses from epoch to epoch, in memory: faster
     vocab:int=0,  # Size of the draft vocabulary; 0: all tokens
     optimizer:str='muon',  # muon or adamw
     lr:float=1e-3,  # Peak learning rate
@@ -53,14 +56,15 @@ def train_head(
     save_every:int=100,  # Steps between saves
     eval_every:int=200,  # Steps between measurements
     stop_after:int=None,  # Leave, saved, after so many updates
+    track:str=None,  # Also tell tensorboard, trackio, wandb, ...: what accelerate knows and is installed
     seed:int=0,  # Of everything
 ):
     "Train a draft head; Ctrl-C saves, the same command continues"
-    config = HeadTraining(**(dict(steps=steps, tokens=tokens, k=k, feature=feature, vocab=vocab, optimizer=optimizer, lr=lr, noise=noise, row=row, seed=seed, save_every=save_every,
-                                  eval_every=eval_every, precision='bf16' if dtype == 'bf16' else 'no') | _recipe(recipe, n, topk)))
+    config = HeadTraining(**(dict(steps=steps, tokens=tokens, k=k, feature=feature, vocab=vocab, optimizer=optimizer, lr=lr, noise=noise, row=row, seed=seed, save_every=save_every, drawn=drawn, remember=remember,
+                                  eval_every=eval_every, step_weights=tuple(float(w) for w in step_weights.split(',') if w), precision='bf16' if dtype == 'bf16' else 'no') | _recipe(recipe, n, topk)))
     source = Source(data, prompts, column, conversations, heldout, write=WriteConfig(per_shard=min(512, conversations), batch=write_batch, user_tokens=user_tokens, new_tokens=new_tokens, seed=seed))
     lm, _ = load_target(model, adapter, dtype, device)
-    make_head(lm, out, config, source, name, online, dict(depth=6, top_k=10, nodes=tree) if tree else None, init, stop_after)
+    make_head(lm, out, config, source, name, online, dict(depth=6, top_k=10, nodes=tree) if tree else None, init, stop_after, track)
 
 def _recipe(name, n, topk):
     "Return the settings of a recipe, with what the user wants otherwise"

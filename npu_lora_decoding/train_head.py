@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'HeadTraining', 'AlignedLoss', 'add_noise', 'hash_of', 'learning_rate', 'make_optimizers', 'Run',
-           'train_step', 'save_state', 'load_state', 'free_memory', 'training_bytes', 'check_memory', 'evaluate',
-           'card', 'save_checkpoint', 'new_accelerator', 'start_run', 'sample_numbers', 'train']
+           'drawn_steps', 'train_step', 'save_state', 'load_state', 'free_memory', 'training_bytes', 'check_memory',
+           'evaluate', 'card', 'save_checkpoint', 'new_accelerator', 'start_run', 'sample_numbers', 'train']
 
 # %% ../nbs/11_train_head.ipynb #9d9238f2
 import contextlib, json, math, shutil
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import LoggerType, get_available_trackers
 from fastprogress.fastprogress import progress_bar
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,7 @@ from torch.nn.utils import parametrize
 from .core import DecodingError, atomic_path, ctrl_c, generator, import_npu, require
 from .models import LM
 from .draft_head import DraftHead, Frozen, draft_rows, frozen_of, head_config, save_head
-from .distill import Objective, distill, token_weights
+from .distill import Objective, distill, join_taught, teach, token_weights
 from .align import aligned_step, next_inputs
 from .features import Batch, batch_of, plan_epoch
 from .acceptance import Acceptance, measure_acceptance
@@ -38,6 +39,8 @@ class HeadTraining:
     losses:tuple=(('soft_ce', 1.), ('topk', 1.))  # Weights of the losses on tokens
     k:int=10  # Of the Top-K loss
     step_weights:tuple=()  # Weight of each alignment step; () is 1 each
+    drawn:bool=False  # A batch trains one alignment step, drawn by its weight, instead of all
+    remember:bool=False  # Keep what the target says to the losses from epoch to epoch, in memory
     vocab:int=0  # Size of the draft vocabulary; 0 trains on the whole one
     optimizer:str='muon'  # muon (matrices; AdamW for the rest) or adamw
     lr:float=1e-3  # Peak learning rate
@@ -86,12 +89,21 @@ class AlignedLoss(torch.nn.Module):
         e:torch.Tensor,  # Embeddings of the next tokens `(b, t, d)`
         inputs:list,  # Features that each step so far has read `(b, t, d)`
         batch:Batch,
+        said:list|None=None,  # From `teach`: what the target says to the losses, the same at every step
     ) -> tuple:  # Guesses `(b, t, d)`, loss, its terms
         "Return what the head guesses at alignment step `len(inputs)`, and how far it is from the target"
-        rows, objective, spread, rarity = self.given
-        with parametrize.cached(): guess = aligned_step(self.head, e, inputs, self.head.rotations(batch.positions), batch.segments)
-        loss, terms = distill(guess, batch.next_features, batch.keep, rows, objective, spread, rarity)
+        (rows, objective, spread, rarity), guess = self.given, self.guess(e, inputs, batch)
+        loss, terms = distill(guess, batch.next_features, batch.keep, rows, objective, spread, rarity, said)
         return guess.detach(), loss, terms
+
+    def guess(self, e, inputs, batch):
+        "Return the guesses alone"
+        with parametrize.cached(): return aligned_step(self.head, e, inputs, self.head.rotations(batch.positions), batch.segments)
+
+    def teach(self, batch):
+        "Return what the target says to the losses at the places that count"
+        rows, objective, _, rarity = self.given
+        return teach(batch.next_features, batch.keep, rows, objective, rarity)
 
 def add_noise(
     batch:Batch,
@@ -148,6 +160,7 @@ class Run:
     history:list=field(default_factory=list)  # Measurements of acceptance
     best:float=0.
     sizes:list=field(default_factory=list)  # Batches of every epoch so far
+    memory:dict=field(default_factory=dict)  # What the target says about each example, where it is remembered
 
     def __post_init__(self):
         self.opts, rows = make_optimizers(self.head, self.config), draft_rows(self.head, self.frozen)
@@ -165,6 +178,16 @@ class Run:
         if not mine: out.keep.zero_()  # fewer rows than devices: this one computes along, and counts for nothing
         return out.to(self.accelerator.device)
 
+    def said(self, batch):
+        "Return what the target says to the losses at the places of `batch` that count, remembered if so configured"
+        teach = self.accelerator.unwrap_model(self.model).teach
+        if not (self.config.remember and self.config.objective.linear and batch.keep.any()): return teach(batch)
+        numbers, dtype = [i for row in batch.numbers for i in row], batch.features.dtype
+        if any(i not in self.memory for i in numbers):
+            sizes = [int((k & (s == j)).sum()) for k, s, row in zip(batch.keep, batch.segments, batch.numbers) for j in range(len(row))]
+            for i, *parts in zip(numbers, *(x.to(dtype).split(sizes) for x in teach(batch))): self.memory[i] = parts
+        return [join_taught(x).to(torch.float32) for x in zip(*(self.memory[i] for i in numbers))]
+
     def _batches(self, epoch):
         while len(self.sizes) <= epoch: self.sizes.append(len(self._plan(len(self.sizes))))
         return self.sizes[epoch]
@@ -173,27 +196,40 @@ class Run:
         if getattr(self, '_epoch', None) != epoch: self._epoch, self._planned = epoch, plan_epoch(self.store.lengths, self.config.tokens, self.config.seed, epoch, self.config.row or None)
         return self._planned
 
+# %% ../nbs/11_train_head.ipynb #66485d52
+def drawn_steps(
+    config:HeadTraining,
+    step:int,  # Counted from 0
+) -> list:  # Alignment steps, counted from 0
+    "Return the alignment steps whose losses this update sees"
+    if not config.drawn: return list(range(config.n))
+    weights = torch.tensor(config.step_weights or (1.,) * config.n)
+    return [int(torch.multinomial(weights, 1, generator=generator(hash_of(f'drawn-{config.seed}-{step}'))))]
+
 # %% ../nbs/11_train_head.ipynb #aada43d4
 def train_step(
     run:Run,
     step:int,  # Counted from 0
-) -> list:  # Loss of each alignment step, mean over the whole batch
-    "Make one update: `n` alignment steps, each with its own backward pass, whose gradients add up"
+) -> list:  # Loss of each alignment step that counts, mean over the whole batch
+    "Make one update: the losses of the alignment steps, each with its own backward pass, whose gradients add up"
     batch, c, acc = run.batch(step), run.config, run.accelerator
     dtype = run.frozen.embed.dtype
     batch.features = batch.features.to(dtype)
     kept = batch.keep.sum().float()
     share = kept / acc.reduce(kept, 'sum').clamp(min=1)  # of all places that count, those of this process
     e, inputs, losses = run.frozen.embed[batch.next_ids], [add_noise(batch, c.noise, run.scales.feature.to(acc.device), f'{c.seed}-{step}')], []
+    steps, said = drawn_steps(c, step), run.said(batch)
     for o in run.opts:
         for g in o.param_groups: g['lr'] = learning_rate(step, c)
-    for j in range(c.n):
-        last = j == c.n - 1
-        with contextlib.nullcontext() if last else acc.no_sync(run.model):
-            guess, loss, _ = run.model(e, inputs, batch)
-            weight = c.step_weights[j] if c.step_weights else 1.
-            acc.backward(loss * weight * share * acc.num_processes)  # data parallelism takes the mean over processes
-        losses.append(loss.detach() * share)
+    for j in range(steps[-1] + 1):
+        last, weight = j == steps[-1], c.step_weights[j] if c.step_weights and not c.drawn else 1.
+        if j in steps:
+            with contextlib.nullcontext() if last else acc.no_sync(run.model):
+                guess, loss, _ = run.model(e, inputs, batch, said)
+                acc.backward(loss * weight * share * acc.num_processes)  # data parallelism takes the mean over processes
+            losses.append(loss.detach() * share)
+        else:
+            with torch.no_grad(), acc.autocast(): guess = acc.unwrap_model(run.model).guess(e, inputs, batch)
         if not last: inputs.append(next_inputs(inputs[-1], guess.to(dtype), batch.segments))
     norm = acc.clip_grad_norm_(run.head.parameters(), c.clip)
     values = acc.reduce(torch.stack(losses), 'sum').tolist()
@@ -257,6 +293,7 @@ def training_bytes(
     rows:int,  # Of the LM head: the draft vocabulary, or all
     longest:int,  # Tokens of the longest row
     processes:int=1,  # That share a batch
+    remembered:int=0,  # Places whose targets are remembered
 ) -> int:  # Beyond what is loaded already
     "Return an estimate of the memory that training needs on each device"
     c, p = head.config, sum(x.numel() for x in head.parameters())
@@ -266,7 +303,8 @@ def training_bytes(
     stream = t * c.hidden_size * b * (3 * config.n + 12) + t * c.intermediate_size * b * 5  # inputs of every step, joined inputs, projections; the MLP
     scores = t * longest * c.num_attention_heads * (4 * 2 + b)
     logits = min(config.chunk, t) * rows * (b * 3 + 4 * 5)
-    return int(1.2 * (weights + stream + scores + logits))
+    memory = remembered * (c.hidden_size * b + 4) * len(config.losses)
+    return int(1.2 * (weights + stream + scores + logits) + memory)
 
 def check_memory(
     needed:int,  # Bytes
@@ -286,8 +324,7 @@ def evaluate(
     head, rows = plain_copy(run.head), draft_rows(run.head, run.frozen)
     head = head.to(run.frozen.embed.dtype)
     found = measure_acceptance(head, run.frozen.embed, rows, texts, head.vocab, (3, 5), tree)
-    loss = sum(sum(x) for x in run.losses[-50:]) / max(1, len(run.losses[-50:]))
-    return dict(step=run.done, loss=loss, rates=list(found['chain 5'].rates), **{name.replace(' ', '_'): a.tau for name, a in found.items()})
+    return dict(step=run.done, loss=_mean_loss(run, 50), rates=list(found['chain 5'].rates), **{name.replace(' ', '_'): a.tau for name, a in found.items()})
 
 def card(
     run:Run,
@@ -313,10 +350,22 @@ def save_checkpoint(
         save_head(plain_copy(run.head), tmp, run.lm.model)
         (tmp/'README.md').write_text(card(run, about), encoding='utf-8')
 
-def new_accelerator(lm, config):
+# %% ../nbs/11_train_head.ipynb #168323ac
+def new_accelerator(
+    lm:LM,  # The target
+    config:HeadTraining,
+    track=None,  # Also tell tensorboard, trackio, wandb, ...; a name that accelerate knows, or a `GeneralTracker`
+    folder:str|Path='.',  # Where trackers write
+) -> Accelerator:
     "Return an accelerator for one run; its library allows one precision a process unless the last one is forgotten"
+    if isinstance(track, str):
+        known = [str(t) for t in LoggerType]
+        require(track in known, f'unknown tracker {track!r}', f'use one of {", ".join(known)}')
+        require(track in [str(t) for t in get_available_trackers()], f'{track} is not installed', f'pip install {track}')
     AcceleratorState._reset_state()  # the process group stays
-    return Accelerator(mixed_precision=config.precision, cpu=lm.device.type == 'cpu')
+    acc = Accelerator(mixed_precision=config.precision, cpu=lm.device.type == 'cpu', log_with=track, project_dir=folder if track else None)
+    if track: acc.init_trackers('train-head', {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in asdict(config).items()})
+    return acc
 
 # %% ../nbs/11_train_head.ipynb #d4f5ce05
 def start_run(
@@ -337,7 +386,7 @@ def start_run(
     scales = measure_scales(sample, frozen.embed.cpu())
     head = DraftHead(head_config(lm.model.config)) if init is None else plain_copy(init)
     if vocab is not None: head.vocab, head.counts = vocab
-    check_memory(training_bytes(head, config, len(draft_rows(head, frozen)), max(max(store.lengths), config.row), acc.num_processes), acc.device)
+    check_memory(training_bytes(head, config, len(draft_rows(head, frozen)), max(max(store.lengths), config.row), acc.num_processes, sum(store.lengths) * config.remember), acc.device)
     head = head.float().train().requires_grad_(True)
     if config.scaled: precondition(head, scales)
     if init is None:
@@ -373,6 +422,7 @@ def train(
         for step in bar:
             run.losses.append(train_step(run, step))
             run.done = step + 1
+            run.accelerator.log(dict(loss=sum(run.losses[-1]) / len(run.losses[-1]), lr=learning_rate(step, c)), step=run.done)
             if main: bar.comment = _comment(run)
             stop = _anywhere(asked, run.accelerator)
             if main and texts and (run.done % c.eval_every == 0 or run.done == c.steps): _measure(run, texts, tree, about)
@@ -389,14 +439,19 @@ def _anywhere(asked, accelerator):
 
 def _comment(run):
     tau = f', chain of 5: {run.history[-1]["chain_5"]:.2f} tokens a pass' if run.history else ''
-    recent = run.losses[-20:]
-    return f'loss {sum(map(sum, recent)) / len(recent) / run.config.n:.3f}{tau}'
+    return f'loss {_mean_loss(run, 20):.3f}{tau}'
+
+def _mean_loss(run, updates):
+    "Return the mean loss of an alignment step over the last `updates`"
+    recent = [l for x in run.losses[-updates:] for l in x]
+    return sum(recent) / max(1, len(recent))
 
 def _measure(run, texts, tree, about):
     "Measure acceptance, note it, and keep the head if it is the best so far"
     row = evaluate(run, texts, tree)
     run.history.append(row)
-    print(f'step {run.done}: loss {row["loss"] / run.config.n:.3f}, ' + ', '.join(f'{k.replace("_", " ")} {v:.3f}' for k, v in row.items() if k[:5] in ('chain', 'tree_')) + ', guesses ' + ' '.join(f'{r:.2f}' for r in row['rates'] if r is not None), flush=True)
+    run.accelerator.log({k: v for k, v in row.items() if k[:5] in ('chain', 'tree_')}, step=run.done)
+    print(f'step {run.done}: loss {row["loss"]:.3f}, ' + ', '.join(f'{k.replace("_", " ")} {v:.3f}' for k, v in row.items() if k[:5] in ('chain', 'tree_')) + ', guesses ' + ' '.join(f'{r:.2f}' for r in row['rates'] if r is not None), flush=True)
     if row['chain_5'] > run.best: run.best = row['chain_5']; save_checkpoint(run, 'best', about)
 
 def _save(run, about):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file, save_file
 from npu_lora_decoding import train_head as th
 from npu_lora_decoding.acceptance import Text, measure_acceptance, target_texts
@@ -32,17 +33,22 @@ class Kept(OnlineFeatures):
     def __init__(self, lm, examples): super().__init__(lm, examples); self.rows = [super(Kept, self).read([i])[0] for i in range(len(examples))]
     def read(self, numbers): return [self.rows[i] for i in numbers]
 
+THREADS = torch.get_num_threads()
+torch.set_num_threads(1)  # with other threads sums may be cut in other places; what is compared bit for bit runs on one, here and in child processes
 LM = toy_lm()
 STORE = Kept(LM, toy_examples())
 TEXTS = [Text(ids, 4, f) for ids, _, f in STORE.rows[:3]]
+torch.set_num_threads(THREADS)
 
 @pytest.fixture(autouse=True)
 def fresh():
-    "Python's own Ctrl-C, which a shell in the background takes away; and no precision left over from another test"
+    "Python's own Ctrl-C, which a shell in the background takes away; no precision left over from another test; one thread"
     AcceleratorState._reset_state()
+    torch.set_num_threads(1)
     old = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, old)
+    torch.set_num_threads(THREADS)
 
 def begin(folder, config=CONFIG, store=STORE, **options): return start_run(LM, store, folder, config, data='toy', **options)
 def weights(run): return {n: p.detach().clone() for n, p in run.head.named_parameters()}
@@ -370,6 +376,71 @@ def test_nan_is_named_and_nothing_is_spoilt(tmp_path, monkeypatch, row, hidden):
     clean = train(begin(tmp_path/'clean', config), TEXTS)
     assert back.losses == clean.losses
 
+def test_what_the_target_says_may_be_remembered(tmp_path):
+    "fp32: the same losses and weights as when it is made anew for every batch; over epochs, packed, and after a stop with an empty memory"
+    for name, change in dict(rows=dict(), packed=dict(row=48, tokens=96)).items():
+        config = replace(CONFIG, steps=12, **change)
+        plain, kept = train(begin(tmp_path/f'{name}1', config), TEXTS), train(begin(tmp_path/f'{name}2', replace(config, remember=True)), TEXTS)
+        assert len(plain.sizes) > 1 and set(kept.memory) == set(range(14)) and plain.losses == kept.losses and same(weights(plain), weights(kept))
+        train(begin(tmp_path/f'{name}3', replace(config, remember=True)), TEXTS, stop_after=7)
+        back = train(begin(tmp_path/f'{name}3', replace(config, remember=True)), TEXTS)
+        assert back.losses == kept.losses and same(weights(back), weights(kept))
+
+def test_remembered_in_half_precision_does_not_depend_on_when(tmp_path):
+    config = replace(CONFIG, steps=12, precision='bf16', remember=True)
+    whole = train(begin(tmp_path/'whole', config), TEXTS)
+    train(begin(tmp_path/'two', config), TEXTS, stop_after=7)
+    assert same(weights(train(begin(tmp_path/'two', config), TEXTS)), weights(whole))
+
+def test_a_loss_that_is_not_linear_is_not_remembered(tmp_path):
+    run = train(begin(tmp_path, replace(CONFIG, steps=2, remember=True, losses=(('reverse_kl', 1.),))))
+    assert not run.memory
+
+class Noted(GeneralTracker):
+    name, requires_logging_directory = 'noted', False
+    def __init__(self): super().__init__(); self.settings, self.rows, self.ended = [], [], False
+    @property
+    def tracker(self): return self.rows
+    def store_init_configuration(self, values): self.settings.append(values)
+    def log(self, values, step, **kwargs): self.rows.append((step, values))
+
+def test_a_tracker_hears_every_loss_and_measurement(tmp_path):
+    noted = Noted()
+    run = train(begin(tmp_path, accelerator=th.new_accelerator(LM, CONFIG, noted)), TEXTS)
+    assert noted.settings[0]['steps'] == 9 and noted.settings[0]['losses'] == str(CONFIG.losses)
+    heard = [(step, v['loss'], v['lr']) for step, v in noted.rows if 'loss' in v]
+    assert heard == [(i+1, sum(x) / len(x), learning_rate(i, CONFIG)) for i, x in enumerate(run.losses)]
+    assert [(step, v['chain_5']) for step, v in noted.rows if 'chain_5' in v] == [(h['step'], h['chain_5']) for h in run.history]
+
+@pytest.mark.parametrize('track,message', [('tensorbord', "unknown tracker 'tensorbord': use one of .*tensorboard"), ('comet_ml', 'comet_ml is not installed: pip install comet_ml')])
+def test_a_tracker_that_cannot_track_is_refused(track, message):
+    with pytest.raises(DecodingError, match=message): th.new_accelerator(LM, CONFIG, track)
+
+def test_drawn_steps():
+    "A pure function of the step, in the shares of the weights; all steps where none is drawn"
+    assert th.drawn_steps(replace(CONFIG, n=3), 5) == [0, 1, 2]
+    config = replace(CONFIG, n=3, drawn=True, step_weights=(1., 0., 3.))
+    drawn = [th.drawn_steps(config, i) for i in range(2000)]
+    assert drawn == [th.drawn_steps(config, i) for i in range(2000)] and all(len(d) == 1 for d in drawn)
+    assert abs(drawn.count([0]) / 2000 - .25) < .04 and [1] not in drawn
+
+def test_a_drawn_step_has_the_loss_and_the_gradient_of_that_step(tmp_path, monkeypatch):
+    "Against a run of all steps in which only that one has a weight"
+    taken = {}
+    monkeypatch.setattr(Accelerator, 'clip_grad_norm_', lambda self, params, clip: taken.update(grad=[p.grad.clone() for p in params]) or torch.tensor(0.))
+    for j in range(3):
+        one, every = (begin(tmp_path/f'{j}{drawn}', replace(CONFIG, n=3, drawn=drawn, step_weights=tuple(float(i == j) for i in range(3)))) for drawn in (True, False))
+        [loss], grad = train_step(one, 0), taken['grad']
+        losses, full = train_step(every, 0), taken['grad']
+        torch.testing.assert_close((loss, grad), (losses[j], full), rtol=1e-5, atol=1e-7)
+
+def test_a_run_with_drawn_steps_resumes_to_the_bit(tmp_path):
+    config = replace(CONFIG, drawn=True, n=3)
+    whole = train(begin(tmp_path/'whole', config), TEXTS)
+    for stop in (3, 4): back = train(begin(tmp_path/'two', config), TEXTS, stop_after=stop)
+    back = train(begin(tmp_path/'two', config), TEXTS)
+    assert back.losses == whole.losses and same(weights(back), weights(whole))
+
 def test_memory_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
     monkeypatch.setattr(th, 'free_memory', lambda device: 1000)
     with pytest.raises(DecodingError, match=r'training needs about .* GiB but cpu has 0\.0 GiB free: choose fewer tokens a batch, a smaller chunk or a draft vocabulary'): begin(tmp_path/'run')
@@ -385,11 +456,11 @@ def test_estimate_grows_with_what_costs_memory():
 
 def test_longest_row_counts_for_memory(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(th, 'training_bytes', lambda head, config, rows, longest, processes=1: asked.append((rows, longest)) or 1)
+    monkeypatch.setattr(th, 'training_bytes', lambda head, config, rows, longest, processes=1, remembered=0: asked.append((rows, longest)) or 1)
     begin(tmp_path); begin(tmp_path, replace(CONFIG, row=200)); begin(tmp_path, replace(CONFIG, vocab=20), vocab=draft_vocabulary(STORE.examples, 20, 97)[:2])
     assert asked == [(97, max(STORE.lengths)), (97, 200), (20, max(STORE.lengths))]
 
-OTHER = dict(steps=10, tokens=121, n=3, feature=.1, losses=(('soft_ce', 1.),), k=6, step_weights=(1., .5), vocab=20, optimizer='adamw', lr=1e-3, betas=(.9, .9), clip=1., warmup=.2, noise=.2,
+OTHER = dict(steps=10, tokens=121, n=3, drawn=True, remember=True, feature=.1, losses=(('soft_ce', 1.),), k=6, step_weights=(1., .5), vocab=20, optimizer='adamw', lr=1e-3, betas=(.9, .9), clip=1., warmup=.2, noise=.2,
              start='random', scaled=False, row=48, chunk=100, precision='bf16', seed=1, save_every=3, eval_every=5)
 
 def test_other_settings_and_other_data_are_refused(tmp_path):
@@ -460,7 +531,7 @@ def test_recorded_acceptance_is_that_of_the_saved_head(written, tmp_path):
         assert head.vocab.equal(run.head.vocab)
         found = measure_acceptance(head, frozen.embed.bfloat16(), draft_rows(head, frozen).bfloat16(), held, head.vocab, (3, 5), tree)
         assert [found[n].tau for n in ('chain 3', 'chain 5', 'tree 6')] == [row[n] for n in ('chain_3', 'chain_5', 'tree_6')] and list(found['chain 5'].rates) == row['rates']
-    assert math.isclose(run.history[0]['loss'], sum(map(sum, run.losses[:20])) / 20)
+    assert math.isclose(run.history[0]['loss'], sum(map(sum, run.losses[:20])) / sum(map(len, run.losses[:20])))
     text = (tmp_path/'last'/'README.md').read_text()
     assert f'after step 45: chain of 3 {run.history[-1]["chain_3"]:.2f}' in text and '| lr | 0.01 |' in text and 'base_model: toy' in text
 
