@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['DEVICES', 'DTYPES', 'DecodingError', 'require', 'import_npu', 'has_device', 'get_device', 'get_dtype', 'generator',
            'sync', 'stopwatch', 'Timing', 'summarise', 'time_interleaved', 'resident_mb', 'peak_memory', 'atomic_path',
-           'cache_dir', 'order_metadata', 'ctrl_c']
+           'cache_dir', 'save_tensors', 'ctrl_c']
 
 # %% ../nbs/00_core.ipynb #043906d0
-import contextlib, importlib.util, json, os, signal, statistics, sys, tempfile, threading, time
+import contextlib, glob, importlib.util, json, os, platform, signal, statistics, sys, tempfile, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 # %% ../nbs/00_core.ipynb #dc2191ce
 class DecodingError(ValueError):
@@ -154,16 +156,28 @@ def _peak_on_device(device):
     finally: out['mb'] = mod.max_memory_allocated(device) / 2**20
 
 # %% ../nbs/00_core.ipynb #a5f565bd
+_HOST = platform.node().replace('.', '_')  # a folder may be shared by several
+
+def _is_dead(writer):
+    "Whether `host-pid` was a process of this machine that is gone; no where we cannot tell"
+    host, _, pid = writer.rpartition('-')
+    if host != _HOST or not pid.isdigit(): return False
+    try: os.kill(int(pid), 0)
+    except ProcessLookupError: return True
+    except (OSError, OverflowError): pass
+    return False
+
 @contextlib.contextmanager
 def atomic_path(
     path:str|Path,  # File or folder to appear
 ):
-    "Yield a temporary path beside `path`; it is renamed to `path` when the block succeeds and removed when it fails"
+    "Yield a temporary path beside `path`; it is renamed to `path` when the block succeeds and removed when it fails, as is what killed processes left behind"
     import shutil
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.parent/f'.{path.name}.{os.getpid()}.part'
+    tmp = path.parent/f'.{path.name}.{_HOST}-{os.getpid()}.part'
     clear = lambda p: shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)
-    clear(tmp)
+    for old in path.parent.glob(f'.{glob.escape(path.name)}.*.part'):
+        if old == tmp or _is_dead(old.name.split('.')[-2]): clear(old)
     try:
         yield tmp
         if path.is_dir(): clear(path)
@@ -176,10 +190,19 @@ def cache_dir() -> Path:
     return Path(os.environ.get('NLD_CACHE') or Path(base)/'npu_lora_decoding')
 
 # %% ../nbs/00_core.ipynb #b2aee78a
-def order_metadata(
-    file:Path,  # A safetensors file; changed in place
+def save_tensors(
+    tensors:dict,  # Name -> tensor, on any device
+    file:str|Path,  # To be written
+    metadata:dict,  # Name -> text
 ):
-    "Write the header's metadata in order: safetensors shuffles it, and equal runs should give equal files"
+    "Write a safetensors file, equal bytes for equal content; raises `DecodingError` where the disk is full"
+    # a clone each: tensors that share memory cannot be written
+    try: save_file({k: x.detach().cpu().contiguous().clone() for k, x in tensors.items()}, file, metadata=metadata)
+    except (OSError, SafetensorError) as e: raise DecodingError(f'cannot write {Path(file).name} ({e}): make room or choose another folder, then give the same command again.') from e
+    if len(metadata) > 1: _order_metadata(Path(file))
+
+def _order_metadata(file):
+    "Put the metadata of a file in order, in place"
     raw = file.read_bytes()
     n = int.from_bytes(raw[:8], 'little')
     head = json.loads(raw[8:8+n])

@@ -15,10 +15,9 @@ import torch
 from torch import nn
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
-from .core import DecodingError, atomic_path, order_metadata, require
+from .core import DecodingError, atomic_path, require, save_tensors
 from .adapters import fingerprint, same_base
 
 # %% ../nbs/08_draft_head.ipynb #586b99b9
@@ -215,8 +214,7 @@ def _head_tensors(head, target, dtype, embed, fc_bias):
     out = dict(head.state_dict())
     if fc_bias and head.fc.bias is None: out['fc.bias'] = torch.zeros_like(head.fc.weight[:, 0])
     if embed: out['embed_tokens.weight'] = frozen_of(target).embed
-    # a clone each: tensors that share memory cannot be written
-    out = {k: x.detach().to('cpu', dtype).contiguous().clone() for k, x in out.items()}
+    out = {k: x.detach().to('cpu', dtype) for k, x in out.items()}
     for k, x in out.items(): require(bool(x.isfinite().all()), f'the head\'s {k} is not finite in {dtype}', 'train it again with a lower learning rate, or save in fp32')
     return out
 
@@ -237,11 +235,10 @@ def save_head(
     with atomic_path(folder) as tmp:
         tmp.mkdir()
         (tmp/'config.json').write_text(_config_json(head, dtype, extra), encoding='utf-8')
-        save_file(tensors, tmp/'model.safetensors', metadata=dict(format='pt', base_fingerprint=json.dumps(fingerprint(target))))
-        order_metadata(tmp/'model.safetensors')
+        save_tensors(tensors, tmp/'model.safetensors', dict(format='pt', base_fingerprint=json.dumps(fingerprint(target))))
         if head.vocab is not None:
             vocab = dict(ids=head.vocab) | ({} if head.counts is None else dict(counts=head.counts))
-            save_file({k: x.cpu().contiguous().clone() for k, x in vocab.items()}, tmp/'draft_vocab.safetensors', metadata=dict(format='pt'))
+            save_tensors(vocab, tmp/'draft_vocab.safetensors', dict(format='pt'))
     return folder
 
 # %% ../nbs/08_draft_head.ipynb #c7774c4d

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FinetuneConfig', 'tokenize', 'collate', 'answer_loss', 'batch_of_step', 'save_state', 'load_state', 'save_adapter',
-           'card', 'learning_rate', 'train_step', 'finetune']
+           'card', 'train_step', 'finetune']
 
 # %% ../nbs/14b_finetune.ipynb #de71ce83
 import hashlib, json, math, random
@@ -13,10 +13,11 @@ from pathlib import Path
 import torch, torch.nn.functional as F
 from fastprogress.fastprogress import progress_bar
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from .core import DecodingError, atomic_path, ctrl_c, order_metadata, require
+from safetensors.torch import load_file
+from .core import DecodingError, atomic_path, ctrl_c, require, save_tensors
 from .adapters import fingerprint
 from .models import LM, encode_one
+from .train_head import learning_rate
 
 # %% ../nbs/14b_finetune.ipynb #267c9866
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def save_state(
         for k, v in opt.state[p].items(): state[f'adam/{k}/{n}'] = v
     state |= dict(rng=torch.get_rng_state(), losses=torch.tensor(losses, dtype=torch.float64))
     meta = dict(step=str(step), config=json.dumps(asdict(config)), data=data)
-    with atomic_path(folder/'state.safetensors') as tmp: save_file({k: v.contiguous() for k, v in state.items()}, tmp, metadata=meta)
+    with atomic_path(folder/'state.safetensors') as tmp: save_tensors(state, tmp, meta)
 
 def load_state(
     folder:Path,  # The run's folder
@@ -152,8 +153,7 @@ def save_adapter(
         model.save_pretrained(tmp, save_embedding_layers=False)  # 'auto' would ask the hub for the base's config
         file = tmp/'adapter_model.safetensors'
         weights = {k: v.to(torch.bfloat16) for k, v in load_file(file).items()}
-        save_file(weights, file, metadata=dict(format='pt', base_fingerprint=json.dumps(base)))
-        order_metadata(file)
+        save_tensors(weights, file, dict(format='pt', base_fingerprint=json.dumps(base)))
         (tmp/'README.md').write_text(card)
 
 # %% ../nbs/14b_finetune.ipynb #5fdd28df
@@ -170,14 +170,6 @@ def card(
     return front + what + f'| setting | value |\n|---|---|\n{rows}\n\nItems seen: {config.steps * config.batch:,}. Weights are stored in bf16; the file\'s metadata holds a fingerprint of the base model.\n'
 
 # %% ../nbs/14b_finetune.ipynb #a542cbee
-def learning_rate(
-    step:int,  # Counted from 0
-    config:FinetuneConfig,  # Peak, warm-up and length
-) -> float:  # Rate of this step
-    "Return the rate: a linear rise that is never zero, then a linear fall"
-    rise = max(1, int(config.warmup * config.steps))
-    return config.lr * min((step+1) / rise, (config.steps - step) / max(1, config.steps - rise))
-
 def _peft_model(lm, config):
     "Return `lm.model` with a fresh fp32 adapter; `unload()` takes it out again"
     from peft import LoraConfig, get_peft_model

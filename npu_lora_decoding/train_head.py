@@ -17,9 +17,9 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import LoggerType, get_available_trackers
 from fastprogress.fastprogress import progress_bar
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn.utils import parametrize
-from .core import DecodingError, atomic_path, ctrl_c, generator, import_npu, require
+from .core import DecodingError, atomic_path, ctrl_c, generator, import_npu, require, save_tensors
 from .models import LM
 from .draft_head import DraftHead, Frozen, draft_rows, frozen_of, head_config, save_head
 from .distill import Objective, distill, join_taught, teach, token_weights
@@ -252,7 +252,7 @@ def save_state(run:Run):
         for p, s in o.state.items(): state |= {f'{type(o).__name__}/{k}/{names[id(p)]}': torch.as_tensor(v) for k, v in s.items()}
     state['losses'] = torch.tensor(run.losses, dtype=torch.float64)
     meta = dict(step=str(run.done), config=json.dumps(asdict(run.config)), data=run.data, history=json.dumps(run.history), best=str(run.best))
-    with atomic_path(run.folder/'state.safetensors') as tmp: save_file({k: v.cpu().contiguous().clone() for k, v in state.items()}, tmp, metadata=meta)
+    with atomic_path(run.folder/'state.safetensors') as tmp: save_tensors(state, tmp, meta)
 
 def load_state(run:Run):
     "Restore the training state; raises `DecodingError` when the run had other settings, another target or other conversations"

@@ -3,7 +3,9 @@ import mmap, os, re, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 import npu_lora_decoding
-from npu_lora_decoding.core import atomic_path, cache_dir, generator, peak_memory, stopwatch, summarise, time_interleaved
+from safetensors.torch import load_file
+from npu_lora_decoding import core
+from npu_lora_decoding.core import DecodingError, atomic_path, cache_dir, generator, peak_memory, save_tensors, stopwatch, summarise, time_interleaved
 
 PACKAGE = Path(npu_lora_decoding.__file__).parent
 
@@ -34,9 +36,21 @@ def test_atomic_path_on_exceptions(tmp_path, kind, error, old):
 
 @pytest.mark.parametrize('kind', ['file', 'folder'])
 def test_atomic_path_clears_what_a_killed_process_left(tmp_path, kind):
-    fill(tmp_path/f'.x.{os.getpid()}.part', kind, 'half')
+    "Its own number, or one that no process of this machine has; what a living process, or one of another machine, is writing stays"
+    gone = subprocess.Popen([sys.executable, '-c', '']); gone.wait()
+    stays = [f'.x.{core._HOST}-{os.getppid()}.part', f'.x.elsewhere-{gone.pid}.part', '.x.y.part', f'.xy.{core._HOST}-{gone.pid}.part']
+    for name in (f'.x.{core._HOST}-{os.getpid()}.part', f'.x.{core._HOST}-{gone.pid}.part', *stays): fill(tmp_path/name, kind, 'half')
     with atomic_path(tmp_path/'x') as tmp: assert not tmp.exists(); fill(tmp, kind, 'new')
-    assert text_of(tmp_path/'x', kind) == 'new' and os.listdir(tmp_path) == ['x']
+    assert text_of(tmp_path/'x', kind) == 'new' and sorted(os.listdir(tmp_path)) == sorted(['x', *stays])
+
+def test_tensors_on_a_full_disk():
+    with pytest.raises(DecodingError, match='cannot write full .*: make room or choose another folder'): save_tensors(dict(x=torch.ones(3)), '/dev/full/full', {})
+
+def test_tensors_that_share_memory_or_are_views(tmp_path):
+    x = torch.arange(6.).view(2, 3)
+    save_tensors(dict(a=x, b=x.T, c=x[:, 1]), tmp_path/'x.safetensors', dict(b='2', a='1'))
+    back = load_file(tmp_path/'x.safetensors')
+    assert torch.equal(back['a'], x) and torch.equal(back['b'], x.T) and torch.equal(back['c'], x[:, 1])
 
 def test_cache_dir(monkeypatch):
     for name in ('NLD_CACHE', 'XDG_CACHE_HOME'): monkeypatch.delenv(name, raising=False)
