@@ -45,7 +45,8 @@ def one_query_attention(
 ) -> tuple:  # `(b, 1, h, k)`; None for the weights
     "Return attention of one query a row; the heads that share keys are the rows of one product, so that no key is copied"
     (b, h, _, k), g = query.shape, key.shape[1]
-    scores = (query.view(b, g, h//g, k) @ key.mT).float() * (scaling or k**-.5) + mask.float()
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = (query.view(b, g, h//g, k) @ key.mT).to(wide) * (scaling or k**-.5) + mask.to(wide)
     return (scores.softmax(-1).to(value.dtype) @ value).view(b, 1, h, k), None
 
 AttentionInterface.register('one_query', one_query_attention)

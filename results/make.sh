@@ -58,16 +58,27 @@ gsm8k() {
     $nld evaluate $o --items 100 --arms beam --json $out/gsm8k_test.json
 }
 
-# The conversations are part of the repository, so that all heads learn from the same text; the target itself wrote both sides, with the options of the first line. Answers to replay against are written anew; GSM8K's prompts come from
-# the folder, HumanEval's from its package. A head is trained for hours on two cores: stop it with Ctrl-C and give the command again.
+# The conversations are part of the repository, so that all heads learn from the same text; the target itself wrote both sides, with the options of `o`. Answers to replay against are written anew; GSM8K's prompts come from the folder,
+# HumanEval's from its package. The shipped head was trained twice: at first on the first five files, then from there on on all of them. Each run takes an hour or more on two cores: stop it with Ctrl-C and give the command again.
 heads() {
-    job=$runs/heads o="--conversations 2560 --write-batch 96 --user-tokens 64 --heldout 48 --vocab 8192 --tokens 4096 --steps 600 --eval-every 100"
-    mkdir -p $job; [ -d $job/conversations ] || cp -r $out/heads/conversations $job/
-    $nld train-head $job --name hass --recipe hass $o
+    job=$runs/heads first=$runs/first_head o="--write-batch 96 --user-tokens 64 --heldout 48 --vocab 8192 --tokens 4096"
+    for f in $job $first; do mkdir -p $f; [ -d $f/conversations ] || cp -r $out/heads/conversations $f/; done
+    for s in 05 06 07 08 09 10; do rm -f $first/conversations/shard-00$s.jsonl; done
+    $nld train-head $first --name first --conversations 2560 --steps 600 --eval-every 100 $o
+    o="--conversations 5632 $o"
+    $nld train-head $job --name hass --init $first/first/last --steps 4000 --eval-every 200 --drawn --remember --step-weights 2,1,1 $o
+    for r in hass eagle2 align topk; do $nld train-head $job --name compare/$r --recipe $r --steps 300 --eval-every 100 --remember $o; done
+    for n in 1 2 3 4 5; do $nld train-head $job --name ablate/n$n --n $n --steps 50 --eval-every 50 $o; done
+    for w in 0 3; do $nld train-head $job --name ablate/w$w --topk $w --steps 50 --eval-every 50 $o; done
+    for k in 1 50; do $nld train-head $job --name ablate/k$k --k $k --steps 50 --eval-every 50 $o; done
     $nld write $job/chat --bare --temperatures 0,1 --seed 1234 --new-tokens 160
     $nld write $job/humaneval --prompts humaneval --temperatures 0,1 --new-tokens 160
     [ -z "$data" ] || $nld write $job/gsm8k --prompts "$data/gsm8k_train.jsonl" --column question --temperatures 0,1 --new-tokens 160
-    $nld accept $job/hass/last "$job/chat,$job/humaneval${data:+,$job/gsm8k}" --texts 40 --new-tokens 128 --json $out/heads/acceptance.json
+    sets=$job/chat,$job/humaneval${data:+,$job/gsm8k}
+    $nld accept $job/hass/last $sets --texts 40 --new-tokens 128 --json $out/heads/acceptance.json
+    $nld accept $job/compare/hass/last,$job/compare/eagle2/last,$job/compare/topk/last,$job/compare/align/last $sets --texts 40 --new-tokens 128 --json $out/heads/recipes.json
+    $nld accept $(ls -d $job/ablate/*/last | paste -sd,) $job/heldout --tree 0 --json $out/heads/ablations.json
+    .venv/bin/python results/head_cost.py $out/heads/cost.json
 }
 
 alignment() { .venv/bin/python results/alignment.py $out/heads/alignment.json; }

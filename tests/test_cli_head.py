@@ -6,7 +6,9 @@ from npu_lora_decoding.adapters import fingerprint, toy_adapter, toy_model
 from npu_lora_decoding.cli import run
 from npu_lora_decoding.core import DecodingError
 from npu_lora_decoding.draft_head import load_head
+from npu_lora_decoding.make_head import acceptance_gain
 from npu_lora_decoding.models import load
+from npu_lora_decoding.train_head import HeadTraining
 from test_conversations import CHATML, IM, lm_of
 from toys import toy_folder
 
@@ -79,6 +81,37 @@ def test_a_head_for_another_vocabulary_is_named(model, tmp_path):
     folder = str(toy_folder(tmp_path/'other', other.model, other.tokenizer))
     with pytest.raises(DecodingError, match='knows .* tokens but the target'):
         run(['train-head', str(tmp_path/'more'), '--model', folder, '--data', data, *SMALL, '--init', str(tmp_path/'out'/'last')])
+
+def test_every_option_of_training_arrives(model, tmp_path, monkeypatch):
+    "Each option of `nld train-head` that names a setting, with a value that is not its default"
+    import npu_lora_decoding.cli_head as cli_head
+    got = []
+    monkeypatch.setattr(cli_head, 'make_head', lambda *args: got.append(args))
+    run(['train-head', str(tmp_path), '--model', model, '--recipe', 'align', '--steps', '7', '--tokens', '99', '--n', '2', '--k', '4', '--topk', '.5', '--feature', '.2', '--step-weights', '2,1', '--drawn', '--remember', '--vocab', '20',
+         '--optimizer', 'adamw', '--lr', '.01', '--noise', '.3', '--row', '64', '--seed', '5', '--save-every', '3', '--eval-every', '2', '--name', 'mine', '--online', '--init', 'old', '--stop-after', '4', '--track', 'tensorboard', '--tree', '8',
+         '--conversations', '30', '--heldout', '6', '--write-batch', '9', '--user-tokens', '11', '--new-tokens', '13', '--dtype', 'fp32', '--device', 'cpu'])
+    (_, out, config, source, name, online, tree, init, stop_after, track), = got
+    assert config == HeadTraining(steps=7, tokens=99, n=2, k=4, losses=(('soft_ce', 1.), ('topk', .5)), feature=.2, step_weights=(2., 1.), drawn=True, remember=True, vocab=20, optimizer='adamw', lr=.01, noise=.3, row=64, seed=5,
+                                  save_every=3, eval_every=2, precision='no')
+    assert (out, name, online, tree, init, stop_after, track) == (str(tmp_path), 'mine', True, dict(depth=6, top_k=10, nodes=8), 'old', 4, 'tensorboard')
+    assert (source.conversations, source.heldout, source.write.batch, source.write.user_tokens, source.write.new_tokens, source.write.seed) == (30, 6, 9, 11, 13, 5)
+
+def test_drawn_remembered_and_watched(model, tmp_path):
+    argv = ['train-head', str(tmp_path/'out'), '--model', model, '--data', lines(tmp_path/'rows.jsonl', [talk(i) for i in range(20)]), *SMALL, '--drawn', '--remember', '--n', '2', '--step-weights', '2,1']
+    run(argv)
+    assert (tmp_path/'out'/'last').exists()
+    with pytest.raises(DecodingError, match='unknown tracker'): run([*argv, '--track', 'nothing'])
+
+def test_gains_are_ratios_of_means_over_the_texts_both_have():
+    rows = [dict(method='acceptance', head=h, set=s, draft='chain 5', taus=t) for h, s, t in (('a', 'x', [2., 4., None, 6.]), ('b', 'x', [1., 2., 9., 3.]), ('a', 'y', [1., 1.]))] + [dict(method='environment')]
+    (got,) = acceptance_gain(rows, 'a', 'b')
+    assert got == dict(set='x', draft='chain 5', gain=1., interval=(1., 1.))  # every text: twice
+    (same,) = acceptance_gain(rows, 'b', 'b')
+    assert same['gain'] == 0 and same['interval'] == (0, 0)
+    with pytest.raises(DecodingError, match='no head .*c.*: choose of a, b'): acceptance_gain(rows, 'a', 'c')
+    noisy = [dict(rows[0], taus=[float(1 + i % 5) for i in range(60)]), dict(rows[1], taus=[float(1 + i % 7) for i in range(60)])]
+    (got,) = acceptance_gain(noisy, 'a', 'b')
+    assert got['interval'][0] < got['gain'] < got['interval'][1] and got['interval'][1] - got['interval'][0] < .8
 
 def test_a_full_disk_leaves_no_half_of_a_shard(model, tmp_path, monkeypatch):
     data, out = lines(tmp_path/'rows.jsonl', [talk(i) for i in range(20)]), tmp_path/'out'

@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 import pytest, torch
 from peft import PeftModel
-from npu_lora_decoding import write
+from transformers.modeling_utils import AttentionInterface
+from npu_lora_decoding import ring, write
 from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
 from npu_lora_decoding.conversations import encode_all, read_conversations
 from npu_lora_decoding.core import DecodingError, generator
@@ -38,6 +39,37 @@ def test_greedy_equals_generate(family, attention):
     prompts = [f'say {i} words ' * (1 + i % 4) for i in range(9)]
     mine = answers(lm, prompts, 24, 2)
     assert mine == generated(lm, prompts, 24) and len({tuple(a) for a in mine}) > 1
+
+def test_one_query_attention_serves_plain_families_and_is_put_back(monkeypatch):
+    "The families whose attention is scores, mask and softmax use it; others keep their own; the model's setting survives errors"
+    calls, real = [], ring.one_query_attention
+    AttentionInterface.register('one_query', lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    try:
+        for family, uses in (('llama', True), ('mistral', True), ('qwen2', True), ('qwen3', True), ('gemma', False)):
+            model = toy_model(family, attn_implementation='sdpa'); calls.clear()
+            r = Ring(model, 2, 12, [5]); r.begin(0, 1); r.begin(1, 1); r.forward(torch.tensor([6, 7]))
+            assert bool(calls) == uses and model.config._attn_implementation == 'sdpa', family
+        model = toy_model('llama', attn_implementation='eager'); calls.clear()
+        r = Ring(model, 1, 12, [5]); r.begin(0, 1); r.forward(torch.tensor([6]))
+        assert not calls and model.config._attn_implementation == 'eager'
+        def broken(*_, **__): raise RuntimeError('broken')
+        AttentionInterface.register('one_query', broken)
+        model = toy_model('llama', attn_implementation='sdpa'); r = Ring(model, 1, 12, [5]); r.begin(0, 1)
+        with pytest.raises(RuntimeError, match='broken'): r.forward(torch.tensor([6]))
+        assert model.config._attn_implementation == 'sdpa'
+    finally: AttentionInterface.register('one_query', real)
+
+@pytest.mark.parametrize('b,g,share,s,k', [(1, 1, 1, 1, 4), (3, 2, 3, 7, 8), (2, 4, 1, 5, 6), (5, 1, 9, 33, 16)])
+def test_one_query_attention_is_attention(b, g, share, s, k):
+    "fp64 against the sum written out, with a mask of its own for each row, and another scale"
+    gen = generator(0)
+    q, keys, values = (torch.randn(b, h, t, k, generator=gen, dtype=torch.float64) for h, t in ((g*share, 1), (g, s), (g, s)))
+    mask = torch.where(torch.rand(b, 1, 1, s, generator=gen) < .3, -1e30, 0.).double(); mask[..., -1] = 0
+    for scale in (None, .3):
+        got, none = ring.one_query_attention(None, q, keys, values, mask, scaling=scale)
+        want = torch.stack([torch.stack([((keys[i, h//share] @ q[i, h, 0]) * (scale or k**-.5) + mask[i, 0, 0]).softmax(0) @ values[i, h//share] for h in range(g*share)])[None] for i in range(b)])
+        assert none is None and got.shape == (b, 1, g*share, k)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 @pytest.mark.parametrize('seed', range(10))
 def test_any_schedule_gives_the_same_answers(seed):
