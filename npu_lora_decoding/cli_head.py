@@ -15,7 +15,7 @@ from .measure import environment
 from .quality import save_rows
 from .ring import WriteConfig
 from .write import write_conversations
-from .train_head import RECIPES, HeadTraining
+from .recipe import RECIPES, HeadTraining
 from .make_head import Source, acceptance_rows, make_head, texts_of
 
 # %% ../nbs/16b_cli_head.ipynb #4d8245cc

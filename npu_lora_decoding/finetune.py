@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from .core import DecodingError, atomic_path, ctrl_c, require, save_tensors
 from .adapters import fingerprint
 from .models import LM, encode_one
-from .train_head import learning_rate
+from .recipe import learning_rate
 
 # %% ../nbs/14b_finetune.ipynb #267c9866
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from npu_lora_decoding.features import OnlineFeatures, draft_vocabulary
 from npu_lora_decoding.measure import environment
 from npu_lora_decoding.models import load
 from npu_lora_decoding.quality import save_rows
-from npu_lora_decoding.train_head import RECIPES, HeadTraining, start_run, train_step
+from npu_lora_decoding.recipe import RECIPES, HeadTraining
+from npu_lora_decoding.train_head import start_run, train_step
 
 BASE = HeadTraining(steps=1000, tokens=4096, vocab=8192, start='random')
 CASES = {  # the first is what the others are compared with

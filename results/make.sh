@@ -67,6 +67,7 @@ heads() {
     $nld train-head $first --name first --conversations 2560 --steps 600 --eval-every 100 $o
     o="--conversations 5632 $o"
     $nld train-head $job --name hass --init $first/first/last --steps 4000 --eval-every 200 --drawn --remember --step-weights 2,1,1 $o
+    grep chain_5 $job/hass/log.jsonl > $out/heads/training.jsonl
     for r in hass eagle2 align topk; do $nld train-head $job --name compare/$r --recipe $r --steps 300 --eval-every 100 --remember $o; done
     for n in 1 2 3 4 5; do $nld train-head $job --name ablate/n$n --n $n --steps 50 --eval-every 50 $o; done
     for w in 0 3; do $nld train-head $job --name ablate/w$w --topk $w --steps 50 --eval-every 50 $o; done

@@ -8,7 +8,7 @@ from npu_lora_decoding.core import DecodingError
 from npu_lora_decoding.draft_head import load_head
 from npu_lora_decoding.make_head import acceptance_gain
 from npu_lora_decoding.models import load
-from npu_lora_decoding.train_head import HeadTraining
+from npu_lora_decoding.recipe import HeadTraining
 from test_conversations import CHATML, IM, lm_of
 from toys import toy_folder
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file, save_file
-from npu_lora_decoding import train_head as th
+from npu_lora_decoding import recipe, train_head as th
 from npu_lora_decoding.acceptance import Text, measure_acceptance, target_texts
 from npu_lora_decoding.align import aligned_step
 from npu_lora_decoding.conversations import Example
@@ -16,7 +16,8 @@ from npu_lora_decoding.core import DecodingError
 from npu_lora_decoding.draft_head import DraftHead, draft_rows, frozen_of, head_config, load_head
 from npu_lora_decoding.features import OnlineFeatures, draft_vocabulary, plan_epoch
 from npu_lora_decoding.start import plain_copy, random_start
-from npu_lora_decoding.train_head import HeadTraining, learning_rate, start_run, train, train_step
+from npu_lora_decoding.recipe import RECIPES, HeadTraining, learning_rate
+from npu_lora_decoding.train_head import start_run, train, train_step
 from toys import toy_lm
 
 HERE = Path(__file__).parent
@@ -442,7 +443,7 @@ def test_a_run_with_drawn_steps_resumes_to_the_bit(tmp_path):
     assert back.losses == whole.losses and same(weights(back), weights(whole))
 
 def test_memory_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
-    monkeypatch.setattr(th, 'free_memory', lambda device: 1000)
+    monkeypatch.setattr(recipe, 'free_memory', lambda device: 1000)
     with pytest.raises(DecodingError, match=r'training needs about .* GiB but cpu has 0\.0 GiB free: choose fewer tokens a batch, a smaller chunk or a draft vocabulary'): begin(tmp_path/'run')
     assert not (tmp_path/'run').exists()
 
@@ -452,7 +453,7 @@ def test_estimate_grows_with_what_costs_memory():
     base = need()
     for more in (dict(tokens=8192), dict(chunk=1024), dict(rows=970), dict(longest=256), dict(n=5), dict(precision='no'), dict(optimizer='adamw')): assert need(**more) > base, more
     assert need(processes=2) < base == need(chunk=512, seed=3) and need(tokens=1, longest=64, chunk=10**9) < base
-    assert th.free_memory(torch.device('cpu')) > 2**20
+    assert recipe.free_memory(torch.device('cpu')) > 2**20
 
 def test_longest_row_counts_for_memory(tmp_path, monkeypatch):
     asked = []
@@ -497,8 +498,8 @@ def test_bad_settings(wrong):
 def test_settings_from_a_file_are_the_same():
     c = HeadTraining(n=2, step_weights=(1., .5), losses=(('topk', .5),))
     assert HeadTraining(**json.loads(json.dumps(asdict(c)))) == c
-    for name, recipe in th.RECIPES.items(): assert HeadTraining(**recipe).n in (1, 3), name
-    assert th.RECIPES['eagle2'] == dict(n=1, losses=(('soft_ce', 1.),)) and HeadTraining(**th.RECIPES['hass']) == HeadTraining()
+    for name, recipe in RECIPES.items(): assert HeadTraining(**recipe).n in (1, 3), name
+    assert RECIPES['eagle2'] == dict(n=1, losses=(('soft_ce', 1.),)) and HeadTraining(**RECIPES['hass']) == HeadTraining()
 
 # ---- what is measured and written
 
