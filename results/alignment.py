@@ -62,7 +62,7 @@ def alone(form, t, b, n):
     with peak_memory() as peak: loss = FORMS[form](*args, n)
     print(json.dumps(dict(loss=loss, mb=peak['mb'] - before['mb'])))
 
-def main(out, cases=((256, 4), (512, 2), (1024, 1)), ns=(1, 3, 5), rounds=5):
+def main(out, cases=((256, 4), (512, 2), (1024, 1)), ns=(1, 3, 5), rounds=3):
     "Time both forms in turns, and measure each one's memory in a process of its own"
     rows = []
     for t, b in cases:

@@ -33,7 +33,7 @@ def updates(run, count):
     "Make the updates of `count` different batches, always the same ones"
     for step in range(count): train_step(run, step)
 
-def main(out, conversations=96, count=4, rounds=3):
+def main(out, conversations=96, count=2, rounds=3):
     lm = load(dtype='bf16')
     examples, _ = encode_all(lm, read_conversations(Path(__file__).parent/'heads/conversations')[:conversations])
     store, v = Kept(lm, examples), lm.model.config.vocab_size
