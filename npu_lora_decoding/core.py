@@ -12,8 +12,7 @@ import contextlib, glob, importlib.util, json, os, platform, signal, statistics,
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 # %% ../nbs/00_core.ipynb #dc2191ce
 class DecodingError(ValueError):
@@ -196,18 +195,19 @@ def save_tensors(
     metadata:dict,  # Name -> text
 ):
     "Write a safetensors file, equal bytes for equal content; raises `DecodingError` where the disk is full"
-    # a clone each: tensors that share memory cannot be written
-    try: save_file({k: x.detach().cpu().contiguous().clone() for k, x in tensors.items()}, file, metadata=metadata)
-    except (OSError, SafetensorError) as e: raise DecodingError(f'cannot write {Path(file).name} ({e}): make room or choose another folder, then give the same command again.') from e
-    if len(metadata) > 1: _order_metadata(Path(file))
+    # a clone each: tensors that share memory cannot be written; and not by save_file, which has a temporary file of its own that a kill would leave behind
+    raw = save({k: x.detach().cpu().contiguous().clone() for k, x in tensors.items()}, metadata)
+    try: Path(file).write_bytes(_ordered(raw))
+    except OSError as e: raise DecodingError(f'cannot write {Path(file).name} ({e}): make room or choose another folder, then give the same command again.') from e
 
-def _order_metadata(file):
-    "Put the metadata of a file in order, in place"
-    raw = file.read_bytes()
+def _ordered(raw):
+    "Return the bytes of a safetensors file with its metadata in order"
     n = int.from_bytes(raw[:8], 'little')
     head = json.loads(raw[8:8+n])
-    head['__metadata__'] = dict(sorted(head['__metadata__'].items()))
-    file.write_bytes(raw[:8] + json.dumps(head, separators=(',', ':')).encode().ljust(n) + raw[8+n:])
+    if '__metadata__' in head: head['__metadata__'] = dict(sorted(head['__metadata__'].items()))
+    text = json.dumps(head, separators=(',', ':'), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # the tensors behind it begin at a multiple of 8
+    return len(text).to_bytes(8, 'little') + text + raw[8+n:]
 
 # %% ../nbs/00_core.ipynb #bd274eb2
 @contextlib.contextmanager

@@ -3,6 +3,7 @@ import mmap, os, re, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 import npu_lora_decoding
+from safetensors import safe_open
 from safetensors.torch import load_file
 from npu_lora_decoding import core
 from npu_lora_decoding.core import DecodingError, atomic_path, cache_dir, generator, peak_memory, save_tensors, stopwatch, summarise, time_interleaved
@@ -44,13 +45,19 @@ def test_atomic_path_clears_what_a_killed_process_left(tmp_path, kind):
     assert text_of(tmp_path/'x', kind) == 'new' and sorted(os.listdir(tmp_path)) == sorted(['x', *stays])
 
 def test_tensors_on_a_full_disk():
-    with pytest.raises(DecodingError, match='cannot write full .*: make room or choose another folder'): save_tensors(dict(x=torch.ones(3)), '/dev/full/full', {})
+    with pytest.raises(DecodingError, match='cannot write full .*No space left.*: make room or choose another folder'): save_tensors(dict(x=torch.ones(3)), '/dev/full', {})
 
 def test_tensors_that_share_memory_or_are_views(tmp_path):
     x = torch.arange(6.).view(2, 3)
     save_tensors(dict(a=x, b=x.T, c=x[:, 1]), tmp_path/'x.safetensors', dict(b='2', a='1'))
     back = load_file(tmp_path/'x.safetensors')
     assert torch.equal(back['a'], x) and torch.equal(back['b'], x.T) and torch.equal(back['c'], x[:, 1])
+
+def test_tensors_with_metadata_in_any_script(tmp_path):
+    meta = dict(z='\u2603 \U0001f600 \u00e9"\\', a='x' * 300)
+    save_tensors(dict(x=torch.arange(5)), tmp_path/'x.safetensors', meta); save_tensors(dict(x=torch.arange(5)), tmp_path/'y.safetensors', dict(reversed(meta.items())))
+    with safe_open(tmp_path/'x.safetensors', 'pt') as f: assert f.metadata() == meta and torch.equal(f.get_tensor('x'), torch.arange(5))
+    assert (tmp_path/'x.safetensors').read_bytes() == (tmp_path/'y.safetensors').read_bytes()
 
 def test_cache_dir(monkeypatch):
     for name in ('NLD_CACHE', 'XDG_CACHE_HOME'): monkeypatch.delenv(name, raising=False)
