@@ -197,17 +197,19 @@ def save_tensors(
     "Write a safetensors file, equal bytes for equal content; raises `DecodingError` where the disk is full"
     # a clone each: tensors that share memory cannot be written; and not by save_file, which has a temporary file of its own that a kill would leave behind
     raw = save({k: x.detach().cpu().contiguous().clone() for k, x in tensors.items()}, metadata)
-    try: Path(file).write_bytes(_ordered(raw))
+    header, tail = _ordered_header(raw)
+    try:
+        with open(file, 'wb') as f: f.write(header); f.write(tail)
     except OSError as e: raise DecodingError(f'cannot write {Path(file).name} ({e}): make room or choose another folder, then give the same command again.') from e
 
-def _ordered(raw):
-    "Return the bytes of a safetensors file with its metadata in order"
+def _ordered_header(raw):
+    "Return the header of a safetensors file with its metadata in order, and the rest as a view: it may be large"
     n = int.from_bytes(raw[:8], 'little')
     head = json.loads(raw[8:8+n])
     if '__metadata__' in head: head['__metadata__'] = dict(sorted(head['__metadata__'].items()))
     text = json.dumps(head, separators=(',', ':'), ensure_ascii=False).encode()
     text = text.ljust(-(-len(text) // 8) * 8)  # the tensors behind it begin at a multiple of 8
-    return len(text).to_bytes(8, 'little') + text + raw[8+n:]
+    return len(text).to_bytes(8, 'little') + text, memoryview(raw)[8+n:]
 
 # %% ../nbs/00_core.ipynb #bd274eb2
 @contextlib.contextmanager

@@ -171,14 +171,14 @@ def _from_all(p, head, rest): return Taught(p.new_ones(len(p)), _wide(p.to(head.
 
 def _from_top(p, i, head): return Taught(p.sum(-1), _wide(p[:, None].to(head.dtype) @ head[i])[:, 0], p.new_zeros(len(p)))
 
-def _linear(name, p, logp, top, head, rarity):
-    "Return what the loss `name` keeps of the target"
-    (top_p, top_i), entropy = top, -(p * logp()).sum(-1) if name in ('forward_kl', 'weighted_topk') else None
-    if name == 'soft_ce': return _from_all(p, head, p.new_zeros(len(p)))
-    if name == 'forward_kl': return _from_all(p, head, -entropy)
-    if name == 'topk': return _from_top(top_p, top_i, head)
-    if name == 'weighted_topk': return _from_top(top_p * (1 - entropy / math.log(p.shape[-1]))[:, None], top_i, head)
-    return _from_top(top_p * rarity[top_i], top_i, head)
+def _linear(name, z, p, head, k, rarity):
+    "Return what the loss `name` keeps of the target, with logits `z` and probabilities `p`"
+    entropy = -(p * z.log_softmax(-1)).sum(-1) if name in ('forward_kl', 'weighted_topk') else 0 * z[:, 0]
+    if 'topk' not in name: return _from_all(p, head, -entropy)
+    top_p, i = p.topk(k)
+    if name == 'weighted_topk': top_p = top_p * (1 - entropy / math.log(p.shape[-1]))[:, None]
+    if name == 'frequency_topk': top_p = top_p * rarity[i]
+    return _from_top(top_p, i, head)
 
 @torch.no_grad()
 def taught(
@@ -191,7 +191,7 @@ def taught(
     def some(f):
         z = _wide(f @ head.T)
         p = z.softmax(-1)
-        return [_linear(name, p, lambda: z.log_softmax(-1), p.topk(objective.k), head, rarity) for name, _ in objective.tokens]
+        return [_linear(name, z, p, head, objective.k, rarity) for name, _ in objective.tokens]
     return [join_taught(parts) for parts in zip(*(some(f) for f in feature.split(objective.chunk)))]
 
 def linear_losses(
@@ -225,9 +225,10 @@ class _Fused(torch.autograd.Function):
     def forward(ctx, guess, feature, keep, head, objective, scale, rarity, said):
         at, sums, head = keep.nonzero()[:, 0], [], head.detach()
         n, grad = max(1, len(at)), torch.zeros_like(guess) if ctx.needs_input_grad[0] else None
-        for i, k in zip(at.split(objective.chunk), torch.arange(len(at)).split(objective.chunk)):
+        for start in range(0, n, objective.chunk):
+            i = at[start:start+objective.chunk]
             f = feature[i].detach()
-            some = [x[k.to(x.c.device)] for x in said] if said is not None else taught(f, head, objective, rarity) if objective.linear else None
+            some = [x[start:start+objective.chunk] for x in said] if said is not None else taught(f, head, objective, rarity) if objective.linear else None
             terms, g = _chunk(guess[i].detach(), f, head, objective, scale, rarity, some, grad is not None)
             if grad is not None: grad[i] = (g / n).to(grad.dtype)
             sums.append(torch.stack([x.sum() for x in terms]))

@@ -126,7 +126,9 @@ def make_head(
     texts = texts_of(lm, held) if acc.is_main_process else ()
     head = None if init is None else load_head(init, lm.model, torch.float32)
     run = start_run(lm, store, folder/name, config, vocab and vocab[:2], data_hash(lm, examples), acc, head)
-    return train(run, texts, tree, f'Trained on {len(examples):,} conversations ({_origin(source)}){"" if init is None else ", from the head " + head_name(init) + " on"}.', stop_after)
+    try: return train(run, texts, tree, f'Trained on {len(examples):,} conversations ({_origin(source)}){"" if init is None else ", from the head " + head_name(init) + " on"}.', stop_after)
+    finally:
+        for t in acc.trackers: t.finish()  # what they hold back is written now
 
 def _origin(source): return Path(source.data).name if source.data else f'answers to the prompts of {Path(source.prompts).name}' if source.prompts else 'both sides written by the target itself'
 

@@ -65,7 +65,7 @@ RECIPES = dict(  # What differs between the four heads that the paper compares
 # %% ../nbs/10f_recipe.ipynb #1470a957
 def learning_rate(
     step:int,  # Counted from 0
-    config:HeadTraining,  # Peak, warm-up and length
+    config:HeadTraining,  # Peak, warm-up and length; anything that has `lr`, `warmup` and `steps` will do
 ) -> float:  # Rate of this step
     "Return the rate: a linear rise that is never zero, then a linear fall"
     rise = max(1, int(config.warmup * config.steps))
@@ -117,4 +117,4 @@ def check_memory(
 ):
     "Raise `DecodingError` where training would not fit into the memory that is free"
     free = free_memory(device)
-    require(needed < free, f'training needs about {needed / 2**30:.1f} GiB but {device} has {free / 2**30:.1f} GiB free', 'choose fewer tokens a batch, a smaller chunk or a draft vocabulary')
+    require(needed < free, f'training needs about {needed / 2**30:.1f} GiB but {device} has {free / 2**30:.1f} GiB free', 'choose fewer tokens a batch, a smaller chunk or a draft vocabulary, and do not remember targets')

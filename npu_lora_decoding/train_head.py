@@ -51,10 +51,10 @@ class AlignedLoss(torch.nn.Module):
         "Return the guesses alone"
         with parametrize.cached(): return aligned_step(self.head, e, inputs, self.head.rotations(batch.positions), batch.segments)
 
-    def teach(self, batch):
+    def teach(self, features, keep):
         "Return what the target says to the losses at the places that count"
         rows, objective, _, rarity = self.given
-        return teach(batch.next_features, batch.keep, rows, objective, rarity)
+        return teach(features, keep, rows, objective, rarity)
 
 def add_noise(
     batch:Batch,
@@ -112,11 +112,14 @@ class Run:
     def said(self, batch):
         "Return what the target says to the losses at the places of `batch` that count, remembered if so configured"
         teach = self.accelerator.unwrap_model(self.model).teach
-        if not (self.config.remember and self.config.objective.linear and batch.keep.any()): return teach(batch)
-        numbers, dtype = [i for row in batch.numbers for i in row], batch.features.dtype
-        if any(i not in self.memory for i in numbers):
-            sizes = [int((k & (s == j)).sum()) for k, s, row in zip(batch.keep, batch.segments, batch.numbers) for j in range(len(row))]
-            for i, *parts in zip(numbers, *(x.to(dtype).split(sizes) for x in teach(batch))): self.memory[i] = parts
+        if not (self.config.remember and self.config.objective.linear and batch.keep.any()): return teach(batch.next_features, batch.keep)
+        numbers = [i for row in batch.numbers for i in row]
+        for r, row in enumerate(batch.numbers):
+            for j, i in enumerate(row):
+                if i in self.memory: continue
+                # each example by itself: how a product is rounded may depend on what else is in it, and a run that goes on meets the example in another batch
+                places = batch.keep[r] & (batch.segments[r] == j)
+                self.memory[i] = [x.to(batch.features.dtype) for x in teach(batch.next_features[r:r+1, places], places[None, places])]
         return [join_taught(x).to(torch.float32) for x in zip(*(self.memory[i] for i in numbers))]
 
     def _batches(self, epoch):
