@@ -123,12 +123,17 @@ def make_head(
     if vocab: say(f'draft vocabulary: {config.vocab} tokens, {100 * vocab[2]:.2f}% of the answers')
     say(f'{len(examples)} conversations, {sum(int(e.response.sum()) for e in examples):,} answer tokens')
     store = _store(lm, examples, folder, online, acc, say)
-    texts = texts_of(lm, held) if acc.is_main_process else ()
+    texts, learnt = (texts_of(lm, held), _learnt(lm, kept, source)) if acc.is_main_process else ((), ())
     head = None if init is None else load_head(init, lm.model, torch.float32)
     run = start_run(lm, store, folder/name, config, vocab and vocab[:2], data_hash(lm, examples), acc, head)
-    try: return train(run, texts, tree, f'Trained on {len(examples):,} conversations ({_origin(source)}){"" if init is None else ", from the head " + head_name(init) + " on"}.', stop_after)
+    try: return train(run, texts, tree, f'Trained on {len(examples):,} conversations ({_origin(source)}){"" if init is None else ", from the head " + head_name(init) + " on"}.', stop_after, learnt)
     finally:
         for t in acc.trackers: t.finish()  # what they hold back is written now
+
+def _learnt(lm, conversations, source, most=16):
+    "Return some of the training texts for measuring: the target's own greedy answers, as held-out texts are"
+    own = [c for c in conversations if c.get('temperature') == 0.] if source.data is None else []
+    return texts_of(lm, own[::-(-len(own) // most)]) if own else ()
 
 def _origin(source): return Path(source.data).name if source.data else f'answers to the prompts of {Path(source.prompts).name}' if source.prompts else 'both sides written by the target itself'
 

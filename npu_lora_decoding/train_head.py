@@ -216,12 +216,15 @@ def evaluate(
     run:Run,
     texts:list,  # Held-out `Text`s that the target wrote
     tree:dict|None,  # Of `measure_acceptance`; None: chains only
+    learnt:list=(),  # `Text`s that the head is trained on
 ) -> dict:  # A row of the run's history
     "Return the acceptance of the head as it is now"
     head, rows = plain_copy(run.head), draft_rows(run.head, run.frozen)
     head = head.to(run.frozen.embed.dtype)
-    found = measure_acceptance(head, run.frozen.embed, rows, texts, head.vocab, (3, 5), tree)
-    return dict(step=run.done, loss=_mean_loss(run, 50), rates=list(found['chain 5'].rates), **{name.replace(' ', '_'): a.tau for name, a in found.items()})
+    def replay(texts, chain, tree=None): return measure_acceptance(head, run.frozen.embed, rows, texts, head.vocab, chain, tree)
+    found = replay(texts, (3, 5), tree)
+    row = dict(step=run.done, loss=_mean_loss(run, 50), rates=list(found['chain 5'].rates), **{name.replace(' ', '_'): a.tau for name, a in found.items()})
+    return row | (dict(learnt_chain_5=replay(learnt, (5,))['chain 5'].tau) if learnt else {})
 
 def card(
     run:Run,
@@ -231,11 +234,13 @@ def card(
     front = f'---\nbase_model: {run.lm.name}\ntags: [speculative-decoding, eagle, hass]\n---\n'
     what = f'# Draft head for {run.lm.name}\n\nGuesses the next hidden state of {run.lm.name}; trained with `nld train-head`. {about}\n\n'
     last = run.history[-1] if run.history else {}
-    measured = f'Held-out greedy answers after step {last["step"]}: chain of 3 {last["chain_3"]:.2f}, chain of 5 {last["chain_5"]:.2f} tokens a pass.\n\n' if last else ''
+    measured = f'Held-out greedy answers after step {last["step"]}: chain of 3 {last["chain_3"]:.2f}, chain of 5 {last["chain_5"]:.2f} tokens a pass{_of_learnt(last)}.\n\n' if last else ''
     rows = '\n'.join(f'| {k} | {v} |' for k, v in asdict(run.config).items())
     notes = ('The two inputs of `fc`, and what the layer adds to the residual stream, are scaled while training by the root mean square of each dimension; the stored weights have the scales multiplied in, '
              'so the layout is that of EAGLE and HASS. The feature loss counts differences in the same units.') if run.config.scaled else ''
     return f'{front}{what}{measured}| setting | value |\n|---|---|\n{rows}\n\n{notes}\n'
+
+def _of_learnt(row): return f'; on text it learns from, chain of 5 {row["learnt_chain_5"]:.2f}' if 'learnt_chain_5' in row else ''
 
 def save_checkpoint(
     run:Run,
@@ -310,6 +315,7 @@ def train(
     tree:dict|None=None,  # Of `measure_acceptance`
     about:str='',  # For the card
     stop_after:int|None=None,  # Leave, saved, after this many updates in this call
+    learnt:list=(),  # `Text`s it is trained on, measured beside the others
 ) -> Run:
     "Make the updates that are left, saving and measuring as we go; Ctrl-C saves"
     c, main = run.config, run.accelerator.is_main_process
@@ -322,7 +328,7 @@ def train(
             run.accelerator.log(dict(loss=sum(run.losses[-1]) / len(run.losses[-1]), lr=learning_rate(step, c)), step=run.done)
             if main: bar.comment = _comment(run)
             stop = _anywhere(asked, run.accelerator)
-            if main and texts and (run.done % c.eval_every == 0 or run.done == c.steps): _measure(run, texts, tree, about)
+            if main and texts and (run.done % c.eval_every == 0 or run.done == c.steps): _measure(run, evaluate(run, texts, tree, learnt), about)
             if main and (run.done % c.save_every == 0 or run.done == end or stop): _save(run, about)
             if stop: break
     run.accelerator.wait_for_everyone()  # the first process may still be saving
@@ -343,12 +349,12 @@ def _mean_loss(run, updates):
     recent = [l for x in run.losses[-updates:] for l in x]
     return sum(recent) / max(1, len(recent))
 
-def _measure(run, texts, tree, about):
-    "Measure acceptance, note it, and keep the head if it is the best so far"
-    row = evaluate(run, texts, tree)
+def _measure(run, row, about):
+    "Note a measurement of acceptance, and keep the head if it is the best so far"
     run.history.append(row)
-    run.accelerator.log({k: v for k, v in row.items() if k[:5] in ('chain', 'tree_')}, step=run.done)
-    print(f'step {run.done}: loss {row["loss"]:.3f}, ' + ', '.join(f'{k.replace("_", " ")} {v:.3f}' for k, v in row.items() if k[:5] in ('chain', 'tree_')) + ', guesses ' + ' '.join(f'{r:.2f}' for r in row['rates'] if r is not None), flush=True)
+    taus = {k: v for k, v in row.items() if k.startswith(('chain', 'tree'))}
+    run.accelerator.log({k: v for k, v in row.items() if k in taus or k == 'learnt_chain_5'}, step=run.done)
+    print(f'step {run.done}: loss {row["loss"]:.3f}, ' + ', '.join(f'{k.replace("_", " ")} {v:.3f}' for k, v in taus.items()) + ', guesses ' + ' '.join(f'{r:.2f}' for r in row['rates'] if r is not None) + _of_learnt(row), flush=True)
     if row['chain_5'] > run.best: run.best = row['chain_5']; save_checkpoint(run, 'best', about)
 
 def _save(run, about):

@@ -3,7 +3,7 @@ import dataclasses, json, math
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from npu_lora_decoding.core import DecodingError, generator
-from npu_lora_decoding.distill import LOSSES, Objective, distill, feature_loss, frequency_topk, losses_for, token_weights
+from npu_lora_decoding.distill import LINEAR, LOSSES, Objective, distill, feature_loss, frequency_topk, losses_for, teach, token_weights
 
 EVERY = tuple((name, .5 + i) for i, name in enumerate(losses_for(torch.ones(1))))
 
@@ -62,14 +62,16 @@ def setting(seed, b=2, t=5, d=6, v=11, dtype=torch.float64):
     return guess.requires_grad_(), feature, keep, head, torch.rand(d, generator=g, dtype=torch.float64).to(dtype) + .5, torch.rand(v, generator=g, dtype=torch.float64).to(dtype)
 
 @settings(max_examples=40)
-@given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 6), st.integers(1, 20), st.integers(1, 11))
-def test_chunks_change_nothing(seed, b, t, chunk, k):
+@given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 6), st.integers(1, 20), st.integers(1, 11), st.booleans())
+def test_chunks_change_nothing(seed, b, t, chunk, k, linear):
     guess, feature, keep, head, scale, rarity = setting(seed, b, t)
-    objective = Objective(.7, EVERY, k, chunk)
+    objective = Objective(.7, [(name, w) for name, w in EVERY if name in LINEAR or not linear], k, chunk)  # linear losses have a way of their own
     total, parts = distill(guess, feature, keep, head, objective, scale, rarity)
     want, wanted = plain(guess, feature, keep, head, objective, scale, rarity)
     torch.testing.assert_close((total, parts), (want, wanted))
     torch.testing.assert_close(torch.autograd.grad(2.5 * total, guess)[0], torch.autograd.grad(2.5 * want, guess)[0])
+    told, _ = distill(guess, feature, keep, head, objective, scale, rarity, teach(feature, keep, head, objective, rarity))
+    assert torch.equal(told, total)
 
 def test_no_place_counts():
     guess, feature, keep, head, *_ = setting(0)

@@ -547,10 +547,21 @@ def test_recorded_acceptance_is_that_of_the_saved_head(written, tmp_path):
     text = (tmp_path/'last'/'README.md').read_text()
     assert f'after step 45: chain of 3 {run.history[-1]["chain_3"]:.2f}' in text and '| lr | 0.01 |' in text and 'base_model: toy' in text
 
+def test_texts_that_are_learnt_from_are_measured_apart(written, tmp_path, capsys):
+    (lm, store, held), noted = written, Noted()
+    of = [Text(e.ids, int(e.response.nonzero()[0, 0]), f) for e, (_, _, f) in zip(store.examples[:2], store.read([0, 1]))]
+    two = Kept(lm, store.examples[:2])  # so few that they are learnt by heart
+    run = train(start_run(lm, two, tmp_path, replace(LEARNING, eval_every=30), accelerator=th.new_accelerator(lm, LEARNING, noted)), held, learnt=of)
+    last = run.history[-1]
+    assert last['learnt_chain_5'] > last['chain_5'] + .5 and th.evaluate(run, held, None, held)['learnt_chain_5'] == last['chain_5']
+    assert [v['learnt_chain_5'] for _, v in noted.rows if 'chain_5' in v] == [h['learnt_chain_5'] for h in run.history]
+    said = f'on text it learns from, chain of 5 {last["learnt_chain_5"]:.2f}'
+    assert said in capsys.readouterr().out and said in (tmp_path/'last'/'README.md').read_text()
+
 def test_best_is_the_best_and_stays_it(tmp_path, monkeypatch):
     "Better, best, as good, worse: also when the run is left between them"
     taus, seen = {2: 1.2, 4: 1.5, 6: 1.5, 8: 1.1, 9: 1.3}, {}
-    def scripted(run, texts, tree): seen[run.done] = plain_copy(run.head).fc.weight; return dict(step=run.done, loss=1., rates=[None], chain_3=1., chain_5=taus[run.done])
+    def scripted(run, texts, tree, learnt): seen[run.done] = plain_copy(run.head).fc.weight; return dict(step=run.done, loss=1., rates=[None], chain_3=1., chain_5=taus[run.done])
     monkeypatch.setattr(th, 'evaluate', scripted)
     config = replace(CONFIG, eval_every=2)
     for n in (5, 2, 2): run = train(begin(tmp_path, config), TEXTS, stop_after=n)
