@@ -82,16 +82,25 @@ def _bits(x):
     "Return the sum of a tensor's bits, read as integers: exact, so the same on every device"
     return int(x.detach().contiguous().view(_INTEGERS[x.element_size()]).sum(dtype=torch.int64))
 
+def _hash_of_target(lm):
+    "Return a hash object that has read every weight of the target, and its adapter"
+    h = hashlib.sha256(json.dumps([(n, tuple(p.shape), _bits(p)) for n, p in lm.model.named_parameters()]).encode())
+    for name, w in sorted(lm.adapter.layers.items()) if lm.adapter else ():
+        h.update(f'{name} {tuple(w.A.shape)} {tuple(w.B.shape)} {w.scale}'.encode() + w.A.float().cpu().numpy().tobytes() + w.B.float().cpu().numpy().tobytes())
+    return h
+
+def _and_examples(h, examples):
+    "Return the hash `h` of a target and of `examples`, hexadecimal"
+    h = h.copy()
+    for e in examples: h.update(f'{len(e.ids)}'.encode() + e.ids.cpu().numpy().tobytes() + e.response.cpu().numpy().tobytes())
+    return h.hexdigest()
+
 def data_hash(
     lm:LM,  # The target
     examples:list,  # `Example`s
 ) -> str:  # Hexadecimal
     "Return a hash of the target, its adapter and every training token"
-    h = hashlib.sha256(json.dumps([(n, tuple(p.shape), _bits(p)) for n, p in lm.model.named_parameters()]).encode())
-    for name, w in sorted(lm.adapter.layers.items()) if lm.adapter else ():
-        h.update(f'{name} {tuple(w.A.shape)} {tuple(w.B.shape)} {w.scale}'.encode() + w.A.float().cpu().numpy().tobytes() + w.B.float().cpu().numpy().tobytes())
-    for e in examples: h.update(f'{len(e.ids)}'.encode() + e.ids.cpu().numpy().tobytes() + e.response.cpu().numpy().tobytes())
-    return h.hexdigest()
+    return _and_examples(_hash_of_target(lm), examples)
 
 # %% ../nbs/10c_features.ipynb #30d4c44b
 def _note(folder):
@@ -100,14 +109,22 @@ def _note(folder):
     try: return json.loads(file.read_text(encoding='utf-8')) if file.exists() else None
     except ValueError as e: raise DecodingError(f'{file} is damaged ({e}): remove the folder and write the features again.') from e
 
-def _same(folder, known):
-    "Refuse a folder that holds other features than `known`"
-    there, names = _note(folder), dict(data='target, adapter or conversations')
-    other = [names.get(k, k) for k in known if there is not None and there.get(k) != known[k]]
+def _same(folder, known, grown):
+    "Refuse a folder that holds other features than `known`; more conversations than there are welcome"
+    there, names = _note(folder), dict(target='target or adapter')
+    if there is None: return
+    other = [names.get(k, k) for k in ('target', 'per_shard', 'dtype') if there.get(k) != known[k]]
+    if not other and not grown(there['files'], there['count']): other = ['set of conversations']
     require(not other, f'{folder} holds features with another {", another ".join(other)}', 'write into another folder, or remove it')
-    return there is not None
 
-def _files(folder, known): return [folder/f'features-{i:04d}.safetensors' for i in range(-(-known['count'] // known['per_shard']))]
+def _files(folder, known): return [folder/f'features-{i:04d}.safetensors' for i in range(len(known['files']))]
+
+def _about(file):
+    "Return what a shard says of itself: hash and lengths; raises `DecodingError` when it is damaged"
+    try:
+        with safe_open(file, 'pt') as f: about = json.loads(f.metadata()['about'])
+        return about['data'], about['lengths']
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as e: raise DecodingError(f'{file} is damaged ({e}): remove it and write the features again.') from e
 
 def _write_shard(file, lm, examples, batch, data):
     "Write the features of `examples`, a padded batch at a time"
@@ -123,16 +140,23 @@ def write_features(
     per_shard:int=512,  # Examples a file
     batch:int=16,  # Examples the target reads at once
     progress=lambda done, of: None,  # Called after every file
+    share:tuple=(0, 1),  # Which of how many processes this is: each writes its part of the files
 ) -> Path:  # `folder`
     "Write the features of `examples` in shards, each atomically; a run that was stopped goes on where it was"
     require(len(examples) > 0 and per_shard >= 1 and batch >= 1, f'{len(examples)} examples, {per_shard} a file, {batch} at once', 'give at least one of each')
-    folder, known = Path(folder), dict(data=data_hash(lm, examples), per_shard=per_shard, dtype=str(lm.dtype), count=len(examples))
-    begun, files = _same(folder, known), _files(folder, known)
-    parts = {f: examples[i*per_shard:(i+1)*per_shard] for i, f in enumerate(files) if not f.exists()}
-    check_room(sum(shards_bytes(p, lm.model.config.hidden_size, lm.dtype) for p in parts.values()), folder)
+    folder, target = Path(folder), _hash_of_target(lm)
+    parts = [examples[i:i+per_shard] for i in range(0, len(examples), per_shard)]
+    known = dict(target=target.hexdigest(), per_shard=per_shard, dtype=str(lm.dtype), count=len(examples), files=[_and_examples(target, p) for p in parts])
+    def grown(files, count):
+        begun, last = divmod(count - 1, per_shard)
+        return count <= len(examples) and files == known['files'][:begun] + [_and_examples(target, parts[begun][:last + 1])]
+    _same(folder, known, grown)
+    mine = list(zip(_files(folder, known), parts, known['files']))[share[0]::share[1]]  # by number, whatever the others have written already
+    missing = [(f, part, data) for f, part, data in mine if not f.exists() or _about(f)[0] != data]
+    check_room(sum(shards_bytes(part, lm.model.config.hidden_size, lm.dtype) for _, part, _ in missing), folder)
     try:
-        if not begun: _write_note(folder, known)
-        for done, (f, part) in enumerate(parts.items(), 1): _write_shard(f, lm, part, batch, known['data']); progress(done, len(parts))
+        if _note(folder) != known: _write_note(folder, known)
+        for done, (f, part, data) in enumerate(missing, 1): _write_shard(f, lm, part, batch, data); progress(done, len(missing))
     except (OSError, SafetensorError) as e:  # a full disk shows as either
         raise DecodingError(f'the features could not be written ({e}): make room and give the same command again; whole shards are kept.') from e
     return folder
@@ -152,16 +176,13 @@ class StoredFeatures:
         files = _files(folder, known)
         lost = [f.name for f in files if not f.exists()]
         require(not lost, f'{folder} lacks {len(lost)} of {len(files)} shards, first {lost[:1]}', 'give the command that writes them again')
-        self.data, self.lengths, self._where, self._open = known['data'], [], [], {}
-        for f in files: self._index(f)
+        self.lengths, self._where, self._open = [], [], {}
+        for f, data in zip(files, known['files']): self._index(f, data)
 
-    def _index(self, file):
+    def _index(self, file, data):
         "Note where each example of `file` begins"
-        try:
-            with safe_open(file, 'pt') as f: about = json.loads(f.metadata()['about'])
-            lengths, data = about['lengths'], about['data']
-        except (OSError, SafetensorError, TypeError, KeyError, ValueError) as e: raise DecodingError(f'{file} is damaged ({e}): remove it and write the features again.') from e
-        require(data == self.data, f'{file} holds features of another target or other conversations', 'remove it and write the features again')
+        found, lengths = _about(file)
+        require(found == data, f'{file} holds features of another target or other conversations', 'remove it and write the features again')
         start = 0
         for n in lengths: self._where.append((file, start)); self.lengths.append(n); start += n
 

@@ -140,7 +140,8 @@ def _origin(source): return Path(source.data).name if source.data else f'answers
 def _store(lm, examples, folder, online, acc, say):
     "Return the features of `examples`: computed as needed, or stored once"
     if online: return OnlineFeatures(lm, examples)
-    with acc.main_process_first(): write_features(lm, examples, folder/'features', progress=lambda done, of: say(f'features: {done} of {of} files'))
+    write_features(lm, examples, folder/'features', progress=lambda done, of: say(f'features: {done} of {of} files'), share=(acc.process_index, acc.num_processes))
+    acc.wait_for_everyone()
     return StoredFeatures(folder/'features')
 
 # %% ../nbs/11a_make_head.ipynb #51cd2b79

@@ -61,9 +61,10 @@ def setting(seed, b=2, t=5, d=6, v=11, dtype=torch.float64):
     keep = torch.rand(b, t, generator=g) < .6; keep[0, 0] = True
     return guess.requires_grad_(), feature, keep, head, torch.rand(d, generator=g, dtype=torch.float64).to(dtype) + .5, torch.rand(v, generator=g, dtype=torch.float64).to(dtype)
 
+@pytest.mark.parametrize('linear', [False, True])
 @settings(max_examples=40)
-@given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 6), st.integers(1, 20), st.integers(1, 11), st.booleans())
-def test_chunks_change_nothing(seed, b, t, chunk, k, linear):
+@given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 6), st.integers(1, 8), st.integers(1, 11))
+def test_chunks_change_nothing(linear, seed, b, t, chunk, k):
     guess, feature, keep, head, scale, rarity = setting(seed, b, t)
     objective = Objective(.7, [(name, w) for name, w in EVERY if name in LINEAR or not linear], k, chunk)  # linear losses have a way of their own
     total, parts = distill(guess, feature, keep, head, objective, scale, rarity)

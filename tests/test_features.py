@@ -96,7 +96,7 @@ def test_stored_equals_online(dtype, per_shard, tmp_path, lm):
     lm = LM(lm.model.to(dtype), lm.tokenizer)
     examples = examples_of()
     stored, online = StoredFeatures(write_features(lm, examples, tmp_path, per_shard)), OnlineFeatures(lm, examples)
-    assert stored.lengths == online.lengths == list(LENGTHS) and stored.data == data_hash(lm, examples)
+    assert stored.lengths == online.lengths == list(LENGTHS)
     assert len(list(tmp_path.glob('*.safetensors'))) == -(-8 // per_shard)
     for i in range(0, 8, per_shard):
         part = list(range(i, min(8, i + per_shard)))
@@ -108,7 +108,7 @@ def test_a_read_touches_its_own_pages_only(tmp_path):
     "A shard of 64 MB is opened, and some of it read, within a few MB of memory"
     about = dict(data='x', lengths=[250] * 500)
     features.save_file(dict(ids=torch.zeros(125_000, dtype=torch.int32), response=torch.ones(125_000, dtype=torch.bool), features=torch.ones(125_000, 128)), tmp_path/'features-0000.safetensors', metadata=dict(about=json.dumps(about)))
-    (tmp_path/'features.json').write_text(json.dumps(dict(data='x', count=500, per_shard=500)))
+    (tmp_path/'features.json').write_text(json.dumps(dict(files=['x'])))
     rss = lambda: psutil.Process().memory_info().rss
     before = rss()
     stored = StoredFeatures(tmp_path)
@@ -196,8 +196,9 @@ def test_small_disks_are_refused_before_a_byte_is_written(tmp_path, lm, monkeypa
 def test_another_run_in_the_folder_is_refused(tmp_path, lm):
     folder, adapter = write_features(lm, examples_of(), tmp_path/'f', 3), load_adapter(toy_adapter(lm.model, tmp_path/'a'), lm.model)
     before = contents(folder)
-    for other, examples, per_shard, named in [(toy_lm(seed=1), examples_of(), 3, 'target, adapter or conversations'), (LM(lm.model, lm.tokenizer, adapter), examples_of(), 3, 'target, adapter or conversations'),
-                                              (lm, examples_of(seed=1), 3, 'target, adapter or conversations'), (lm, examples_of()[:-1], 3, 'count'), (lm, examples_of(), 4, 'per_shard'),
+    for other, examples, per_shard, named in [(toy_lm(seed=1), examples_of(), 3, 'target or adapter'), (LM(lm.model, lm.tokenizer, adapter), examples_of(), 3, 'target or adapter'),
+                                              (lm, examples_of(seed=1), 3, 'set of conversations'), (lm, examples_of()[:-1], 3, 'set of conversations'), (lm, examples_of()[1:], 3, 'set of conversations'),
+                                              (lm, examples_of()[:-1] + examples_of(seed=1), 3, 'set of conversations'), (lm, examples_of(), 4, 'per_shard'),
                                               (LM(toy_model().bfloat16(), lm.tokenizer), examples_of(), 3, 'dtype')]:
         with pytest.raises(DecodingError, match=f'holds features with another .*{named}.*: write into another folder, or remove it'): write_features(other, examples, folder, per_shard)
     assert contents(folder) == before
@@ -212,15 +213,24 @@ def test_a_damaged_shard_is_named(tmp_path, lm, damage):
     folder = write_features(lm, examples_of(), tmp_path, 3)
     damage(folder/'features-0001.safetensors')
     with pytest.raises(DecodingError, match='features-0001.safetensors is damaged .*: remove it and write the features again'): StoredFeatures(folder)
+    with pytest.raises(DecodingError, match='features-0001.safetensors is damaged .*: remove it and write the features again'): write_features(lm, examples_of(), folder, 3)
     (folder/'features-0001.safetensors').unlink()
     assert StoredFeatures(write_features(lm, examples_of(), folder, 3)).lengths == list(LENGTHS)
 
 def test_a_shard_of_another_run_is_found_out(tmp_path, lm):
-    "For example where only features.json was removed"
-    folder = write_features(lm, examples_of(), tmp_path, 3)
-    (folder/'features.json').unlink()
-    write_features(lm, examples_of(seed=1), folder, 3)
-    with pytest.raises(DecodingError, match='features-0000.safetensors holds features of another target or other conversations'): StoredFeatures(folder)
+    folder, other = write_features(lm, examples_of(), tmp_path/'a', 3), write_features(lm, examples_of(seed=1), tmp_path/'b', 3)
+    shutil.copy(other/'features-0001.safetensors', folder)
+    with pytest.raises(DecodingError, match='features-0001.safetensors holds features of another target or other conversations'): StoredFeatures(folder)
+    (folder/'features.json').unlink()  # whose the files are, they say themselves
+    assert contents(write_features(lm, examples_of(seed=1), folder, 3)) == contents(other)
+
+@pytest.mark.parametrize('begun', range(1, 8))
+@pytest.mark.parametrize('processes', [1, 2, 3])
+def test_more_conversations_keep_whole_shards(tmp_path, lm, begun, processes):
+    whole, folder = contents(write_features(lm, examples_of(), tmp_path/'whole', 3)), write_features(lm, examples_of()[:begun], tmp_path/'f', 3)
+    before = {f: f.stat().st_mtime_ns for f in sorted(folder.glob('*.safetensors'))[:begun // 3]}
+    for rank in reversed(range(processes)): write_features(lm, examples_of(), folder, 3, share=(rank, processes))
+    assert contents(folder) == whole and all(f.stat().st_mtime_ns == at for f, at in before.items()) and StoredFeatures(folder).lengths == list(LENGTHS)
 
 def test_missing_and_damaged_notes(tmp_path, lm):
     with pytest.raises(DecodingError, match='holds no features: write them first'): StoredFeatures(tmp_path)
