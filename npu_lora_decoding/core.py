@@ -56,7 +56,9 @@ def get_device(
     require(kind in DEVICES, f'unknown device {str(name)!r}', f'use one of {", ".join(DEVICES)}')
     if kind == 'npu': import_npu()
     require(has_device(kind), f'no {kind} device is present', "use device='cpu', or run `nld doctor` to see why")
-    try: return torch.device(name)
+    try:
+        if kind != 'cpu' and str(name) == kind and 'LOCAL_RANK' in os.environ: return torch.device(kind, int(os.environ['LOCAL_RANK']))  # under torchrun each process has a device of its own
+        return torch.device(name)
     except RuntimeError: raise DecodingError(f'{str(name)!r} is no device: write for example {kind}:0.') from None
 
 # %% ../nbs/00_core.ipynb #0460f41f
