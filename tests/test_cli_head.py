@@ -1,7 +1,8 @@
 "`nld train-head` and `nld accept` on a toy model: every kind of source, stopped and continued, and each thing a user can get wrong"
 import json
+from types import SimpleNamespace
 import pytest, torch
-from npu_lora_decoding import features
+from npu_lora_decoding import features, make_head as mh
 from npu_lora_decoding.adapters import fingerprint, toy_adapter, toy_model
 from npu_lora_decoding.cli import run
 from npu_lora_decoding.core import DecodingError
@@ -44,6 +45,20 @@ def test_stopped_and_continued(model, tmp_path, capsys):
     go('a'); go('b', '--stop-after', '1'); assert 'stopped after 1 of 4 steps' in capsys.readouterr().out
     go('b')
     assert (tmp_path/'a'/'last'/'model.safetensors').read_bytes() == (tmp_path/'b'/'last'/'model.safetensors').read_bytes()
+
+def test_trackers_are_closed_whatever_happens(model, tmp_path, monkeypatch):
+    data, real, closed = lines(tmp_path/'rows.jsonl', [talk(i) for i in range(20)]), mh.new_accelerator, []
+    def tracked(*args):
+        acc = real(*args)
+        acc.trackers = [SimpleNamespace(name='noted', log=lambda *_, **__: None, finish=lambda: closed.append(True))]
+        return acc
+    monkeypatch.setattr(mh, 'new_accelerator', tracked)
+    go = lambda: run(['train-head', str(tmp_path/'out'), '--model', model, '--data', data, *SMALL])
+    go(); assert closed == [True]
+    def train(*_): raise DecodingError('the loss is no number')
+    monkeypatch.setattr(mh, 'train', train)
+    with pytest.raises(DecodingError, match='no number'): go()
+    assert closed == [True] * 2
 
 def test_runs_share_a_folder_and_an_adapter_counts(model, tmp_path, capsys):
     data = lines(tmp_path/'rows.jsonl', [talk(i) for i in range(20)])
