@@ -59,16 +59,18 @@ gsm8k() {
 }
 
 # The conversations are part of the repository, so that all heads learn from the same text; the target itself wrote both sides, with the options of `o`. Answers to replay against are written anew; GSM8K's prompts come from the folder,
-# HumanEval's from its package. The shipped head was trained twice: at first on the first five files, then from there on on all of them. Each run takes an hour or more on two cores: stop it with Ctrl-C and give the command again.
+# HumanEval's from its package. The shipped head was trained three times, each time from the last head on: at first on the first 5 files, then on 11, then on all of them. Each run takes an hour or more on two cores: stop it with Ctrl-C and give the command again.
 heads() {
-    job=$runs/heads first=$runs/first_head o="--write-batch 96 --user-tokens 64 --heldout 48 --vocab 8192 --tokens 4096"
-    for f in $job $first; do mkdir -p $f; [ -d $f/conversations ] || cp -r $out/heads/conversations $f/; done
-    for s in 05 06 07 08 09 10; do rm -f $first/conversations/shard-00$s.jsonl; done
+    job=$runs/heads first=$runs/first_head more=$runs/more_heads o="--write-batch 96 --user-tokens 64 --heldout 48 --vocab 8192 --tokens 4096" fast="--drawn --remember --step-weights 2,1,1"
+    for f in $job $first $more; do mkdir -p $f; [ -d $f/conversations ] || tar -xJf $out/heads/conversations.tar.xz -C $f; done
+    keep() { for s in "$1"/conversations/shard-*.jsonl; do n=$(basename $s .jsonl); [ $((10#${n#shard-})) -lt $2 ] || rm $s; done; }
+    keep $first 5; keep $job 11
     $nld train-head $first --name first --conversations 2560 --steps 600 --eval-every 100 $o
+    $nld train-head $job --name hass --init $first/first/last --conversations 5632 --steps 4000 --eval-every 200 $fast $o
+    .venv/bin/torchrun --nproc-per-node 2 -m npu_lora_decoding.cli train-head $more --name hass --init $job/hass/last --conversations $((512 * $(ls $more/conversations/shard-*.jsonl | wc -l))) --steps 1500 --eval-every 500 $fast ${o/--tokens 4096/--tokens 8192}
+    for f in $job $more; do grep chain_5 $f/hass/log.jsonl | sed "s/^{/{\"run\": \"$(basename $f)\", /"; done > $out/heads/training.jsonl
+    cp -r $more/hass/last/. $out/heads/smollm2-135m/
     o="--conversations 5632 $o"
-    $nld train-head $job --name hass --init $first/first/last --steps 4000 --eval-every 200 --drawn --remember --step-weights 2,1,1 $o
-    grep chain_5 $job/hass/log.jsonl > $out/heads/training.jsonl
-    cp -r $job/hass/last/. $out/heads/smollm2-135m/
     for r in hass eagle2 align topk; do $nld train-head $job --name compare/$r --recipe $r --steps 300 --eval-every 100 --remember $o; done
     for r in eagle2 topk align hass; do grep chain_5 $job/compare/$r/log.jsonl | sed "s/^{/{\"head\": \"$r\", /"; done > $out/heads/recipes_training.jsonl
     for n in 1 2 3 4 5; do $nld train-head $job --name ablate/n$n --n $n --steps 50 --eval-every 50 $o; done
