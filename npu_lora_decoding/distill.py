@@ -173,7 +173,7 @@ def _from_top(p, i, head): return Taught(p.sum(-1), _wide(p[:, None].to(head.dty
 
 def _linear(name, z, p, head, k, rarity):
     "Return what the loss `name` keeps of the target, with logits `z` and probabilities `p`"
-    entropy = -(p * z.log_softmax(-1)).sum(-1) if name in ('forward_kl', 'weighted_topk') else 0 * z[:, 0]
+    entropy = -(p * z.log_softmax(-1)).sum(-1) if name in ('forward_kl', 'weighted_topk') else p.new_zeros(len(p))
     if 'topk' not in name: return _from_all(p, head, -entropy)
     top_p, i = p.topk(k)
     if name == 'weighted_topk': top_p = top_p * (1 - entropy / math.log(p.shape[-1]))[:, None]

@@ -106,8 +106,11 @@ def data_hash(
 def _note(folder):
     "Return what `features.json` says, None where there is none"
     file = folder/'features.json'
-    try: return json.loads(file.read_text(encoding='utf-8')) if file.exists() else None
-    except ValueError as e: raise DecodingError(f'{file} is damaged ({e}): remove the folder and write the features again.') from e
+    if not file.exists(): return None
+    try:
+        known = json.loads(file.read_text(encoding='utf-8'))
+        return known if known['files'] else None
+    except (ValueError, TypeError, KeyError) as e: raise DecodingError(f'{file} is damaged ({e}): remove the folder and write the features again.') from e
 
 def _same(folder, known, grown):
     "Refuse a folder that holds other features than `known`; more conversations than there are welcome"
@@ -151,12 +154,13 @@ def write_features(
         begun, last = divmod(count - 1, per_shard)
         return count <= len(examples) and files == known['files'][:begun] + [_and_examples(target, parts[begun][:last + 1])]
     _same(folder, known, grown)
-    mine = list(zip(_files(folder, known), parts, known['files']))[share[0]::share[1]]  # by number, whatever the others have written already
-    missing = [(f, part, data) for f, part, data in mine if not f.exists() or _about(f)[0] != data]
-    check_room(sum(shards_bytes(part, lm.model.config.hidden_size, lm.dtype) for _, part, _ in missing), folder)
+    shards = list(zip(_files(folder, known), parts, known['files']))
+    missing = [i for i, (f, _, data) in enumerate(shards) if not f.exists() or _about(f)[0] != data]
+    check_room(sum(shards_bytes(parts[i], lm.model.config.hidden_size, lm.dtype) for i in missing), folder)  # of all processes: they share the disk
+    mine = [shards[i] for i in missing if i % share[1] == share[0]]  # by number, whatever the others have written already
     try:
         if _note(folder) != known: _write_note(folder, known)
-        for done, (f, part, data) in enumerate(missing, 1): _write_shard(f, lm, part, batch, data); progress(done, len(missing))
+        for done, (f, part, data) in enumerate(mine, 1): _write_shard(f, lm, part, batch, data); progress(done, len(mine))
     except (OSError, SafetensorError) as e:  # a full disk shows as either
         raise DecodingError(f'the features could not be written ({e}): make room and give the same command again; whole shards are kept.') from e
     return folder

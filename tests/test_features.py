@@ -189,6 +189,7 @@ def test_small_disks_are_refused_before_a_byte_is_written(tmp_path, lm, monkeypa
     assert not (tmp_path/'a').exists()
     disk(int(needed * 1.06))
     write_features(lm, examples_of(), tmp_path/'a'/'b')
+    with pytest.raises(DecodingError, match='the features take'): disk(needed // 2); write_features(lm, examples_of(), tmp_path/'c', 3, share=(0, 3))  # the other processes write to the same disk
     disk(0)  # nothing is missing, so nothing is needed
     write_features(lm, examples_of(), tmp_path/'a'/'b')
     with pytest.raises(DecodingError): check_room(1, tmp_path)
@@ -235,9 +236,10 @@ def test_more_conversations_keep_whole_shards(tmp_path, lm, begun, processes):
 def test_missing_and_damaged_notes(tmp_path, lm):
     with pytest.raises(DecodingError, match='holds no features: write them first'): StoredFeatures(tmp_path)
     folder = write_features(lm, examples_of(), tmp_path/'f')
-    (folder/'features.json').write_text('{"data"')
-    for call in (lambda: StoredFeatures(folder), lambda: write_features(lm, examples_of(), folder)):
-        with pytest.raises(DecodingError, match='features.json is damaged'): call()
+    for text in ('{"data"', '{"data": "of an older version"}', '[]'):
+        (folder/'features.json').write_text(text)
+        for call in (lambda: StoredFeatures(folder), lambda: write_features(lm, examples_of(), folder)):
+            with pytest.raises(DecodingError, match='features.json is damaged'): call()
     for bad in (dict(examples=[]), dict(per_shard=0), dict(batch=0)):
         with pytest.raises(DecodingError, match='give at least one of each'): write_features(lm, **{**dict(examples=examples_of(), folder=tmp_path/'g'), **bad})
 
