@@ -67,9 +67,10 @@ heads() {
     keep $first 5; keep $job 11
     $nld train-head $first --name first --conversations 2560 --steps 600 --eval-every 100 $o
     $nld train-head $job --name hass --init $first/first/last --conversations 5632 --steps 4000 --eval-every 200 $fast $o
-    .venv/bin/torchrun --nproc-per-node 2 -m npu_lora_decoding.cli train-head $more --name hass --init $job/hass/last --conversations $((512 * $(ls $more/conversations/shard-*.jsonl | wc -l))) --steps 1500 --eval-every 500 $fast ${o/--tokens 4096/--tokens 8192}
-    for f in $job $more; do grep chain_5 $f/hass/log.jsonl | sed "s/^{/{\"run\": \"$(basename $f)\", /"; done > $out/heads/training.jsonl
-    cp -r $more/hass/last/. $out/heads/smollm2-135m/
+    .venv/bin/torchrun --nproc-per-node 2 -m npu_lora_decoding.cli train-head $more --name more --init $job/hass/last --conversations $((512 * $(ls $more/conversations/shard-*.jsonl | wc -l))) --steps 1500 --eval-every 500 $fast ${o/--tokens 4096/--tokens 8192}
+    for f in $job/hass $more/more; do grep chain_5 $f/log.jsonl | sed "s/^{/{\"run\": \"$(basename $f)\", /"; done > $out/heads/training.jsonl
+    $nld accept $job/hass/last,$more/more/last $job/heldout,$job/conversations --texts 48 --tree 0 --json $out/heads/learnt.json
+    cp -r $more/more/last/. $out/heads/smollm2-135m/
     o="--conversations 5632 $o"
     for r in hass eagle2 align topk; do $nld train-head $job --name compare/$r --recipe $r --steps 300 --eval-every 100 --remember $o; done
     for r in eagle2 topk align hass; do grep chain_5 $job/compare/$r/log.jsonl | sed "s/^{/{\"head\": \"$r\", /"; done > $out/heads/recipes_training.jsonl
