@@ -59,21 +59,24 @@ gsm8k() {
 }
 
 # The conversations are part of the repository, so that all heads learn from the same text; the target itself wrote both sides, with the options of `o`. Answers to replay against are written anew; GSM8K's prompts come from the folder,
-# HumanEval's from its package. The shipped head was trained three times, each time from the last head on: at first on the first 5 files, then on 11, then on all of them. Each run takes an hour or more on two cores: stop it with Ctrl-C and give the command again.
+# HumanEval's from its package. The shipped head was trained four times, each time from the last head on: at first on the first 5 files, then on 11, on 30, and on all of them. Each run takes an hour or more on two cores: stop it with Ctrl-C and give the command again.
 heads() {
-    job=$runs/heads first=$runs/first_head more=$runs/more_heads o="--write-batch 96 --user-tokens 64 --heldout 48 --vocab 8192 --tokens 4096" fast="--drawn --remember --step-weights 2,1,1"
-    for f in $job $first $more; do mkdir -p $f; [ -d $f/conversations ] || tar -xJf $out/heads/conversations.tar.xz -C $f; done
+    job=$runs/heads first=$runs/first_head more=$runs/more_heads most=$runs/most_heads o="--write-batch 96 --user-tokens 64 --heldout 48 --vocab 8192 --tokens 4096" fast="--drawn --remember --step-weights 2,1,1"
+    for f in $job $first $more $most; do mkdir -p $f; [ -d $f/conversations ] || tar -xJf $out/heads/conversations.tar.xz -C $f; done
     keep() { for s in "$1"/conversations/shard-*.jsonl; do n=$(basename $s .jsonl); [ $((10#${n#shard-})) -lt $2 ] || rm $s; done; }
-    keep $first 5; keep $job 11
+    keep $first 5; keep $job 11; keep $more 30
     $nld train-head $first --name first --conversations 2560 --steps 600 --eval-every 100 $o
     $nld train-head $job --name hass --init $first/first/last --conversations 5632 --steps 4000 --eval-every 200 $fast $o
-    .venv/bin/torchrun --nproc-per-node 2 -m npu_lora_decoding.cli train-head $more --name more --init $job/hass/last --conversations $((512 * $(ls $more/conversations/shard-*.jsonl | wc -l))) --steps 1500 --eval-every 500 $fast ${o/--tokens 4096/--tokens 8192}
-    for f in $job/hass $more/more; do grep chain_5 $f/log.jsonl | sed "s/^{/{\"run\": \"$(basename $f)\", /"; done > $out/heads/training.jsonl
-    $nld accept $job/hass/last,$more/more/last $job/heldout,$job/conversations --texts 48 --tree 0 --json $out/heads/learnt.json
-    cp -r $more/more/last/. $out/heads/smollm2-135m/
+    two="-m npu_lora_decoding.cli train-head" wide="${o/--tokens 4096/--tokens 8192}"
+    .venv/bin/torchrun --nproc-per-node 2 $two $more --name more --init $job/hass/last --conversations 15360 --steps 1500 --eval-every 500 $fast $wide
+    .venv/bin/torchrun --nproc-per-node 2 $two $most --name most --init $more/more/last --conversations 21504 --steps 1600 --eval-every 400 $fast $wide
+    for f in $job/hass $more/more $most/most; do grep chain_5 $f/log.jsonl | sed "s/^{/{\"run\": \"$(basename $f)\", /"; done > $out/heads/training.jsonl
+    $nld accept $job/hass/last,$more/more/last,$most/most/last $job/heldout,$job/conversations --texts 48 --tree 0 --json $out/heads/learnt.json
+    cp -r $most/most/last/. $out/heads/smollm2-135m/
     o="--conversations 5632 $o"
     for r in hass eagle2 align topk; do $nld train-head $job --name compare/$r --recipe $r --steps 300 --eval-every 100 --remember $o; done
     for r in eagle2 topk align hass; do grep chain_5 $job/compare/$r/log.jsonl | sed "s/^{/{\"head\": \"$r\", /"; done > $out/heads/recipes_training.jsonl
+    for r in eagle2 hass; do .venv/bin/torchrun --nproc-per-node 2 $two $most --name longer/$r --recipe $r --conversations 21504 --steps 450 --eval-every 150 --remember $wide; done
     for n in 1 2 3 4 5; do $nld train-head $job --name ablate/n$n --n $n --steps 50 --eval-every 50 $o; done
     for w in 0 3; do $nld train-head $job --name ablate/w$w --topk $w --steps 50 --eval-every 50 $o; done
     for k in 1 50; do $nld train-head $job --name ablate/k$k --k $k --steps 50 --eval-every 50 $o; done
@@ -83,6 +86,7 @@ heads() {
     sets=$job/chat,$job/humaneval${data:+,$job/gsm8k}
     $nld accept $out/heads/smollm2-135m $sets --texts 40 --new-tokens 128 --json $out/heads/acceptance.json
     $nld accept $job/compare/hass/last,$job/compare/eagle2/last,$job/compare/topk/last,$job/compare/align/last $sets --texts 40 --new-tokens 128 --json $out/heads/recipes.json
+    $nld accept $most/longer/hass/last,$most/longer/eagle2/last $sets --texts 40 --new-tokens 128 --json $out/heads/longer.json
     $nld accept $(ls -d $job/ablate/*/last | paste -sd,) $job/heldout --tree 0 --json $out/heads/ablations.json
     .venv/bin/python results/head_cost.py $out/heads/cost.json
 }
