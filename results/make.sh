@@ -76,7 +76,6 @@ heads() {
     o="--conversations 5632 $o"
     for r in hass eagle2 align topk; do $nld train-head $job --name compare/$r --recipe $r --steps 300 --eval-every 100 --remember $o; done
     for r in eagle2 topk align hass; do grep chain_5 $job/compare/$r/log.jsonl | sed "s/^{/{\"head\": \"$r\", /"; done > $out/heads/recipes_training.jsonl
-    for r in eagle2 hass; do .venv/bin/torchrun --nproc-per-node 2 $two $most --name longer/$r --recipe $r --conversations 21504 --steps 450 --eval-every 150 --remember $wide; done
     for n in 1 2 3 4 5; do $nld train-head $job --name ablate/n$n --n $n --steps 50 --eval-every 50 $o; done
     for w in 0 3; do $nld train-head $job --name ablate/w$w --topk $w --steps 50 --eval-every 50 $o; done
     for k in 1 50; do $nld train-head $job --name ablate/k$k --k $k --steps 50 --eval-every 50 $o; done
@@ -86,7 +85,6 @@ heads() {
     sets=$job/chat,$job/humaneval${data:+,$job/gsm8k}
     $nld accept $out/heads/smollm2-135m $sets --texts 40 --new-tokens 128 --json $out/heads/acceptance.json
     $nld accept $job/compare/hass/last,$job/compare/eagle2/last,$job/compare/topk/last,$job/compare/align/last $sets --texts 40 --new-tokens 128 --json $out/heads/recipes.json
-    $nld accept $most/longer/hass/last,$most/longer/eagle2/last $sets --texts 40 --new-tokens 128 --json $out/heads/longer.json
     $nld accept $(ls -d $job/ablate/*/last | paste -sd,) $job/heldout --tree 0 --json $out/heads/ablations.json
     .venv/bin/python results/head_cost.py $out/heads/cost.json
 }
