@@ -97,7 +97,7 @@ def decode(
         accepted, final = accept(tree, drawn) if tree.size > 1 else (torch.ones_like(drawn, dtype=torch.bool), drawn[:, 0])
         gained = _emitted(tree, accepted, final, _measure(target, logits, drawn) if record else {})
         kept = _advance(state, gained, rules)
-        rows.commit(accepted)
+        rows.commit(accepted & ~state.done[:, None])  # nobody reads on in a text that has ended, and its columns would fill a static cache
         if memory is not None: memory.observe(state, rows)
         now = time.perf_counter()
         yield Step(kept, now - start)

@@ -63,7 +63,13 @@ class Rows:
     def _tree_mask(self, tree):
         sliding = getattr(self.model.config, 'sliding_window', None) and getattr(self.model.config, 'use_sliding_window', True)
         require(not sliding, 'trees are not supported on models with a sliding window', 'decode without a drafter')
-        return tree_mask(self.valid, tree.parents)
+        return self._added(tree_mask(self.valid, tree.parents))
+
+    def _added(self, see):
+        "Return a mask `(b, 1, n, s + n)` as what attention adds to its scores: not every implementation reads a bool"
+        kind = self.model.config._attn_implementation
+        require(kind in ('sdpa', 'eager'), f'trees need a mask, which attention of the kind {kind!r} does not take', "load the model with attn_implementation='sdpa'")
+        return torch.zeros(see.shape, dtype=self.model.dtype, device=see.device).masked_fill(~see, torch.finfo(self.model.dtype).min)
 
     def commit(self,
         accepted:torch.Tensor,  # `(b, n)` bool
@@ -124,8 +130,6 @@ class StaticRows(Rows):
 
     def _fill(self, x): return torch.nn.functional.pad(x, (0, self.columns - x.shape[-1]))
     def _mask(self, valid): return self._fill(valid.long())
-    def _tree_mask(self, tree):
-        hidden = ~self._fill(super()._tree_mask(tree))  # plain attention adds its mask to the scores
-        return torch.zeros(hidden.shape, dtype=self.model.dtype, device=hidden.device).masked_fill(hidden, torch.finfo(self.model.dtype).min)
+    def _added(self, see): return super()._added(self._fill(see))
     def _shorten(self, length):
         for layer in self.cache.layers: layer.cumulative_length.fill_(length)

@@ -360,6 +360,30 @@ def test_a_window_refuses_guesses(family):
     ids, mask = prompts()
     with pytest.raises(DecodingError, match='sliding window'): generate(toy(family), ids, mask, Decoder(drafter=Guesser(ids, 7, 0.9)), max_new_tokens=24)
 
+def test_guesses_change_nothing_for_any_attention(rows):
+    for attention in ('eager', 'sdpa'):  # the eager one adds its mask to the scores, whatever it is
+        model = toy(); model.set_attn_implementation(attention)
+        trees_change_nothing(model, None, *prompts((7, 3, 9)), Plain(), rows)
+
+def test_guesses_need_attention_that_reads_a_mask():
+    model = toy(); model.config._attn_implementation = 'flash_attention_2'
+    with pytest.raises(DecodingError, match='load the model with attn_implementation'): rows_module.Rows(model, ('expert',), 1, 9)._added(torch.ones(1, 1, 1, 1).bool())
+
+def test_a_text_that_has_ended_takes_no_columns(llama, rows):
+    "Sequence 0 is over at once, and a lucky drafter goes on guessing for it: the static cache would be full before the others are done"
+    ids, mask = prompts((100, 3))
+    kept = []
+    class Lucky(Guesser):
+        def propose(self, state, rows):
+            kept.append(rows.valid.sum(-1).tolist())
+            return super().propose(state, rows)
+    plain = generate(llama, ids, mask, Decoder(), max_new_tokens=24, return_dict_in_generate=True)
+    end = int(plain.sequences[0, ids.shape[1]])  # the first token that sequence 0 writes
+    options = dict(max_new_tokens=24, return_dict_in_generate=True, eos_token_id=end)
+    want = generate(llama, ids, mask, Decoder(), **options)
+    fast = generate(llama, ids, mask, Decoder(drafter=Lucky(plain.sequences, ids.shape[1], 1.), **rows), **options)
+    same(fast.sequences, want.sequences); assert len(kept) > 2 and {k[0] for k in kept} == {100}
+
 def test_records_survive_guesses(llama, bank, rows):
     plain, fast = trees_change_nothing(llama, bank, *prompts(), CoLD(0.05, 1.), rows)
     guessed = 0
