@@ -73,6 +73,7 @@ heads() {
     for f in $job/hass $more/more $most/most; do grep chain_5 $f/log.jsonl | sed "s/^{/{\"run\": \"$(basename $f)\", /"; done > $out/heads/training.jsonl
     $nld accept $job/hass/last,$more/more/last,$most/most/last $job/heldout,$job/conversations --texts 48 --tree 0 --json $out/heads/learnt.json
     cp -r $most/most/last/. $out/heads/smollm2-135m/
+    .venv/bin/torchrun --nproc-per-node 2 $two $most --name full/eagle2 --recipe eagle2 --conversations 21504 --steps 5400 --eval-every 600 --remember $wide  # all that the shipped head had, in one schedule
     o="--conversations 5632 $o"
     for r in hass eagle2 align topk; do $nld train-head $job --name compare/$r --recipe $r --steps 300 --eval-every 100 --remember $o; done
     for r in eagle2 topk align hass; do grep chain_5 $job/compare/$r/log.jsonl | sed "s/^{/{\"head\": \"$r\", /"; done > $out/heads/recipes_training.jsonl
@@ -84,6 +85,7 @@ heads() {
     [ -z "$data" ] || $nld write $job/gsm8k --prompts "$data/gsm8k_train.jsonl" --column question --temperatures 0,1 --new-tokens 160
     sets=$job/chat,$job/humaneval${data:+,$job/gsm8k}
     $nld accept $out/heads/smollm2-135m $sets --texts 40 --new-tokens 128 --json $out/heads/acceptance.json
+    $nld accept $most/full/eagle2/last $sets --texts 40 --new-tokens 128 --json $out/heads/eagle2_full.json
     $nld accept $job/compare/hass/last,$job/compare/eagle2/last,$job/compare/topk/last,$job/compare/align/last $sets --texts 40 --new-tokens 128 --json $out/heads/recipes.json
     $nld accept $(ls -d $job/ablate/*/last | paste -sd,) $job/heldout --tree 0 --json $out/heads/ablations.json
     .venv/bin/python results/head_cost.py $out/heads/cost.json
