@@ -154,7 +154,7 @@ def fingerprint(
     model,  # Any causal LM
 ) -> list:  # 64 weights read at fixed places
     "Return numbers that identify the base weights, whatever their dtype"
-    layers = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    layers = [m.weight for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and 'lora_' not in name]  # also of a model that PEFT holds
     picks = [layers[i * (len(layers)-1) // 63].detach().flatten() for i in range(64)]
     return [float(f'{w[(i * 7919) % w.numel()].item():.5g}') for i, w in enumerate(picks)]
 

@@ -29,6 +29,8 @@ class State:
     text:list  # One tensor of ids a sequence, prompt padding included
     done:torch.Tensor  # `(b,)` bool
     pad_id:int  # Written after a sequence has ended
+    accepted:torch.Tensor|None=None  # Nodes of the last pass that are certain `(b, n)` bool
+    drawn:torch.Tensor|None=None  # What the target drew at each of them `(b, n)`
     @property
     def last(self): return torch.stack([t[-1] for t in self.text])
     @property

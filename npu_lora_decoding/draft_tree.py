@@ -31,7 +31,6 @@ class HeadCache:
         "Keys and values as `DraftHead.forward` takes them"
         return (self.keys[:, :, :self.columns], self.values[:, :, :self.columns]) if self.columns else None
 
-    @torch.no_grad()
     def extend(self,
         head:DraftHead,
         e:torch.Tensor,  # Embeddings of the next tokens `(b, n, d)`
@@ -43,23 +42,31 @@ class HeadCache:
         require(g.shape == e.shape and b == len(self.length), f'embeddings {tuple(e.shape)} and features {tuple(g.shape)} do not fit a cache of {len(self.length)} sequences', 'give both as (b, n, d)')
         count = torch.full_like(self.length, n) if count is None else count
         positions, causal = self.length[:, None] + torch.arange(n, device=device), torch.ones(n, n, dtype=torch.bool, device=device).tril()
-        out, new = head(e, g, positions, torch.cat([self.valid[:, None].expand(-1, n, -1), causal.expand(b, -1, -1)], -1), self.past)
+        see = torch.cat([self.valid[:, None].expand(-1, n, -1), causal.expand(b, -1, -1)], -1)
+        with torch.no_grad(): out, new = head(e, g, positions, see, self.past)
         self._store([x[:, :, -n:] for x in new], positions)
-        self.length = self.length + count
-        self.columns = int(self.length.max())
+        self._count(count)
         return out[torch.arange(b, device=device), (count - 1).clamp(min=0)]
+
+    def _count(self, new):
+        "Note that each sequence has `new` more certain slots `(b,)`"
+        self.length = self.length + new
+        self.columns = int(self.length.max())
 
     def _store(self, new, positions):
         "Write new columns `(b, g, n, k)` to their places; what is not real is overwritten by the next call"
-        b, g, n, k = new[0].shape
-        held = 0 if self.keys is None else self.keys.shape[2]
-        if held < self.columns + n:
-            grown = [x.new_zeros(b, g, max(2*held, self.columns + n), k) for x in new]
-            if self.past is not None:
-                for x, old in zip(grown, self.past): x[:, :, :self.columns] = old
-            self.keys, self.values = grown
-        where = positions[:, None, :, None].expand(b, g, n, k)
+        self._make_room(new)
+        where = positions[:, None, :, None].expand_as(new[0])
         self.keys.scatter_(2, where, new[0]); self.values.scatter_(2, where, new[1])
+
+    def _make_room(self, new):
+        "Grow until the columns `new` fit behind the longest sequence"
+        (b, g, n, k), held = new[0].shape, 0 if self.keys is None else self.keys.shape[2]
+        if held >= self.columns + n: return
+        grown = [x.new_zeros(b, g, max(2*held, self.columns + n), k) for x in new]
+        if self.past is not None:
+            for x, old in zip(grown, self.past): x[:, :, :self.columns] = old
+        self.keys, self.values = grown
 
     def select(self,
         rows:torch.Tensor,  # Sequences that go on `(m,)`
@@ -76,6 +83,13 @@ def _check(embed, lm_head, vocab):
     require(len(lm_head) == (len(embed) if vocab is None else len(vocab)) , f'the LM head has {len(lm_head)} rows for {len(embed) if vocab is None else len(vocab)} tokens',
             'give the rows of the draft vocabulary, and its ids as vocab')
 
+def _children(outputs, scores, lm_head, vocab, k):
+    "Return the `k` likeliest tokens after each node and their cumulative log-probabilities `(b, m k)`"
+    logits = (outputs @ lm_head.T).float()
+    top, best = logits.topk(k)
+    logp = (top - logits.logsumexp(-1, keepdim=True)).clamp(max=0)  # rounding must not put a child above its parent
+    return (best if vocab is None else vocab[best]).flatten(1), (scores[..., None] + logp).flatten(1)
+
 @torch.no_grad()
 def draft_chain(
     head:DraftHead,
@@ -90,15 +104,15 @@ def draft_chain(
     "Return the head's best guesses, one after the other"
     _check(embed, lm_head, vocab)
     require(k >= 1, f'k is {k}', 'ask for at least one guess')
-    path, past, see = [tokens], cache.past, cache.valid[:, None]
+    path, scores, past, see = [tokens], [outputs.new_zeros(len(tokens), 1, dtype=torch.float32)], cache.past, cache.valid[:, None]
     for j in range(k):
-        best = (outputs @ lm_head.T).argmax(-1)
-        path.append(best if vocab is None else vocab[best])
+        guess, value = _children(outputs[:, None], scores[-1], lm_head, vocab, 1)
+        path.append(guess[:, 0]); scores.append(value)
         if j == k-1: break
         see = torch.nn.functional.pad(see, (0, 1), value=True)
         out, past = head(embed[path[-1]][:, None], outputs[:, None], cache.length[:, None] + j, see, past)
         outputs = out[:, 0]
-    return Tree(torch.stack(path, 1), torch.arange(-1, k, device=tokens.device).repeat(len(tokens), 1), 'head')
+    return Tree(torch.stack(path, 1), torch.arange(-1, k, device=tokens.device).repeat(len(tokens), 1), 'head', scores=torch.cat(scores, 1).exp())
 
 # %% ../nbs/08a_draft_tree.ipynb #06e93cfa
 @dataclass
@@ -110,13 +124,6 @@ class _Beam:
     features:torch.Tensor  # Its parent's output `(b, k, d)`
     see:torch.Tensor  # Columns it attends to `(b, k, s)` bool, itself not yet among them
 
-def _children(outputs, scores, lm_head, vocab, k):
-    "Return the `k` likeliest tokens after each node and their cumulative log-probabilities `(b, m k)`"
-    logits = (outputs @ lm_head.T).float()
-    top, best = logits.topk(k)
-    logp = (top - logits.logsumexp(-1, keepdim=True)).clamp(max=0)  # rounding must not put a child above its parent
-    return (best if vocab is None else vocab[best]).flatten(1), (scores[..., None] + logp).flatten(1)
-
 def _next_beam(beam, out, see, tokens, scores, first):
     "Return the best of the children, `first` being the candidate number of the leftmost"
     k = beam.tokens.shape[1]
@@ -125,15 +132,14 @@ def _next_beam(beam, out, see, tokens, scores, first):
     return _Beam(tokens.gather(1, best), scores.gather(1, best), first + best, out.take_along_dim(up, 1), see.take_along_dim(up, 1))
 
 def _choose(root, tokens, scores, parents, nodes):
-    "Return the tree of the root `(b,)` and the best candidates `(b, c)`; `parents` are candidate numbers, -1 for the root"
+    "Return tokens, parents and values `(b, nodes)` of the root `(b,)` and the best candidates `(b, c)`; `parents` are candidate numbers, -1 for the root"
     n = min(nodes - 1, tokens.shape[1])
-    # stable: of equals the first, which is the parent; then back in order of level, parents first
-    best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :n].sort(-1).values
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :n]  # stable: of equals the first, which is the parent
     column = torch.zeros_like(tokens).scatter(1, best, torch.arange(1, n+1, device=best.device).expand_as(best))
     up = parents.gather(1, best)
     up = torch.where(up < 0, 0, column.gather(1, up.clamp(min=0)))
     fill = lambda first, rest, value: torch.nn.functional.pad(torch.cat([first[:, None], rest], 1), (0, nodes - 1 - n), value=value)
-    return Tree(fill(root, tokens.gather(1, best), 0), fill(torch.full_like(root, -1), up, -2), 'head')
+    return fill(root, tokens.gather(1, best), 0), fill(torch.full_like(root, -1), up, -2), fill(scores.new_ones(len(root)), scores.gather(1, best).exp(), 0.)
 
 @torch.no_grad()
 def draft_tree(
@@ -161,4 +167,5 @@ def draft_tree(
         guesses, scores = _children(out, beam.scores, lm_head, vocab, k)
         found.append((guesses, scores, beam.index.repeat_interleave(k, 1)))
         beam = _next_beam(beam, out, see, guesses, scores, k + level * k * k)
-    return _choose(tokens, *(torch.cat(x, 1) for x in zip(*found)), nodes)
+    tokens, parents, values = _choose(tokens, *(torch.cat(x, 1) for x in zip(*found)), nodes)
+    return Tree(tokens, parents, 'head', scores=values)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ALIGN', 'lora_shrink', 'lora_expand', 'lora', 'cold_scores', 'cold_select', 'kv_commit', 'topk_loss_forward',
            'topk_loss_backward', 'define_op', 'served', 'register_kernel', 'find_kernels', 'backend', 'references',
-           'part_width', 'lora_shrink_torch', 'lora_expand_torch', 'compiles', 'cold_scores_torch', 'cold_select_torch',
-           'kv_commit_torch', 'topk_loss_forward_torch', 'topk_loss_backward_torch', 'topk_loss']
+           'part_width', 'lora_shrink_torch', 'lora_expand_torch', 'compiles', 'compiler_settings', 'cold_scores_torch',
+           'cold_select_torch', 'kv_commit_torch', 'topk_loss_forward_torch', 'topk_loss_backward_torch', 'topk_loss']
 
 # %% ../nbs/04_ops.ipynb #6fae8f00
 import contextlib, importlib.util, warnings
@@ -163,6 +163,16 @@ def compiles(
     from torch._inductor.exc import InvalidCxxCompiler
     try: return bool(get_cpp_compiler())
     except (InvalidCxxCompiler, RuntimeError): return False
+
+@contextlib.contextmanager
+def compiler_settings(
+    device:torch.device,  # Where compiled code runs
+    seen:bool,  # Whether a program for these shapes has run before
+):
+    "Let the block run compiled: packed weights on a CPU, and no guards where the shapes were seen"
+    import torch._inductor.config as inductor
+    # both halves of the compiler read `freezing`, so it cannot be an option of torch.compile; torch's own limit is 8 programs in a process, and each shape needs one
+    with inductor.patch(freezing=device.type == 'cpu'), torch._dynamo.config.patch(recompile_limit=64), torch.compiler.set_stance(skip_guard_eval_unsafe=seen): yield
 
 # %% ../nbs/04_ops.ipynb #ea339fbe
 def cold_scores_torch(

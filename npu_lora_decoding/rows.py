@@ -6,10 +6,10 @@
 __all__ = ['Rows', 'StaticRows']
 
 # %% ../nbs/06a_rows.ipynb #71e13067
-import contextlib, weakref
+import contextlib, copy, weakref
 import torch
 from transformers import DynamicCache, StaticCache
-from .core import require
+from .core import require, stopwatch
 from . import ops
 from .baseline import last_logits, positions_of
 from .tree import Tree, depths, tree_mask
@@ -21,9 +21,39 @@ def _prefill(model, tokens, mask, positions, cache):
 def _step(model, tokens, mask, positions, cache):
     return model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True).logits
 
+def _hidden(model, tokens, mask, positions, cache):
+    return model.base_model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True).last_hidden_state
+
+def _prefill_hidden(model, *args):
+    h = _hidden(model, *args)
+    return model.get_output_embeddings()(h[:, -1:]), h
+
+def _step_hidden(model, *args):
+    h = _hidden(model, *args)
+    return model.get_output_embeddings()(h), h
+
+def _window(config):
+    "Return how far the layers with a sliding window see; None without any"
+    window = getattr(config, 'sliding_window', None)
+    return window if window and getattr(config, 'use_sliding_window', True) else None
+
+def _sees_all(config):
+    "Return a configuration whose cache keeps every column: one that drops old columns cannot take back a guess"
+    if _window(config) is None: return config
+    config = copy.deepcopy(config)
+    config.sliding_window = None
+    if getattr(config, 'layer_types', None): config.layer_types = ['full_attention'] * len(config.layer_types)
+    return config
+
+def _near(valid, parents, window):
+    "Return which columns lie within the window before each node, counted in tokens of its own text `(b, 1, n, s + n)`"
+    at = valid.sum(-1, keepdim=True) + depths(parents)
+    columns = torch.cat([valid.long().cumsum(-1) - 1, at], 1)
+    return (at[:, :, None] - columns[:, None] < window)[:, None]
+
 class Rows:
     "The rows of a batch on a growing cache: one forward pass for all roles and all nodes of a tree"
-    _run = staticmethod(_step)  # One decoding step of the model
+    def _run(self, model, *args): return (_step_hidden if self.keeps else _step)(model, *args)
 
     def __init__(self,
         model:torch.nn.Module,  # Causal LM
@@ -31,17 +61,23 @@ class Rows:
         b:int,  # Sequences
         max_len:int,  # Longest text
         spare:int=0,  # Columns for guesses beyond it
+        keeps:bool=False,  # Also keep the hidden states of each pass, after the final norm: a draft head reads them
+        reach:int=63,  # Farthest guess: a pass makes at most so many tokens certain, and one more
     ):
-        self.model, self.roles, self.b, self.max_len, self.spare = model, roles, b, max_len, spare
+        self.model, self.roles, self.b, self.max_len, self.spare, self.keeps, self.reach, self.hidden = model, roles, b, max_len, spare, keeps, reach, None
         self.cache, self.valid, self.pending = self._new_cache(), torch.ones(b, 0, dtype=torch.bool, device=model.device), 0
 
-    def _new_cache(self): return DynamicCache(config=self.model.config)
-    def _repeat(self, x): return None if x is None else x.repeat(len(self.roles), *[1]*(x.dim()-1))
+    def _new_cache(self): return DynamicCache(config=_sees_all(self.model.config) if self.spare else self.model.config)
+    def _repeat(self, x):
+        if isinstance(x, dict): return {k: self._repeat(m) for k, m in x.items()}
+        return None if x is None else x.repeat(len(self.roles), *[1]*(x.dim()-1))
 
     def _pass(self, run, tokens, mask, positions):
         "Return the logits of each role, `(b, n, v)`"
-        logits = run(self.model, self._repeat(tokens), self._repeat(mask), self._repeat(positions), self.cache)
-        return logits.view(len(self.roles), self.b, *logits.shape[1:]).unbind(0)
+        out = run(self.model, self._repeat(tokens), self._repeat(mask), self._repeat(positions), self.cache)
+        by_role = lambda x: x.view(len(self.roles), self.b, *x.shape[1:]).unbind(0)
+        if self.keeps: out, self.hidden = out[0], by_role(out[1])  # of each role `(b, n, d)`
+        return by_role(out)
 
     def prefill(self,
         ids:torch.Tensor,  # Prompts `(b, t)`, padded left
@@ -49,21 +85,25 @@ class Rows:
     ) -> tuple:  # Logits of each role `(b, 1, v)`, after the last token
         "Read the prompts"
         self.valid = mask.bool()
-        return self._pass(_prefill, ids, self._mask(self.valid), positions_of(mask))
+        return self._pass(_prefill_hidden if self.keeps else _prefill, ids, self._mask(self.valid), positions_of(mask))
 
     def forward(self,
         tree:Tree,  # Candidates, `n` a sequence
     ) -> tuple:  # Logits of each role `(b, n, v)`
         "Score every node of the trees in one pass"
         self.pending, here = tree.size, self.valid.sum(-1, keepdim=True)
-        if tree.size > 1: return self._pass(self._run, tree.tokens, self._tree_mask(tree), here + depths(tree.parents))
+        # columns that nobody sees lie between those of a text, and a model that counts columns would count them into its window
+        if tree.size > 1 or self.spare and _window(self.model.config): return self._pass(self._run, tree.tokens, self._tree_mask(tree), here + depths(tree.parents))
         return self._pass(self._run, tree.tokens, self._mask(torch.cat([self.valid, torch.ones_like(here, dtype=torch.bool)], 1)), here)
 
     def _mask(self, valid): return None if valid.all() else valid.long()
     def _tree_mask(self, tree):
-        sliding = getattr(self.model.config, 'sliding_window', None) and getattr(self.model.config, 'use_sliding_window', True)
-        require(not sliding, 'trees are not supported on models with a sliding window', 'decode without a drafter')
-        return self._added(tree_mask(self.valid, tree.parents))
+        "Return who sees whom; where some layers see a window only, a mask for each kind of layer"
+        mask, window = self._added(tree_mask(self.valid, tree.parents)), _window(self.model.config)
+        if window is None: return mask
+        near = self._added(tree_mask(self.valid, tree.parents) & _near(self.valid, tree.parents, window))
+        kinds = set(getattr(self.model.config, 'layer_types', None) or ['sliding_attention'])
+        return near if kinds == {'sliding_attention'} else dict(full_attention=mask, sliding_attention=near)
 
     def _added(self, see):
         "Return a mask `(b, 1, n, s + n)` as what attention adds to its scores: not every implementation reads a bool"
@@ -87,6 +127,16 @@ class Rows:
         self._shorten(s + order.shape[1])
         self.valid = torch.cat([self.valid[:, :s], torch.arange(order.shape[1], device=count.device) < count[:, None]], 1)
 
+    def time(self,
+        tree:Tree,  # Any
+    ) -> float:  # Seconds
+        "Return how long a pass over `tree` takes here; what it wrote is forgotten"
+        hidden = self.hidden
+        with stopwatch(self.model.device) as clock: self.forward(tree)
+        self._shorten(self.valid.shape[1])
+        self.pending, self.hidden = 0, hidden
+        return clock['s']
+
     def _shorten(self, length):
         "Forget the columns from `length` on"
         for layer in self.cache.layers: layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
@@ -94,31 +144,28 @@ class Rows:
 # %% ../nbs/06a_rows.ipynb #efc14d3b
 _STATIC = weakref.WeakKeyDictionary()  # model -> {(rows, columns): StaticCache}; a cache that moves would be compiled again
 
-_compiled_step = torch.compile(_step, dynamic=False, fullgraph=True)
+_compiled_step, _compiled_step_hidden = (torch.compile(f, dynamic=False, fullgraph=True) for f in (_step, _step_hidden))
 
 @contextlib.contextmanager
 def _compiler_settings(model, seen):
-    "Let the block run compiled: packed weights on a CPU, plain attention, and no guards where the shape was seen"
-    import torch._inductor.config as inductor
+    "Let the block run compiled, with plain attention"
     before, model.config._attn_implementation = model.config._attn_implementation, 'eager'
     try:
-        # both halves of the compiler read `freezing`, so it cannot be an option of torch.compile; torch's own limit is 8 programs in a process, and each shape needs one
-        with inductor.patch(freezing=model.device.type == 'cpu'), torch._dynamo.config.patch(recompile_limit=64), torch.compiler.set_stance(skip_guard_eval_unsafe=seen): yield
+        with ops.compiler_settings(model.device, seen): yield
     finally: model.config._attn_implementation = before
 
 class StaticRows(Rows):
     "The rows of a batch on a static cache, one compiled program a shape; the prefill stays eager, because every prompt has a length of its own"
     def _run(self, model, tokens, *rest):
         seen = tokens.shape in self._seen; self._seen.add(tokens.shape)
-        with _compiler_settings(model, seen): return _compiled_step(model, tokens, *rest)
+        with _compiler_settings(model, seen): return (_compiled_step_hidden if self.keeps else _compiled_step)(model, tokens, *rest)
 
     def _new_cache(self):
         rows, columns = self.b * len(self.roles), 256 * -(-(self.max_len + self.spare) // 256)
         require(ops.compiles(self.model.device), 'torch.compile finds no compiler', 'install a C++ compiler (g++), or decode with compile=False')
         caches = _STATIC.setdefault(self.model, {})
-        if (rows, columns) not in caches: caches[rows, columns] = StaticCache(config=self.model.config, max_cache_len=columns)
+        if (rows, columns) not in caches: caches[rows, columns] = StaticCache(config=_sees_all(self.model.config), max_cache_len=columns)
         cache = caches[rows, columns]
-        require(not any(l.is_sliding for l in cache.layers), 'the compiled path does not support a sliding window', 'decode with compile=False')
         if cache.layers[0].is_initialized: cache.reset()
         self.columns, self._seen = columns, set()
         return cache

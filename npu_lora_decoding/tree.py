@@ -6,7 +6,7 @@
 __all__ = ['Tree', 'root_tree', 'ancestors', 'depths', 'tree_mask', 'accept']
 
 # %% ../nbs/06_tree.ipynb #9bb63543
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import torch
 from .core import DecodingError, require
 
@@ -16,15 +16,38 @@ class Tree:
     "Candidate tokens of each sequence, parents first"
     tokens:torch.Tensor  # `(b, n)`; column 0 is the last certain token
     parents:torch.Tensor  # `(b, n)`: column of the parent, -1 for the root, -2 for a filler
-    proposer:str='target'  # Who guessed
-
-    def __post_init__(self):
-        n = self.tokens.shape[1]
-        require(self.tokens.shape == self.parents.shape and bool((self.parents[:, 0] == -1).all()), 'this is no tree', 'give tokens and parents of shape (b, n) with the root in column 0')
-        require(bool((self.parents[:, 1:] != -1).all() and (self.parents < torch.arange(n, device=self.parents.device)).all()), 'a node stands before its parent', 'order the nodes parents first')
+    proposer:str|tuple='target'  # Who guessed; several names where `source` says which
+    source:torch.Tensor|None=None  # Of each node, the place of its proposer among the names `(b, n)`
+    scores:torch.Tensor|None=None  # How likely the drafter takes each node to be accepted, falling from left to right `(b, n)`
 
     @property
     def size(self): return self.tokens.shape[1]
+
+    def checked(self):
+        "Return the tree itself; raises `DecodingError` where it is none: the loop asks once for every proposal"
+        n = self.tokens.shape[1]
+        require(self.tokens.shape == self.parents.shape and bool((self.parents[:, 0] == -1).all()), 'this is no tree', 'give tokens and parents of shape (b, n) with the root in column 0')
+        require(bool((self.parents[:, 1:] != -1).all() and (self.parents < torch.arange(n, device=self.parents.device)).all()), 'a node stands before its parent', 'order the nodes parents first')
+        return self
+
+    def first(self, n):
+        "Return the `n` best nodes of each sequence, filled up where there are fewer"
+        require(self.scores is not None, 'the nodes of this tree are not in order of their worth', 'give scores')
+        return self.filled(n)._replaced(lambda x: x[:, :n])
+
+    def filled(self, n):
+        "Return the tree with fillers up to `n` nodes a sequence"
+        short = max(n - self.size, 0)
+        pad = lambda x, value=0: torch.nn.functional.pad(x, (0, short), value=value)
+        return replace(self._replaced(pad), parents=pad(self.parents, -2)) if short else self
+
+    def _replaced(self, change):
+        "Return the tree with every tensor changed"
+        return replace(self, **{k: change(x) for k in ('tokens', 'parents', 'source', 'scores') if (x := getattr(self, k)) is not None})
+
+    def who(self, b, nodes):
+        "Return who proposed each of `nodes` of sequence `b`"
+        return [self.proposer] * len(nodes) if self.source is None else [self.proposer[i] for i in self.source[b, nodes].tolist()]
 
 def root_tree(
     tokens:torch.Tensor,  # Last certain token of each sequence `(b,)`

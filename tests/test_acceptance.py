@@ -5,6 +5,7 @@ from npu_lora_decoding.acceptance import (Replay, Text, acceptance_table, best_t
                                           replay, summarise_replay, target_texts, text_positions, tree_acceptance)
 from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
 from npu_lora_decoding.core import DecodingError
+from npu_lora_decoding.decode import Drafter
 from npu_lora_decoding.draft_head import DraftHead, head_config
 from npu_lora_decoding.draft_tree import HeadCache, draft_chain, draft_tree
 from npu_lora_decoding.features import target_features
@@ -126,7 +127,7 @@ def test_a_tree_of_one_child_is_a_chain():
     tree = tree_acceptance(head, embed, lm_head, ids, f, start, end, depth=3, top_k=1, nodes=5)
     for name in ('tokens', 'passes', 'tried', 'accepted'): assert getattr(chain, name).equal(getattr(tree, name)), name
 
-class Naive:
+class Naive(Drafter):
     "A drafter for the decoding loop that computes everything again at every step"
     def __init__(self, lm, head, skip, draft, **options): self.lm, self.head, self.skip, self.draft, self.options = lm, head, skip, draft, options
     def propose(self, state, rows):

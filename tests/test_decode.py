@@ -6,7 +6,7 @@ import npu_lora_decoding.rows as rows_module
 from npu_lora_decoding import ops
 from npu_lora_decoding.cold import CoLD, Plain
 from npu_lora_decoding.core import DecodingError, generator
-from npu_lora_decoding.decode import Decoder, Output, bank_of
+from npu_lora_decoding.decode import Decoder, Drafter, Output, bank_of
 from npu_lora_decoding.lora import AdapterBank
 from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
 from npu_lora_decoding.models import FAMILIES, LM, embedded_folder, load_tokenizer
@@ -307,9 +307,9 @@ def test_no_trace_in_the_model(llama, bank, peft, where, error):
 
 # --- trees: guesses change nothing but the number of passes
 
-class Guesser:
+class Guesser(Drafter):
     "Random trees whose nodes continue the known answer with probability `p`; `n` nodes at most"
-    def __init__(self, answers, start, p=0.7, seed=0, n=9): self.answers, self.start, self.p, self.g, self.n = answers.tolist(), start, p, generator(seed), n
+    def __init__(self, answers, first, p=0.7, seed=0, n=9): self.answers, self.first, self.p, self.g, self.n = answers.tolist(), first, p, generator(seed), n
     def _random(self, n): return int(torch.randint(0, n, (), generator=self.g))
     def _true(self, b, k): return self.answers[b][k] if k < len(self.answers[b]) else 3 + self._random(90)
     def _row(self, b, text):
@@ -332,7 +332,7 @@ class Guesser:
 def rows(request, monkeypatch):
     "Options of the Decoder for each kind of cache; the static one without its compiler"
     monkeypatch.setattr(ops, 'compiles', lambda device=None: True)
-    monkeypatch.setattr(rows_module, '_compiled_step', rows_module._step)
+    monkeypatch.setattr(rows_module, '_compiled_step', rows_module._step); monkeypatch.setattr(rows_module, '_compiled_step_hidden', rows_module._step_hidden)
     return dict(compile=request.param == 'static')
 
 def trees_change_nothing(model, bank, ids, mask, target, rows, seed=0, p=0.7, drafter=None, **kw):
@@ -355,10 +355,11 @@ def test_guesses_change_nothing(llama, bank, rows, target, lengths, p):
 def test_guesses_change_nothing_in_other_families(family, rows):
     trees_change_nothing(toy(family), None, *prompts(), Plain(), rows)
 
-@pytest.mark.parametrize('family', WINDOWED)
-def test_a_window_refuses_guesses(family):
-    ids, mask = prompts()
-    with pytest.raises(DecodingError, match='sliding window'): generate(toy(family), ids, mask, Decoder(drafter=Guesser(ids, 7, 0.9)), max_new_tokens=24)
+@pytest.mark.parametrize('family', [*WINDOWED, 'qwen2', 'qwen3'])
+def test_guesses_change_nothing_within_a_window(family, rows):
+    # layers with a window and layers without one (qwen), a window smaller than the prompts, sequences that accept different lengths
+    model = toy(family, **(dict(use_sliding_window=True, sliding_window=6, max_window_layers=1) if family.startswith('qwen') else {}))
+    for seed in range(2): trees_change_nothing(model, None, *prompts((7, 3, 9), seed), Plain(), rows, seed, .7)
 
 def test_guesses_change_nothing_for_any_attention(rows):
     for attention in ('eager', 'sdpa'):  # the eager one adds its mask to the scores, whatever it is
@@ -464,7 +465,7 @@ class DeadEnd:
         return scores.masked_fill((text == self.token).any(-1, keepdim=True), -torch.inf)
 
 def test_a_guess_into_a_dead_end_is_only_a_wrong_guess(llama):
-    class Wrong:
+    class Wrong(Drafter):
         def propose(self, state, rows): return Tree(torch.tensor([[int(t[-1]), 96] for t in state.text]), torch.tensor([[-1, 0]] * len(state.text)), 'guess')
     trees_change_nothing(llama, None, *prompts((5,)), Plain(), {}, drafter=Wrong(), logits_processor=LogitsProcessorList([DeadEnd(96)]))
 
@@ -475,7 +476,7 @@ def test_sampled_guesses_follow_the_distribution(llama):
     first = int(p.argmax())
     with torch.no_grad(): q = llama(torch.tensor([[5, 6, 7, first]])).logits[0, -1].softmax(-1)
     favourite = int(q.topk(2).indices[1])
-    class Favours:
+    class Favours(Drafter):
         def propose(self, state, rows): return Tree(torch.stack([torch.tensor([int(t[-1]), favourite]) for t in state.text]), torch.tensor([[-1, 0]] * len(state.text)), 'guess')
     class First:
         "Makes the first token certain"
@@ -545,9 +546,10 @@ def test_many_shapes_in_one_process(monkeypatch):
     model = toy(num_hidden_layers=1)
     for b in range(1, 11): compiled_is_eager(model, None, Plain(), (5,) * b, max_new_tokens=3)
 
-def test_the_compiled_path_refuses_a_window(monkeypatch):
-    monkeypatch.setattr(ops, 'compiles', lambda device=None: True)
-    with pytest.raises(DecodingError, match='does not support a sliding window'): generate(toy('mistral'), *prompts(), Decoder(compile=True))
+@pytest.mark.parametrize('family', WINDOWED)
+def test_the_static_path_keeps_a_window(family, monkeypatch):
+    eager_dynamo(monkeypatch)
+    compiled_is_eager(toy(family), None, Plain(), (9, 3), max_new_tokens=12)
 
 def test_no_compiler_is_named(llama, monkeypatch):
     monkeypatch.setattr(ops, 'compiles', lambda device=None: False)

@@ -33,7 +33,7 @@ def naive_tree(head, embed, lm_head, ids, f, vocab, depth, top_k, nodes):
         level = [c for p in sorted(level, key=lambda c: -c[1])[:top_k] for c in children(*p)]
         found = found + level
     best = sorted(range(len(found)), key=lambda i: -found[i][1])[:nodes-1]
-    return [found[i][0] for i in sorted(best)]
+    return [found[i][0] for i in best]  # the best first
 
 def paths(tree, b):
     found = [[]]
