@@ -1,0 +1,169 @@
+"Copies and joined trees: against loops over every place and every path, and the properties a tree must keep"
+from types import SimpleNamespace
+import pytest, torch
+from hypothesis import given, strategies as st
+from npu_lora_decoding.adapters import toy_model
+from npu_lora_decoding.core import DecodingError
+from npu_lora_decoding.decode import Decoder, Drafter
+from npu_lora_decoding.lookup import Joined, Lookup, join, match_lengths, paths
+from npu_lora_decoding.sizing import Sizing
+from npu_lora_decoding.tree import Tree, root_tree
+
+texts = lambda most, least=1: st.lists(st.integers(0, 2), min_size=least, max_size=most)
+T = torch.tensor
+
+# --- where the text stood before
+
+def agree(where, i, tail):
+    "How many tokens up to place `i` are the end of `tail`"
+    n = 0
+    while n < len(tail) and n <= i and where[i-n] == tail[-1-n]: n += 1
+    return n
+
+@given(texts(14), texts(6))
+def test_match_lengths_is_comparing(where, tail):
+    assert match_lengths(T(where), T(tail)).tolist() == [agree(where, i, tail) for i in range(len(where) - 1)]
+
+def naive_copy(text, corpus, guesses, longest, shortest):
+    "The longest agreement, the text before the corpus, of equals the last place"
+    best, n = [], shortest - 1
+    for where in (text, *corpus):
+        for found in [max((agree(where, i, text[-longest:]) for i in range(len(where) - 1)), default=0)]:
+            if found <= n: continue
+            last = max(i for i in range(len(where) - 1) if agree(where, i, text[-longest:]) == found)
+            best, n = where[last+1:last+1+guesses], found
+    return best, n if best else 0
+
+@given(texts(16), st.lists(texts(8, 0), max_size=2), st.integers(1, 5), st.integers(1, 3), st.integers(0, 3))
+def test_copy_is_searching(text, corpus, guesses, shortest, more):
+    got, n = Lookup(guesses, shortest + more, shortest, corpus).copy(T(text))
+    assert (got.tolist(), n) == naive_copy(text, corpus, guesses, shortest + more, shortest)
+
+@pytest.mark.parametrize('text,kw,want', [
+    ([5], {}, ([], 0)), ([5, 5], {}, ([], 0)), ([5, 5], dict(shortest=1), ([5], 1)),  # one token, and one that agrees
+    ([5, 6, 7, 5, 6], {}, ([7, 5, 6], 2)), ([5, 6, 7, 5, 6], dict(guesses=2), ([7, 5], 2)), ([5, 6, 7, 5, 6], dict(shortest=3), ([], 0)),  # cut at the end of the text, or at `guesses`
+    ([1, 2, 3, 9, 4, 2, 3, 8, 0, 1, 2, 3], {}, ([9, 4, 2, 3, 8, 0, 1, 2], 3)),  # three tokens agree there, two here
+    ([1, 2, 3, 9, 4, 2, 3, 8, 0, 1, 2, 3], dict(longest=2), ([8, 0, 1, 2, 3], 2)),  # of equals the last
+    ([1, 2, 3], dict(corpus=([9, 1, 2, 3, 4],)), ([4], 3)), ([1, 2, 3], dict(corpus=([9, 1, 2, 3],)), ([], 0)),  # nothing follows the corpus's end
+    ([2, 3, 9, 1, 2, 3], dict(corpus=([1, 2, 3, 4],)), ([4], 3)), ([2, 3, 9, 2, 3], dict(corpus=([2, 3, 4],)), ([9, 2, 3], 2)),  # a longer match in the corpus wins, an equal one does not
+    ([1, 2], dict(corpus=([], [7], [1, 2, 8], [1, 2, 9])), ([8], 2))], ids=str)  # texts without a place, the first of equals
+def test_copies_by_hand(text, kw, want):
+    got, n = Lookup(**kw).copy(T(text))
+    assert (got.tolist(), n) == want
+
+def test_paths_of_a_batch():
+    state = SimpleNamespace(text=[T([5, 6, 7, 5, 6]), T([1, 2, 3]), T([4, 1, 2, 8, 9, 9, 4, 1, 2])])
+    state.last = T([6, 3, 2])
+    tree = Lookup(guesses=4).propose(state, None).checked()
+    assert tree.tokens.tolist()[0] == [6, 7, 5, 6, 6] and tree.tokens[2].tolist() == [2, 8, 9, 9, 4] and tree.tokens[:, 0].equal(state.last)
+    assert tree.parents.tolist() == [[-1, 0, 1, 2, -2], [-1, -2, -2, -2, -2], [-1, 0, 1, 2, 3]]
+    torch.testing.assert_close(tree.scores, T([[1., 3/4, 9/16, 27/64, 0.], [1., 0., 0., 0., 0.], [1., .8, .64, .512, .4096]]))  # 2 and 3 tokens agree
+    assert tree.who(0, [1]) == ['lookup']
+    state.text = [T([1, 2, 3])]; state.last = T([3])
+    assert Lookup().propose(state, None).checked().size == 1
+
+def test_corpora_of_every_kind():
+    assert [c.tolist() for c in Lookup(corpus=([1, 2], T([[3, 4]]), T([5], dtype=torch.int32))).corpus] == [[1, 2], [3, 4], [5]]
+
+@pytest.mark.parametrize('kw', [dict(guesses=0), dict(shortest=0), dict(shortest=3, longest=2)], ids=str)
+def test_copies_that_cannot_be(kw):
+    with pytest.raises(DecodingError, match='longest no smaller'): Lookup(**kw)
+
+# --- one tree for several drafters
+
+def tree_of(found, name, n, root=50):
+    "A tree from `path -> score` for each sequence, `n` nodes and fillers"
+    tokens, parents, scores = torch.full((len(found), n), root), torch.full((len(found), n), -2), torch.zeros(len(found), n)
+    for b, f in enumerate(found):
+        order = sorted(f, key=lambda p: (-f[p], len(p)))
+        for i, p in enumerate(order): tokens[b, i], parents[b, i], scores[b, i] = (p[-1] if p else root), (order.index(p[:-1]) if p else -1), f[p]
+    return Tree(tokens, parents, name, scores=scores).checked()
+
+def read(tree, b):
+    "Path -> score and who proposed it"
+    found = [()]
+    for t, p in zip(tree.tokens[b, 1:].tolist(), tree.parents[b, 1:].tolist()): found.append(None if p == -2 else (*found[p], t))
+    who = tree.who(b, range(tree.size))
+    return {p: (float(tree.scores[b, i]), who[i]) for i, p in enumerate(found) if p is not None}
+
+@st.composite
+def guesses(draw):
+    "Paths with scores that fall from parent to child, ties among them"
+    found = {(): 1.}
+    for _ in range(draw(st.integers(0, 7))):
+        up = draw(st.sampled_from(sorted(found)))
+        found.setdefault((*up, draw(st.integers(0, 2))), found[up] * draw(st.sampled_from([.25, .5, 1.])))
+    return found
+
+@given(st.lists(st.lists(guesses(), min_size=2, max_size=2), min_size=1, max_size=3), st.integers(1, 16))
+def test_join_keeps_the_best_of_all(found, nodes):
+    joined = join([tree_of(f, f'd{k}', 9) for k, f in enumerate(found)], nodes).checked()
+    for b in range(2):
+        got, all_of = read(joined, b), {}
+        for k, f in enumerate(found):
+            for p, s in f[b].items(): all_of[p] = max(s, all_of.get(p, (0, 0))[0]), all_of.get(p, (0, f'd{k}'))[1]
+        real = int((joined.parents[b] > -2).sum())
+        assert len(got) == real == min(nodes, len(all_of))  # siblings differ: a path twice would be one here
+        assert all(all_of[p] == v for p, v in got.items()) and all(p[:-1] in got for p in got if p)
+        scores = joined.scores[b].tolist()
+        assert scores == sorted(scores, reverse=True) and scores[:real] == sorted((s for s, _ in all_of.values()), reverse=True)[:nodes]
+        for n in range(1, joined.size + 1):
+            first = joined.first(n).checked()
+            assert read(first, b) == dict(list(got.items())[:n]) and first.size == n
+
+def test_joined_batches_are_filled():
+    a = tree_of([{(): 1., (3,): .5, (3, 4): .4}, {(): 1.}], 'a', 3)
+    b = tree_of([{(): 1., (3,): .6, (5,): .1}, {(): 1., (7,): .2}], 'b', 4)
+    tree = join([a, b], 16)
+    assert tree.parents.tolist() == [[-1, 0, 1, 0], [-1, 0, -2, -2]] and tree.tokens.tolist() == [[50, 3, 4, 5], [50, 7, 0, 0]]
+    assert tree.who(0, [1, 2, 3]) == ['a', 'a', 'b'] and tree.who(1, [1]) == ['b']  # who is trusted most owns a guess of several
+    torch.testing.assert_close(tree.scores[0], T([1., .6, .4, .1]))  # but the higher score counts
+    assert join([a], 1).size == 1
+
+def test_trees_without_scores_are_not_joined():
+    with pytest.raises(DecodingError, match='without scores'): join([paths([T([1])], T([5]), [.5], 'a'), Tree(T([[5, 6]]), T([[-1, 0]]))], 4)
+
+# --- drafters that share
+
+class Stub(Drafter):
+    "A drafter that notes what it is asked"
+    def __init__(self, depths, reach, notes=(), reads=False, token=3): self.depths, self.depth, self.reach, self.notes, self.reads_hidden, self.skipped, self.token = depths, depths[-1], reach, notes, reads, 0, token
+    def bind(self, rows): out = Stub(self.depths, self.reach, self.notes, self.reads_hidden, self.token); out.rows = rows; return out
+    def skip(self, state, rows): self.skipped += 1
+    def propose(self, state, rows): return paths([T([self.token])] * len(state.last), state.last, [.5] * len(state.last), f'stub {self.token}')
+
+def test_joined_speaks_for_all():
+    deep, wide = Stub((1, 2, 3), 3, ['a'], True), Stub((8,), 8, ['b', 'c'], token=4)
+    for both in ((deep, wide), (wide, deep)):
+        j = Joined(both, nodes=12)
+        assert j.reads_hidden and j.reach == 8 and j.depths == (1, 2, 3) and sorted(j.notes) == ['a', 'b', 'c'] and j.spare == 12 and j.depth == 3
+    assert not Joined((wide,)).reads_hidden and Joined((deep, wide)).notes == ['a', 'b', 'c'] and Joined((wide,), nodes=1).spare == 2
+    j = Joined((deep, wide))
+    j.depth = 2; assert (deep.depth, wide.depth, j.depth) == (2, 8, 2)
+    j.depth = 8; assert (deep.depth, wide.depth) == (2, 8)  # one that cannot go so far stays
+    j.skip(None, None); assert deep.skipped == wide.skipped == 1
+
+def test_joined_binds_its_drafters():
+    j = Joined((Stub((1, 2), 2), Stub((8,), 8, token=4)), nodes=5, adaptive=False)
+    bound = j.bind('rows')
+    assert bound is not j and [d.rows for d in bound.drafters] == ['rows'] * 2 and (bound.nodes, bound.adaptive) == (5, False)
+    assert not hasattr(j.drafters[0], 'rows')  # what a user holds is not changed
+    state = SimpleNamespace(last=T([7, 8]))
+    tree = bound.propose(state, None).checked()
+    assert [read(tree, b) for b in range(2)] == [{(): (1., 'stub 3'), (3,): (.5, 'stub 3'), (4,): (.5, 'stub 4')}] * 2
+    assert Joined((Stub((1,), 1), Stub((1,), 1, token=4)), nodes=2).bind(None).propose(state, None).size == 2
+
+@pytest.mark.parametrize('adaptive', [False, True])
+def test_copies_change_nothing(monkeypatch, adaptive):
+    "Lookup alone, with the answer as its corpus, and two of them joined; guesses are accepted"
+    monkeypatch.setattr('npu_lora_decoding.sizing.pass_seconds', lambda rows, sizes: {n: 1e3 + n for n in sizes})  # guessing always pays
+    model, ids = toy_model(vocab=9), torch.randint(3, 9, (3, 6))
+    mask = T([[1] * 6, [0, 0, 0, 1, 1, 1], [0] + [1] * 5])
+    said = lambda d: model.generate(input_ids=ids * mask, attention_mask=mask, custom_generate=Decoder(drafter=d), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True)
+    plain = said(None)
+    corpus = tuple(plain.sequences[:, 6:])
+    for d, passes in ((Lookup(adaptive=adaptive), 29), (Lookup(corpus=corpus, adaptive=adaptive), 20), (Joined((Lookup(2), Lookup(corpus=corpus)), adaptive=adaptive), 20)):
+        out = said(d)
+        assert out.sequences.equal(plain.sequences) and len(out.steps) <= passes < len(plain.steps) and isinstance(d._last, Sizing) == adaptive
+        assert d.notes == () or list(d.notes) == []
+        assert {t.proposer for s in out.steps for r in s.tokens for t in r} == {'lookup', 'target'}
