@@ -2,7 +2,7 @@
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lab notebooks readme results kernels clean
+.PHONY: help venv demo test lab notebooks readme results kernels vllm clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,9 @@ results: $(READY) ## Make the files under results/ again (DATA=folder adds the t
 kernels: ## Verify the Ascend kernels, in an environment of their own (kernels/README.md)
 	bash kernels/verify/run
 
+vllm: ## Serve the shipped draft head in vLLM on a CPU and compare, in an environment of its own
+	bash tests/vllm-cpu/run
+
 clean: ## Remove .venv and everything else that was built
-	rm -rf .venv kernels/verify/.venv .check.* build dist *.egg-info .pytest_cache .hypothesis README.md.new
+	rm -rf .venv kernels/verify/.venv tests/vllm-cpu/.venv .check.* build dist *.egg-info .pytest_cache .hypothesis README.md.new
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"`nld train-head` and `nld accept` on a toy model: every kind of source, stopped and continued, and each thing a user can get wrong"
+"`nld train-head`, `nld accept` and `nld export-head` on a toy model: every kind of source, stopped and continued, and each thing a user can get wrong"
 import json
 from types import SimpleNamespace
 import pytest, torch
@@ -6,7 +6,7 @@ from npu_lora_decoding import features, make_head as mh
 from npu_lora_decoding.adapters import fingerprint, toy_adapter, toy_model
 from npu_lora_decoding.cli import run
 from npu_lora_decoding.core import DecodingError
-from npu_lora_decoding.draft_head import load_head
+from npu_lora_decoding.draft_head import DraftHead, head_config, load_head, save_head
 from npu_lora_decoding.make_head import acceptance_gain
 from npu_lora_decoding.models import load
 from npu_lora_decoding.recipe import HeadTraining
@@ -156,3 +156,34 @@ def test_write_and_accept_at_two_temperatures(model, tmp_path, capsys):
     run(['accept', str(tmp_path/'out'/'last'), str(tmp_path/'said'), '--model', model, '--tree', '0', '--dtype', 'fp32', '--device', 'cpu'])
     shown = capsys.readouterr().out
     assert 'said T=0' in shown and 'said T=1' in shown
+
+@pytest.fixture(scope='module')
+def toy_head(model, tmp_path_factory):
+    "An untrained head with a draft vocabulary, in a folder"
+    target, folder = load(model, dtype='fp32', device='cpu').model, tmp_path_factory.mktemp('head')/'head'
+    head = DraftHead(head_config(target.config))
+    head.vocab = torch.arange(12)
+    return str(save_head(head, folder, target))
+
+@pytest.mark.parametrize('engine', ['vllm', 'sglang'])
+def test_export_says_what_it_checked_and_how_to_serve(model, toy_head, tmp_path, engine, capsys):
+    run(['export-head', toy_head, str(tmp_path/'out'), '--engine', engine, '--tokens', '3', '--model', model, '--device', 'cpu'])
+    first, line = capsys.readouterr().out.strip().splitlines()
+    assert 'tensors agree' in first and 'tolerance 1e-04' in first
+    assert line.startswith(f'vllm serve {model} ' if engine == 'vllm' else 'python -m sglang.launch_server') and str(tmp_path/'out') in line and ('"num_speculative_tokens": 3' in line or '--speculative-num-steps 3' in line)
+    assert ('--speculative-token-map' in line) == (engine == 'sglang') == (tmp_path/'out'/'hot_tokens.pt').exists()
+
+def test_every_option_of_export_arrives(model, toy_head, tmp_path, monkeypatch, capsys):
+    import npu_lora_decoding.cli_head as cli_head
+    got, adapter = [], toy_adapter(load(model, device='cpu').model, tmp_path/'adapter')
+    monkeypatch.setattr(cli_head, 'write_export', lambda *args: got.append(args) or dict(tensors=1, slots=2, error=0., tolerance=1.))
+    run(['export-head', toy_head, 'out', '--engine', 'sglang', '--dtype', 'fp16', '--full', '--tokens', '2', '--model', model, '--adapter', str(adapter), '--device', 'cpu'])
+    (head, out, lm, engine, dtype, full), = got
+    assert (head, out, engine, dtype, full) == (toy_head, 'out', 'sglang', torch.float16, True) and lm.adapter is not None
+    shown = capsys.readouterr().out
+    assert 'merged into it' in shown and '--model-path TARGET' in shown
+
+@pytest.mark.parametrize('options, message', [(['--engine', 'tgi'], "unknown engine 'tgi': use one of vllm, sglang"), (['--dtype', 'int4'], "unknown dtype 'int4'"), (['--tokens', '0'], '0 guesses a pass')])
+def test_export_refused(model, toy_head, tmp_path, options, message):
+    with pytest.raises(DecodingError, match=message): run(['export-head', toy_head, str(tmp_path/'out'), '--model', model, '--device', 'cpu', *options])
+    assert not (tmp_path/'out').exists()
