@@ -15,8 +15,8 @@ from .models import EMBEDDED
 from .cold import CoLD, Plain
 from .tasks import get_task, king_james, read_jsonl
 from .finetune import FinetuneConfig, card, finetune
-from .quality import answers, judge, paired, parse_arm, save_rows, score_arms
-from .measure import compare, environment, table
+from .quality import answers, json_rows, judge, paired, parse_arm, save_rows, score_arms
+from .measure import compare, drafters, environment, table
 from .verify import check_rows, verify as verify_ways
 from .doctor import kernel_device, kernel_report, wrong
 from .advise import BETAS, advise, plot_sweep, sweep
@@ -34,10 +34,10 @@ def main():
     except KeyboardInterrupt: print('\nnld: stopped', file=sys.stderr); sys.exit(130)
 
 # %% ../nbs/17_cli.ipynb #44a5439f
-def _prompts(prompts, system=''):
+def _prompts(prompts, system='', answer='answer'):
     "Return `Item`s: the first N held-out verses for a number, else those of a JSON-lines file"
     if str(prompts).isdigit(): return king_james().test[:int(prompts)]
-    return read_jsonl(prompts, system=system)
+    return read_jsonl(prompts, answer=answer, system=system)
 
 def _numbers(text): return tuple(float(x) for x in text.split(','))
 
@@ -48,6 +48,11 @@ def _items(task, data, prompts, part, items):
     return getattr(t, part)[:items], t.metric, t.new_tokens
 
 # %% ../nbs/17_cli.ipynb #af086acc
+def _drafter(head, lookup):
+    "Return who guesses, or None"
+    made = drafters(head)
+    return None if not (head or lookup) else made['hass_lookup']() if head and lookup else made['hass_tree']() if head else made['lookup']()
+
 @command
 def generate(
     prompt:str,  # What to answer
@@ -63,13 +68,16 @@ def generate(
     device:str=None,  # cpu, cuda or npu (default: the best present)
     seed:int=0,  # Of sampling
     view:bool=False,  # Show the coloured tokens after the text
+    head:str=None,  # Folder of a draft head that guesses ahead; what is written stays the same
+    lookup:bool=False,  # Copy what followed the same tokens earlier; beside a head, or alone
 ):
     "Answer one prompt"
     require(method in ('greedy', 'sample', 'cold'), f'unknown method {method!r}', 'use greedy, sample or cold')
     lm, _ = load_target(model, adapter, dtype, device)
     messages = ([dict(role='system', content=system)] if system else []) + [dict(role='user', content=prompt)]
     options = dict(do_sample=True, temperature=temperature) if method == 'sample' else {}
-    out = lm.generate(messages if lm.tokenizer.chat_template else prompt, CoLD(alpha, beta) if method == 'cold' else Plain(), max_new_tokens=new_tokens, stream=True, seed=seed, **options)
+    out = lm.generate(messages if lm.tokenizer.chat_template else prompt, CoLD(alpha, beta) if method == 'cold' else Plain(), _drafter(head, lookup), max_new_tokens=new_tokens, stream=True, seed=seed, **options)
+    for note in out.notes: print(note)
     if view: print(token_ansi(out))
 
 # %% ../nbs/17_cli.ipynb #edc59901
@@ -78,7 +86,7 @@ def compare_methods(
     methods:str='greedy,cold,transformers_greedy,peft_greedy,peft_mixed',  # Names, separated by commas
     model:str=None,  # Folder or hub id (default: the embedded model)
     adapter:str=None,  # PEFT folder, or 'none'
-    prompts:str='4',  # JSON-lines file with prompt and answer, or a number of held-out verses
+    prompts:str='4',  # JSON-lines file with prompt (and answer, for a metric), or a number of held-out verses
     new_tokens:int=32,  # Tokens each method writes
     batch:int=1,  # Prompts at once
     rounds:int=3,  # Turns on every batch
@@ -92,11 +100,12 @@ def compare_methods(
     plot:str=None,  # Write a picture of the step times here
     json:str=None,  # Write the rows here
     seed:int=0,  # Of torch's global generator
+    head:str=None,  # Folder of a draft head, for hass_chain, hass_tree, hass_lookup, and these after cold_ or sample_
 ):
     "Measure methods side by side on the same prompts"
     torch.manual_seed(seed)
     lm, folder = load_target(model, adapter, dtype, device)
-    rows = compare(lm, folder, _prompts(prompts), methods.split(','), new_tokens, batch, rounds, CoLD(alpha, beta), compile, metric)
+    rows = compare(lm, folder, _prompts(prompts, answer=metric and 'answer'), methods.split(','), new_tokens, batch, rounds, CoLD(alpha, beta), compile, metric, head)
     print(table(rows, relative_to))
     if plot: _save_plot(lambda ax: _speed(rows, relative_to, ax), plot)
     if json: save_rows(rows, json)
@@ -116,11 +125,17 @@ def _save_plot(draw, path):
 COMMANDS['compare'] = COMMANDS.pop('compare-methods')
 
 # %% ../nbs/17_cli.ipynb #26b63d7e
+def _kept_checks(path, about):
+    "Return the rows of a result file that were made with these options and found nothing wrong"
+    require(path, 'there is nothing to resume', 'name the file with --json')
+    rows = json_rows(path) if Path(path).exists() else []
+    return [r for r in rows if r['method'] == 'verify' and not r['unexplained'] and all(r.get(k) == v for k, v in about.items())]
+
 @command
 def verify(
     model:str=None,  # Folder or hub id (default: the embedded model)
     adapter:str=None,  # PEFT folder, or 'none'
-    prompts:str='16',  # JSON-lines file with prompt and answer, or a number of held-out verses
+    prompts:str='16',  # JSON-lines file with prompt, or a number of held-out verses
     new_tokens:int=32,  # Tokens to compare
     batch:int=8,  # Prompts of a padded batch
     alpha:float=.1,  # CoLD's plausibility
@@ -128,11 +143,17 @@ def verify(
     device:str=None,  # cpu, cuda or npu (default: the best present)
     compile:bool=False,  # Check compiled code too
     json:str=None,  # Write a row a check here
+    head:str=None,  # Folder of a draft head: check decoding with it too
+    resume:bool=False,  # Leave out the checks that the JSON file already holds, made by the same code with the same options
 ):
     "Check in fp32 that every fast way writes what the slow way writes"
     lm, folder = load_target(model, adapter, 'fp32', device)
-    checks = verify_ways(lm, folder, _prompts(prompts), new_tokens, batch, CoLD(alpha, beta), compile, lambda c: print(c, flush=True))
-    if json: save_rows(check_rows(checks, model=lm.name, device=str(lm.device), dtype='float32') + [environment()], json)
+    about = dict(model=lm.name, device=str(lm.device), dtype='float32', prompts_of=Path(prompts).name, new_tokens=new_tokens, batch=batch, alpha=alpha, beta=beta, head=head and Path(head).name, commit=environment()['commit'])
+    kept, checks = _kept_checks(json, about) if resume else [], []
+    def note(check):
+        checks.append(check); print(check, flush=True)
+        if json: save_rows(kept + check_rows(checks, **about) + [environment()], json)
+    verify_ways(lm, folder, _prompts(prompts, answer=None), new_tokens, batch, CoLD(alpha, beta), compile, note, head, tuple(r['check'] for r in kept))
     wrong = [c.name for c in checks if c.unexplained]
     require(not wrong, f'not equal: {", ".join(wrong)}', 'report this with the lines above; until then decode without what is named')
 

@@ -72,6 +72,7 @@ def _repr_html_(self:Result):
     "Coloured tokens, and the figures below them"
     stats = [f'{self.tokens_per_s:.0f} tokens/s', f'{self.tau:.2f} tokens a pass']
     if self.changed is not None: stats.append(f'{self.changed:.0%} not the expert\'s favourite')
+    stats += [html.escape(n) for n in self.notes]
     return '<hr>'.join(token_html(self, i) for i in range(len(self.texts))) + f'<div style="color:grey;font-size:85%">{" · ".join(stats)}</div>'
 
 # %% ../nbs/16_show.ipynb #4488bee2

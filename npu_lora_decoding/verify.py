@@ -14,7 +14,7 @@ from .models import LM
 from .cold import CoLD, Plain
 from .decode import bank_of
 from .quality import batches_of
-from .measure import methods
+from .measure import drafters, guessing, methods
 from .rows import Rows
 
 # %% ../nbs/15b_verify.ipynb #ef6fb8e9
@@ -83,6 +83,15 @@ def _alone(run):
     "The same way of decoding, one prompt after the other"
     return lambda ids, mask, n: torch.cat([run(r[m.bool()][None], m[m.bool()][None], n) for r, m in zip(ids, mask)])
 
+def _remembered(run):
+    "The same way of decoding, which decodes each batch once"
+    said = {}
+    def again(ids, mask, n):
+        key = ids.data_ptr(), n
+        if key not in said: said[key] = run(ids, mask, n)
+        return said[key]
+    return again
+
 def check(
     lm:LM,  # Model and adapter
     name:str,  # For readers
@@ -100,6 +109,24 @@ def check(
             found, tokens, number = found + ([d] if d else []), tokens + (d.step if d else len(a)), number + 1
     return Check(name, number, tokens, tuple(found))
 
+def _promises(lm, adapter, target, compile, head):
+    "Yield every promise: its name, whose scores decide, the fast way and the slow one"
+    eager, compiled = methods(target), methods(target, compile=True)
+    build = lambda method: method.build(lm, adapter)
+    ways = dict(greedy=Plain()) | (dict(cold=target) if adapter else {})
+    plain = {way: build(eager[way]) for way in ways}
+    alone = {way: _remembered(_alone(run)) for way, run in plain.items()}
+    yield 'loop = transformers', Plain(), plain['greedy'], build(eager['peft_greedy' if adapter else 'transformers_greedy'])
+    if adapter: yield 'CoLD: one pass = two passes', target, plain['cold'], build(eager['cold_naive'])
+    for way, t in ways.items():
+        yield f'{way}: padded batch = one by one', t, plain[way], alone[way]
+        if compile: yield f'{way}: compiled = eager', t, _alone(build(compiled[way])), alone[way]
+        for name, make in drafters(head).items():
+            for fast in (False, True) if compile else (False,):
+                run, label = build(guessing(t, make, fast)), f'{way}: {name}' + ', compiled' * fast
+                yield f'{label} = without', t, _alone(run), alone[way]
+                yield f'{label}, padded batch = without, one by one', t, run, alone[way]
+
 def verify(
     lm:LM,  # Model and adapter
     adapter,  # The adapter's PEFT folder (PEFT loads it itself), or None
@@ -109,21 +136,16 @@ def verify(
     target:CoLD=CoLD(),  # Dials of the contrast
     compile:bool=False,  # Check compiled code too
     log=print,  # Called with each finished check
+    head:str|None=None,  # Folder of a draft head: check decoding with it too
+    skip:tuple=(),  # Names of checks to leave out
 ) -> list:  # `Check`s
     "Return whether every fast way decodes as the slow way does; raises `DecodingError` unless the model is in fp32"
     require(lm.dtype == torch.float32, f'in {lm.dtype} roundings change tokens, and no equality can be expected', 'use --dtype fp32')
-    batches = batches_of(lm, prompts, batch)
-    eager, compiled = methods(target), methods(target, compile=True)
-    pairs = [('loop = transformers', Plain(), 'greedy', 'peft_greedy' if adapter else 'transformers_greedy')]
-    pairs += [('CoLD: one pass = two passes', target, 'cold', 'cold_naive')] if adapter else []
-    ways = [('greedy', Plain())] + ([('cold', target)] if adapter else [])
-    build = lambda known, name: known[name].build(lm, adapter)
-    done = []
-    def run(*args): done.append(check(lm, *args, batches, new_tokens)); log(done[-1])
-    for name, t, fast, slow in pairs: run(name, t, build(eager, fast), build(eager, slow))
-    for way, t in ways: run(f'{way}: padded batch = one by one', t, build(eager, way), _alone(build(eager, way)))
-    if compile:
-        for way, t in ways: run(f'{way}: compiled = eager', t, _alone(build(compiled, way)), _alone(build(eager, way)))
+    batches, done = batches_of(lm, prompts, batch), []
+    for name, t, fast, slow in _promises(lm, adapter, target, compile, head):
+        if name in skip: continue
+        done.append(check(lm, name, t, fast, slow, batches, new_tokens))
+        log(done[-1])
     return done
 
 # %% ../nbs/15b_verify.ipynb #e185caed

@@ -68,10 +68,26 @@ def test_verify_passes_and_fails(toy, data, tmp_path, capsys, monkeypatch):
     argv = ['verify', '--model', str(toy[0]), '--adapter', str(toy[1]), '--prompts', str(data), '--new-tokens', '3', '--batch', '12', '--json', str(tmp_path/'v.json')]
     run(argv)
     rows = json_rows(tmp_path/'v.json')
-    assert len(rows) == 5 and all(r['equal'] == r['prompts'] == 24 and r['unexplained'] == [] for r in rows[:-1]) and '24/24 prompts equal' in capsys.readouterr().out
+    assert len(rows) == 9 and all(r['equal'] == r['prompts'] == 24 and r['unexplained'] == [] for r in rows[:-1]) and '24/24 prompts equal' in capsys.readouterr().out
     monkeypatch.setattr(verify, 'first_difference', lambda lm, target, prompt, fast, slow, number: verify.Difference(number, 0, .5) if number == 3 else None)
     with pytest.raises(DecodingError, match='not equal: loop = transformers'): run(argv)
     assert json_rows(tmp_path/'v.json')[0]['unexplained'] == [dict(prompt=3, step=0, lead=.5)]  # written before it refuses
+
+def test_a_verification_continues(toy, data, tmp_path, monkeypatch):
+    from npu_lora_decoding import verify
+    argv, made, check = ['verify', '--model', str(toy[0]), '--adapter', str(toy[1]), '--prompts', str(data), '--new-tokens', '3', '--json', str(tmp_path/'v.json')], [], verify.check
+    def counted(lm, name, *args):
+        if len(made) == 3: raise KeyboardInterrupt
+        made.append(name)
+        return check(lm, name, *args)
+    monkeypatch.setattr(verify, 'check', counted)
+    with pytest.raises(KeyboardInterrupt): run(argv)
+    monkeypatch.setattr(verify, 'check', lambda lm, name, *args: made.append(name) or check(lm, name, *args))
+    run(argv + ['--resume'])
+    assert len(made) == len(set(made)) == 8 and [r['check'] for r in json_rows(tmp_path/'v.json')[:-1]] == made
+    run(argv + ['--resume', '--new-tokens', '2'])  # other options: everything anew
+    assert len(made) == 16
+    with pytest.raises(DecodingError, match='nothing to resume'): run(argv[:-2] + ['--resume'])
 
 def test_an_evaluation_continues(toy, data, tmp_path, monkeypatch):
     out, asked = tmp_path/'rows.json', []

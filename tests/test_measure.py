@@ -61,8 +61,8 @@ def test_memory_counts_what_is_held_and_what_is_added():
 def test_verify_finds_all_ways_equal(lm, folder):
     said = []
     checks = verify(lm, folder, toy_items(5), 8, 2, CoLD(0.05, 1.), log=said.append)
-    assert said == checks and [c.prompts for c in checks] == [5] * 4 and all(c.equal == 5 and c.tokens == 40 for c in checks)
-    assert len(verify(toy_lm(), None, toy_items(2), 4, log=said.append)) == 2  # without an adapter nothing is contrasted
+    assert said == checks and [c.prompts for c in checks] == [5] * 8 and all(c.equal == 5 and c.tokens == 40 for c in checks)
+    assert len(verify(toy_lm(), None, toy_items(2), 4, log=said.append)) == 4  # without an adapter nothing is contrasted
 
 def forgets_adapter(lm, run):
     adapter, lm.adapter = lm.adapter, None
