@@ -13,6 +13,12 @@ speed() {
 
 equality() { $nld verify --prompts 16 --new-tokens 32 --batch 8 --alpha 0.1 --beta 0.5 --compile --json $out/equality.json; }
 
+# Decoding with the shipped head. The table also holds vLLM, so it runs in that one's environment.
+speculation() {
+    bash tests/vllm-cpu/run speed --prompts 8 --json $out/speculation_1.json
+    .venv/bin/python results/tree_size.py $out/tree_size.json
+}
+
 # Dials are chosen on development items: beta by `nld tune` (*_tune.json), the samplers' temperature by the best score (*_samplers_dev.json).
 # chosen FILE NAME: the arm of that sampler with the best score in a development file.
 chosen() {
@@ -97,6 +103,7 @@ speed
 equality
 alignment
 heads
+speculation
 king_james
 if [ -n "$data" ]; then wikisql; gsm8k; fi
 
