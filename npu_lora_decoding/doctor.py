@@ -16,7 +16,7 @@ from .core import get_device, has_device, require, time_interleaved
 from .lora import LoraWeights, stack_slices
 from .cold import CoLD, Plain
 from .tree import Tree
-from .decode import Decoder, bank_of
+from .decode import Decoder, Drafter, bank_of
 from .quality import batches_of
 from .measure import methods
 from .verify import check, check_rows
@@ -175,13 +175,13 @@ def _recorded(run, batches, n):
     answers = iter([run(*batch, n) for batch in batches])
     return lambda *_: next(answers)
 
-class Guesses:
+class Guesses(Drafter):
     "A drafter for tests: trees of four nodes from answers that are known, right and wrong in turn"
-    def __init__(self, answers, start): self.answers, self.start, self.steps = answers, start, 0
+    def __init__(self, answers, first): self.answers, self.first, self.steps = answers, first, 0
 
     def propose(self, state, rows):
         self.steps += 1
-        tokens = [self._tree(a.tolist(), text, text[self.start:].numel()) for a, text in zip(self.answers, state.text)]
+        tokens = [self._tree(a.tolist(), text, text[self.first:].numel()) for a, text in zip(self.answers, state.text)]
         return Tree(torch.tensor(tokens, device=self.answers.device), torch.tensor([[-1, 0, 0, 2]] * len(tokens), device=self.answers.device), 'guess')
 
     def _tree(self, answer, text, said):

@@ -8,7 +8,7 @@ import npu_lora_kernels
 from npu_lora_decoding import ops
 from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
 from npu_lora_decoding.cold import CoLD, Plain
-from npu_lora_decoding.decode import Decoder
+from npu_lora_decoding.decode import Decoder, Drafter
 from npu_lora_decoding.lora import AdapterBank
 from npu_lora_decoding.models import encode, load, shipped_adapter
 from npu_lora_decoding.tree import Tree
@@ -19,7 +19,7 @@ from verify.runner import Runner
 VERSE = 'He who walks with wise men will be wise, but a companion of fools will suffer.'
 PROMPT = [dict(role='system', content='Rewrite the verse in the English of the King James Bible.'), dict(role='user', content=VERSE)]
 
-class Guesses:
+class Guesses(Drafter):
     "A drafter with a tree of four nodes: one guess is right every other step, and its sibling is wrong"
     def __init__(self, answers): self.answers, self.steps = answers, 0
     def propose(self, state, rows):
