@@ -164,15 +164,19 @@ def compiles(
     try: return bool(get_cpp_compiler())
     except (InvalidCxxCompiler, RuntimeError): return False
 
+def _fast_on_cpu():
+    "Return inductor's settings for a small model's step on a CPU, where starting a product costs as much as a small one takes"
+    return {'freezing': True, 'cpp.enable_concat_linear': True, 'cpp_wrapper': True}
+
 @contextlib.contextmanager
 def compiler_settings(
     device:torch.device,  # Where compiled code runs
     seen:bool,  # Whether a program for these shapes has run before
 ):
-    "Let the block run compiled: packed weights on a CPU, and no guards where the shapes were seen"
+    "Let the block run compiled: on a CPU with packed and joined weights and without Python between kernels, and no guards where the shapes were seen"
     import torch._inductor.config as inductor
     # both halves of the compiler read `freezing`, so it cannot be an option of torch.compile; torch's own limit is 8 programs in a process, and each shape needs one
-    with inductor.patch(freezing=device.type == 'cpu'), torch._dynamo.config.patch(recompile_limit=64), torch.compiler.set_stance(skip_guard_eval_unsafe=seen): yield
+    with inductor.patch(_fast_on_cpu() if device.type == 'cpu' else {}), torch._dynamo.config.patch(recompile_limit=64), torch.compiler.set_stance(skip_guard_eval_unsafe=seen): yield
 
 # %% ../nbs/04_ops.ipynb #ea339fbe
 def cold_scores_torch(

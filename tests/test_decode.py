@@ -647,3 +647,12 @@ def test_the_embedded_model_is_transformers(tokenizer):
     peft = PeftModel.from_pretrained(lm.model, adapter).eval()
     theirs = peft.generate(input_ids=ids, max_new_tokens=16, do_sample=False)
     assert theirs[0, ids.shape[1]:].tolist() == said(ours)
+
+@pytest.mark.parametrize('b,h,g,t,s', [(1, 4, 4, 1, 1), (3, 6, 2, 5, 9), (2, 8, 1, 4, 4)])
+@pytest.mark.parametrize('kind', ['bool', 'added'])
+def test_grouped_attention_is_torchs(b, h, g, t, s, kind):
+    q, k, v = torch.randn(b, h, t, 8), torch.randn(b, g, s, 8), torch.randn(b, g, s, 8)
+    see = torch.rand(b, t, s) < .6; see[..., 0] = True
+    mask = see if kind == 'bool' else torch.zeros(b, t, s).masked_fill(~see, torch.finfo(torch.float32).min)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=see[:, None], enable_gqa=True)
+    torch.testing.assert_close(rows_module.grouped_attention(q, k, v, mask), want, rtol=1e-5, atol=1e-5)
