@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from .core import DecodingError, generator, require
 from .models import LM, encode_one
-from .tree import accept, depths
+from .tree import accept
 from .draft_head import DraftHead
 from .draft_tree import HeadCache, draft_tree
 from .align import aligned_step, next_inputs
@@ -130,7 +130,7 @@ def replay(
 # %% ../nbs/10d_acceptance.ipynb #23451a7e
 def _right(tree, ids, slot):
     "Return how many guesses of each tree the texts confirm `(b,)`; `Replay.count` leaves out what lies beyond the end"
-    at = slot[:, None] + 2 + depths(tree.parents)
+    at = slot[:, None] + 2 + tree.depths
     return accept(tree, ids.gather(1, at.clamp(max=ids.shape[1]-1)))[0].sum(-1) - 1
 
 @torch.no_grad()

@@ -90,7 +90,7 @@ class FastDraft:
     @torch.no_grad()
     def __call__(self, *inputs):
         "Return what the program returns; the first call with a shape compiles it"
-        with ops.compiler_settings(self.device, False): out = self._run(*inputs)  # one layer has few guards, and they are worth their microseconds
+        with ops.compiler_settings(self.device, self.ready(*inputs)): out = self._run(*inputs)
         self._seen.add(self._shapes(inputs))
         return out
 

@@ -6,10 +6,11 @@
 __all__ = ['ALIGN', 'lora_shrink', 'lora_expand', 'lora', 'cold_scores', 'cold_select', 'kv_commit', 'topk_loss_forward',
            'topk_loss_backward', 'define_op', 'served', 'register_kernel', 'find_kernels', 'backend', 'references',
            'part_width', 'lora_shrink_torch', 'lora_expand_torch', 'compiles', 'compiler_settings', 'cold_scores_torch',
-           'cold_select_torch', 'kv_commit_torch', 'topk_loss_forward_torch', 'topk_loss_backward_torch', 'topk_loss']
+           'cold_select_torch', 'cold_select_few', 'kv_commit_torch', 'topk_loss_forward_torch',
+           'topk_loss_backward_torch', 'topk_loss']
 
 # %% ../nbs/04_ops.ipynb #6fae8f00
-import contextlib, importlib.util, warnings
+import contextlib, ctypes, hashlib, importlib.util, warnings, weakref
 import torch
 from .core import DecodingError, require
 from .lora import lora_torch
@@ -164,19 +165,42 @@ def compiles(
     try: return bool(get_cpp_compiler())
     except (InvalidCxxCompiler, RuntimeError): return False
 
+# %% ../nbs/04_ops.ipynb #6a1c861d
+_PACKED = weakref.WeakValueDictionary()  # layout and digest -> packed weight, for all programs of the process
+
+def _layout_and_digest(x):
+    "Return what two packed weights have in common when one can stand for the other"
+    raw = (ctypes.c_char * torch.ops.mkldnn._nbytes(x)).from_address(torch.ops.mkldnn.data_ptr(x))
+    return bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(x).tolist()), hashlib.blake2b(raw, digest_size=16).digest()
+
+def _share_packed(
+    graph:torch.fx.Graph,  # Of a program, after its weights were packed
+):
+    "Let packed weights that are copies of each other be one"
+    nodes, module = {}, graph.owning_module
+    for node in list(graph.nodes):
+        x = getattr(module, node.target, None) if node.op == 'get_attr' else None
+        if not isinstance(x, torch.Tensor) or not x.is_mkldnn: continue
+        key = _layout_and_digest(x)
+        if key in nodes: node.replace_all_uses_with(nodes[key]); graph.erase_node(node)
+        else: nodes[key] = node; setattr(module, node.target, _PACKED.setdefault(key, x))
+
 def _fast_on_cpu():
-    "Return inductor's settings for a small model's step on a CPU, where starting a product costs as much as a small one takes"
-    return {'freezing': True, 'cpp.enable_concat_linear': True, 'cpp_wrapper': True}
+    "Return inductor's settings for a small model's step on a CPU"
+    return {'freezing': True, 'cpp.enable_concat_linear': True, 'cpp_wrapper': True, 'post_grad_custom_pre_pass': _share_packed}
 
 @contextlib.contextmanager
 def compiler_settings(
     device:torch.device,  # Where compiled code runs
     seen:bool,  # Whether a program for these shapes has run before
 ):
-    "Let the block run compiled: on a CPU with packed and joined weights and without Python between kernels, and no guards where the shapes were seen"
+    "Let the block run compiled, and without guards where the shapes were seen"
     import torch._inductor.config as inductor
-    # both halves of the compiler read `freezing`, so it cannot be an option of torch.compile; torch's own limit is 8 programs in a process, and each shape needs one
-    with inductor.patch(_fast_on_cpu() if device.type == 'cpu' else {}), torch._dynamo.config.patch(recompile_limit=64), torch.compiler.set_stance(skip_guard_eval_unsafe=seen): yield
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance(skip_guard_eval_unsafe=seen))
+        # Both halves of the compiler read `freezing`, so it cannot be an option of torch.compile; torch's own limit is 8 programs in a process, and each shape needs one. Where nothing is compiled, changing settings would cost more than a layer.
+        if not seen: stack.enter_context(torch._dynamo.config.patch(recompile_limit=64)); stack.enter_context(inductor.patch(_fast_on_cpu() if device.type == 'cpu' else {}))
+        yield
 
 # %% ../nbs/04_ops.ipynb #ea339fbe
 def cold_scores_torch(
@@ -207,6 +231,24 @@ def _select_fake(e, a, alpha, beta): return e.new_empty(e.shape[:-1], dtype=torc
 cold_scores = define_op('cold_scores(Tensor e, Tensor a, Tensor alpha, Tensor beta) -> Tensor', cold_scores_torch, _scores_fake)
 cold_select = define_op('cold_select(Tensor e, Tensor a, Tensor alpha, Tensor beta) -> Tensor', cold_select_torch, _select_fake)
 
+# %% ../nbs/04_ops.ipynb #27a449e4
+def cold_select_few(
+    e:torch.Tensor,  # Expert logits `(..., v)`, any float dtype
+    a:torch.Tensor,  # Base logits `(..., v)`
+    alpha:torch.Tensor,  # `(..., 1)`, in (0, 1]
+    beta:torch.Tensor,  # `(..., 1)`, finite
+    few:int=64,  # Tokens of each row that are looked at
+) -> torch.Tensor:  # Token of each row `(...)`
+    "`cold_select_torch`, which contrasts the likeliest tokens only, where all plausible ones are among them"
+    best, token = e.topk(min(few, e.shape[-1]))
+    best = best.float()
+    least, ends = alpha.log() + best[..., :1], torch.cat([best[..., :1], a.amin(-1, keepdim=True), a.amax(-1, keepdim=True)], -1)
+    if not bool(ends.isfinite().all()) or bool((best[..., few-1:] >= least).any()): return cold_select_torch(e, a, alpha, beta)
+    scores = torch.where(best >= least, best + beta * (best - a.gather(-1, token).float()), -torch.inf)
+    return torch.where(scores == scores.amax(-1, keepdim=True), token, e.shape[-1]).amin(-1)  # of equals the lowest token, in whatever order they came
+
+register_kernel('cold_select', 'cpu', cold_select_few, 'torch, the plausible few')
+
 # %% ../nbs/04_ops.ipynb #7980f2ea
 def kv_commit_torch(
     planes:list,  # Keys and values of every layer, each `(b, g, s, k)`; changed in place
@@ -219,6 +261,7 @@ def kv_commit_torch(
     order = order[:, :s - start]
     j = torch.arange(order.shape[1], device=order.device)
     moves = (j < count[:, None]) & (order > j) & (order < s - start)
+    if not moves.any(): return  # chains, and trees whose best guess was right
     node = torch.where(moves, order, j)[:, None, :, None].expand(b, g, -1, k)
     for x in planes:
         bits = x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])  # a gather of floats rewrites signalling NaNs

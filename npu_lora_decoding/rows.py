@@ -13,7 +13,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from .core import require, stopwatch
 from . import ops
 from .baseline import last_logits, positions_of
-from .tree import Tree, depths, tree_mask
+from .tree import Tree, tree_mask
 
 # %% ../nbs/06a_rows.ipynb #52ef6f1d
 def _prefill(model, tokens, mask, positions, cache):
@@ -46,9 +46,9 @@ def _sees_all(config):
     if getattr(config, 'layer_types', None): config.layer_types = ['full_attention'] * len(config.layer_types)
     return config
 
-def _near(valid, parents, window):
+def _near(valid, depths, window):
     "Return which columns lie within the window before each node, counted in tokens of its own text `(b, 1, n, s + n)`"
-    at = valid.sum(-1, keepdim=True) + depths(parents)
+    at = valid.sum(-1, keepdim=True) + depths
     columns = torch.cat([valid.long().cumsum(-1) - 1, at], 1)
     return (at[:, :, None] - columns[:, None] < window)[:, None]
 
@@ -94,15 +94,16 @@ class Rows:
         "Score every node of the trees in one pass"
         self.pending, here = tree.size, self.valid.sum(-1, keepdim=True)
         # columns that nobody sees lie between those of a text, and a model that counts columns would count them into its window
-        if tree.size > 1 or self.spare and _window(self.model.config): return self._pass(self._run, tree.tokens, self._tree_mask(tree), here + depths(tree.parents))
+        if tree.size > 1 or self.spare and _window(self.model.config): return self._pass(self._run, tree.tokens, self._tree_mask(tree), here + tree.depths)
         return self._pass(self._run, tree.tokens, self._mask(torch.cat([self.valid, torch.ones_like(here, dtype=torch.bool)], 1)), here)
 
     def _mask(self, valid): return None if valid.all() else valid.long()
     def _tree_mask(self, tree):
         "Return who sees whom; where some layers see a window only, a mask for each kind of layer"
-        mask, window = self._added(tree_mask(self.valid, tree.parents)), _window(self.model.config)
+        see, window = tree_mask(self.valid, tree.see), _window(self.model.config)
+        mask = self._added(see)
         if window is None: return mask
-        near = self._added(tree_mask(self.valid, tree.parents) & _near(self.valid, tree.parents, window))
+        near = self._added(see & _near(self.valid, tree.depths, window))
         kinds = set(getattr(self.model.config, 'layer_types', None) or ['sliding_attention'])
         return near if kinds == {'sliding_attention'} else dict(full_attention=mask, sliding_attention=near)
 

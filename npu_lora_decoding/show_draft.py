@@ -9,7 +9,6 @@ __all__ = ['COLOURS', 'proposer_html', 'plot_draft', 'reached', 'plot_reached', 
 import html
 from .core import require
 from .decode import Result, Step
-from .tree import depths
 
 # %% ../nbs/16c_show_draft.ipynb #05cf0447
 COLOURS = dict(target='#ffffff', head='#bfe3bf', lookup='#bcd6f2')  # others are yellow
@@ -77,7 +76,7 @@ def reached(
     counts = []
     for step in result.steps[1:]:
         require(step.tree is not None, 'the trees of this result were not kept', 'generate with record=True')
-        deep, live = depths(step.tree.parents), [len(t) > 0 for t in step.tokens]
+        deep, live = step.tree.depths, [len(t) > 0 for t in step.tokens]
         for b in range(len(live)):
             levels, right = int(deep[b].max()) if live[b] else 0, int(step.accepted[b].sum()) - 1
             for j in range(min(levels, right + 1)):

@@ -10,7 +10,7 @@ import statistics, weakref
 from dataclasses import dataclass, field
 import torch
 from .core import require, stopwatch
-from .tree import Tree, ancestors, root_tree
+from .tree import Tree, root_tree
 from .rows import Rows, StaticRows
 from .decode import Drafter
 
@@ -72,7 +72,7 @@ class Calibration:
         q, bins = self._steps(tree)
         q = (self.right[bins] + self.prior * q) / (self.tried[bins] + self.prior)
         q = torch.where(tree.parents >= 0, q, (tree.parents == -1).double()).clamp(min=1e-12)
-        return (ancestors(tree.parents).double() @ q.log()[..., None])[..., 0].exp()
+        return (tree.see.double() @ q.log()[..., None])[..., 0].exp()
 
     def observe(self,
         tree:Tree,  # What was checked

@@ -196,3 +196,42 @@ def test_topk_loss_is_the_plain_definition(t, v, seed, data):
     torch.testing.assert_close(ops.topk_loss(draft, target, k), plain(draft), rtol=1e-5, atol=1e-5)
     ours, theirs = (torch.autograd.grad((f(draft) * weight).sum(), draft)[0] for f in (lambda z: ops.topk_loss(z, target, k), plain))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+class Thrice(torch.nn.Module):
+    "The same two layers, three times"
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = (torch.nn.Linear(i, o, bias=False).bfloat16().requires_grad_(False) for i, o in ((64, 128), (128, 64)))
+    def forward(self, x):
+        for _ in range(3): x = self.down(torch.relu(self.up(x)))
+        return x
+
+@torch.no_grad()
+def test_packed_weights_are_shared(monkeypatch):
+    if not (ops.compiles() and torch.ops.mkldnn._is_mkldnn_bf16_supported()): pytest.skip('nothing is packed on this processor')
+    share, counts, net = ops._share_packed, [], Thrice().eval()
+    packed = lambda graph: [id(x) for n in graph.nodes if n.op == 'get_attr' and isinstance(x := getattr(graph.owning_module, n.target), torch.Tensor) and x.is_mkldnn]
+    def counted(graph):
+        before = packed(graph); share(graph); counts.append((len(before), packed(graph)))
+    monkeypatch.setattr(ops, '_share_packed', counted)
+    run = torch.compile(net, dynamic=False, fullgraph=True)
+    with ops.compiler_settings(torch.device('cpu'), False):
+        for rows in (8, 8, 16):
+            x = torch.randn(rows, 64).bfloat16()
+            torch.testing.assert_close(run(x), net(x), rtol=2e-2, atol=2e-2)
+    torch._dynamo.reset()
+    assert [(before, len(after)) for before, after in counts] == [(6, 2)] * 2
+    assert counts[0][1] == counts[1][1], 'the second program has copies of its own'
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@given(st.integers(0, 2**31), st.integers(2, 300), st.sampled_from(['plain', 'ties', 'flat', 'nan', 'inf', 'base']))
+def test_the_plausible_few_are_enough(dtype, seed, v, kind):
+    gen = torch.Generator().manual_seed(seed)
+    e, a = (torch.randn(2, 3, v, generator=gen).mul(4).to(dtype) for _ in range(2))
+    if kind == 'ties': e, a = e.round(), a.round()
+    if kind == 'flat': e[0] = 1
+    if kind == 'nan': e[0, 0, v // 2] = torch.nan
+    if kind == 'inf': a[0, 1, 0] = torch.inf
+    if kind == 'base': a[1, 2, e[1, 2].argmax()] = -torch.inf
+    alpha, beta = torch.rand(2, 1, 1, generator=gen).clamp(.005), torch.rand(2, 1, 1, generator=gen) * 3 - 1
+    assert torch.equal(ops.cold_select_few(e, a, alpha, beta), ops.cold_select_torch(e, a, alpha, beta))

@@ -2,7 +2,7 @@
 from itertools import product
 import pytest, torch
 from hypothesis import given, strategies as st
-from npu_lora_decoding.tree import Tree, accept, depths
+from npu_lora_decoding.tree import Tree, accept
 
 V = 3  # Tokens
 
@@ -33,7 +33,7 @@ def path(tree, i): return () if i == 0 else (*path(tree, int(tree.parents[0, i])
 
 def emitted(tree, target, rule):
     "Probability of each text of `depth + 1` tokens, where one pass with `rule` begins it and the target alone goes on"
-    real, n = [i for i in range(tree.size) if tree.parents[0, i] != -2], int(depths(tree.parents)[0, tree.parents[0] != -2].max()) + 1
+    real, n = [i for i in range(tree.size) if tree.parents[0, i] != -2], int(tree.depths[0, tree.parents[0] != -2].max()) + 1
     found = dict.fromkeys(target.joint(n), 0.)
     for draws in product(*(range(V) if i in real else (0,) for i in range(tree.size))):
         weight = 1.
