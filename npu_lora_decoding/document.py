@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from .core import DecodingError, atomic_path, require, save_tensors
 from .adapters import Adapter, fingerprint, same_base
-from .temp_lora import TemporaryAdapter, put_adapter, put_back
+from .temp_lora import TemporaryAdapter, put_back
 
 # %% ../nbs/13a_document.ipynb #3a6f96dd
 _SHAPES = ('r', 'alpha', 'targets', 'dropout', 'lr', 'betas', 'eps', 'clip', 'warmup', 'epochs', 'chunk', 'train_context', 'seed')  # what must not change in the middle of a document
@@ -44,7 +44,7 @@ def set_phi(
     moments = [{k: tensors[f'adam/{k}/{n}'].to(w.device if k != 'step' else 'cpu') for k in ('step', 'exp_avg', 'exp_avg_sq') if f'adam/{k}/{n}' in tensors} for n, w in ours]
     put_back(phi, ([tensors[n] for n, _ in ours], moments, tensors['noise']))
     phi.version = version
-    put_adapter(phi.bank, 0, phi.adapter())
+    phi.refresh()
 
 def save_document(
     phi:TemporaryAdapter,  # Any

@@ -58,6 +58,10 @@ class TempLoRA:
         "Begin to write: see `14e_writing`, which puts the real method here when it is imported"
         importlib.import_module('npu_lora_decoding.writing')
         return self.start(*args)
+    def plan(self, *args, **kwargs):
+        "Recommend settings: see `14f_plan`, which puts the real method here when it is imported"
+        importlib.import_module('npu_lora_decoding.plan')
+        return self.plan(*args, **kwargs)
 
 # %% ../nbs/13_temp_lora.ipynb #92037e44
 def linear_layers(
@@ -150,28 +154,32 @@ class TemporaryAdapter:
         model:torch.nn.Module,  # Causal LM; never changed
         settings:TempLoRA=TempLoRA(),
         under:Adapter|None=None,  # Task adapter that stays active below
-        beside:tuple=(),  # More `Adapter`s for the bank, for rows of other roles
+        names:tuple=('expert',),  # What the bank holds: expert (task adapter and what was learned), task, phi (what was learned alone)
     ):
-        self.model, self.settings, self.under, self.version, self.notes = model, settings, under, 0, []
+        self.model, self.settings, self.under, self.names, self.version, self.notes = model, settings, under, names, 0, []
         self.noise, g = generator(settings.seed + 1, model.device), generator(settings.seed)
         with torch.inference_mode(False):
             self.A, self.B = {}, {}
-            for p in target_layers(model, settings.targets):
+            for p in target_layers(model, settings.targets) if settings.epochs else []:  # nothing to learn, nothing to carry
                 (o, d), bound = base_weight(model.get_submodule(p)).shape, 1 / math.sqrt(base_weight(model.get_submodule(p)).shape[1])  # as PEFT starts
                 self.A[p] = torch.empty(settings.r, d).uniform_(-bound, bound, generator=g).to(model.device).requires_grad_()
                 self.B[p] = torch.zeros(o, settings.r, device=model.device, requires_grad=True)
-            self.opt = torch.optim.AdamW(self.parameters(), lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=0.)
-            self.bank = AdapterBank(model, [self.adapter(), *beside], ops.lora)
+            self.opt = torch.optim.AdamW(self.parameters(), lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=0.) if self.A else None
+            self.bank = AdapterBank(model, [self.adapter(name) for name in names], ops.lora)
 
     @property
     def scale(self): return self.settings.alpha / self.settings.r
     def parameters(self): return [*self.A.values(), *self.B.values()]
 
-    def adapter(self):
-        "Return what is learned so far, over the task adapter if there is one, as one `Adapter` in the model's dtype"
-        dtype, under = self.model.dtype, self.under.layers if self.under else {}
-        own = {p: LoraWeights(self.A[p].detach().to(dtype), self.B[p].detach().to(dtype), self.scale) for p in self.A}
-        return Adapter('temporary', {p: join_layers([w[p] for w in (under, own) if p in w]) for p in {**under, **own}})
+    def adapter(self, name='expert'):
+        "Return one of the bank's adapters in the model's dtype, with what is learned so far"
+        dtype, under = self.model.dtype, self.under.layers if self.under and name != 'phi' else {}
+        own = {} if name == 'task' else {p: LoraWeights(self.A[p].detach().to(dtype), self.B[p].detach().to(dtype), self.scale) for p in self.A}
+        return Adapter(name, {p: join_layers([w[p] for w in (under, own) if p in w]) for p in {**under, **own}})
+
+    def refresh(self):
+        "Let the bank read what is learned so far"
+        for k, name in enumerate(self.names): put_adapter(self.bank, k, self.adapter(name))
 
     def close(self):
         "Let go of everything"
@@ -186,10 +194,10 @@ def temporary(
     model:torch.nn.Module,  # Causal LM
     settings:TempLoRA=TempLoRA(),
     under:Adapter|None=None,  # Task adapter that stays active below
-    beside:tuple=(),  # More `Adapter`s for the bank
+    names:tuple=('expert',),  # What the bank holds
 ):
     "Yield a `TemporaryAdapter`; whatever happens inside, nothing of it is left afterwards"
-    phi = TemporaryAdapter(model, settings, under, beside)
+    phi = TemporaryAdapter(model, settings, under, names)
     try: yield phi
     finally: phi.close()
 
@@ -234,8 +242,9 @@ def put_back(
     weights, moments, noise = kept
     with torch.no_grad():
         for w, old in zip(phi.parameters(), weights): w.copy_(old); w.grad = None
-    phi.opt.state.clear()
-    phi.opt.state.update({w: m for w, m in zip(phi.parameters(), moments) if m})
+    if phi.opt is not None:
+        phi.opt.state.clear()
+        phi.opt.state.update({w: m for w, m in zip(phi.parameters(), moments) if m})
     phi.noise.set_state(noise)
 
 def _update(phi, ids, n):
@@ -259,6 +268,6 @@ def learn(
             ids = ids.clone()  # made in inference mode it could not be kept for a backward pass
             while len(losses) < phi.settings.epochs and all(map(math.isfinite, losses)): losses.append(_update(phi, ids, n))
     except BaseException: put_back(phi, kept); raise
-    if all(map(math.isfinite, losses)): phi.version += 1; put_adapter(phi.bank, 0, phi.adapter())
+    if all(map(math.isfinite, losses)): phi.version += 1; phi.refresh()
     else: put_back(phi, kept); phi.notes.append(f'the loss of the chunk after version {phi.version} was no finite number: it was not learned')
     return losses
