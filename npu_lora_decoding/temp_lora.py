@@ -58,10 +58,11 @@ class TempLoRA:
         "Begin to write: see `14e_writing`, which puts the real method here when it is imported"
         importlib.import_module('npu_lora_decoding.writing')
         return self.start(*args)
-    def plan(self, *args, **kwargs):
+    @classmethod
+    def plan(cls, *args, **kwargs):
         "Recommend settings: see `14f_plan`, which puts the real method here when it is imported"
         importlib.import_module('npu_lora_decoding.plan')
-        return self.plan(*args, **kwargs)
+        return cls.plan(*args, **kwargs)
 
 # %% ../nbs/13_temp_lora.ipynb #92037e44
 def linear_layers(
