@@ -11,6 +11,7 @@ from npu_lora_decoding.draft_head import DraftHead, head_config, save_head
 from npu_lora_decoding.lora import AdapterBank
 from npu_lora_decoding.lookup import Lookup
 from npu_lora_decoding.plan import BUDGETS
+from npu_lora_decoding.rows import Rows
 from npu_lora_decoding.speculate import HASS
 from npu_lora_decoding.temp_lora import TempLoRA
 from test_temp_lora import traces
@@ -113,6 +114,19 @@ def test_an_abandoned_stream_leaves_no_trace():
     for _ in range(15): next(steps)
     steps.close()
     assert traces(model) == before
+
+def test_a_memory_that_has_ended_holds_nothing():
+    memory = replace(STILL, lr=.01).start(MODEL, None, ('expert',), PROMPT[None], False)
+    with memory: assert memory.phi.A and memory.bank is not None
+    assert not (memory.phi.A or memory.phi.B or memory.phi.opt or memory.phi.bank or memory.bank)
+
+def test_a_head_still_reads_the_last_pass_after_rows_began_again():
+    rows = Rows(MODEL, ('expert',), 1, 64, keeps=True)
+    with torch.no_grad():
+        rows.prefill(PROMPT[None, :9], torch.ones(1, 9)); rows.commit(None)
+        before = rows.hidden
+        rows.reread(PROMPT[None, 4:9])
+    assert rows.hidden is before and rows.valid.shape[1] == rows.cache.get_seq_length() == 5
 
 def test_a_prompt_longer_than_the_context_is_read_in_chunks():
     lm = toy_lm()
