@@ -186,6 +186,7 @@ def encode_one(
     lm:LM,  # Model and tokenizer
     prompt,  # Text, messages, or ids `(t,)`
     chat:bool=True,  # Whether a text is a user's turn
+    longest:int|None=None,  # Most tokens, less one; None: what the context holds
 ) -> torch.Tensor:  # `(t,)`
     "Return the token ids of one prompt; raises `DecodingError` when it is empty or too long for the context"
     kind, tok = _kind(prompt), lm.tokenizer
@@ -199,19 +200,21 @@ def encode_one(
     ids = torch.as_tensor(ids, dtype=torch.long)
     require(len(ids) > 0, 'the prompt is empty', 'give at least one token')
     require(0 <= ids.min() and ids.max() < lm.model.config.vocab_size, f'the prompt has a token outside the vocabulary of {lm.model.config.vocab_size}', 'use the model\'s own tokenizer')
-    require(len(ids) < lm.context, f'the prompt has {len(ids)} tokens but the context holds {lm.context}', 'shorten it')
+    longest = lm.context if longest is None else longest
+    require(len(ids) < longest, f'the prompt has {len(ids)} tokens but the context holds {longest}', 'shorten it')
     return ids
 
 def encode(
     lm:LM,  # Model and tokenizer
     prompts,  # One prompt or a list of prompts
     chat:bool=True,  # Whether a text is a user's turn
+    longest:int|None=None,  # Most tokens, less one; None: what the context holds
 ) -> tuple:  # Ids `(b, t)` padded left, mask `(b, t)`
     "Return a batch of token ids and its attention mask on the model's device"
     if isinstance(prompts, torch.Tensor) and prompts.dim() == 2: prompts = list(prompts)
     if _kind(prompts) is not None: prompts = [prompts]
     require(isinstance(prompts, (list, tuple)) and len(prompts) > 0, 'there is no prompt', 'give text, messages or token ids')
-    rows = [encode_one(lm, p, chat) for p in prompts]
+    rows = [encode_one(lm, p, chat, longest) for p in prompts]
     t = max(map(len, rows))
     ids, mask = torch.full((len(rows), t), lm.pad_id), torch.zeros(len(rows), t, dtype=torch.long)
     for i, row in enumerate(rows): ids[i, t-len(row):], mask[i, t-len(row):] = row, 1

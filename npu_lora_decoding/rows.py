@@ -88,6 +88,15 @@ class Rows:
         self.valid = mask.bool()
         return self._pass(_prefill_hidden if self.keeps else _prefill, ids, self._mask(self.valid), positions_of(mask))
 
+    def reread(self,
+        ids:torch.Tensor,  # `(b, t)`, without padding; none begins with nothing
+    ):
+        "Forget what was read and read these tokens instead: an adapter may have changed, or a text outgrown its window; positions begin again at 0"
+        hidden, self.cache, self.pending = self.hidden, self._new_cache(), 0
+        if ids.shape[1]: self.prefill(ids, torch.ones_like(ids))
+        else: self.valid = self.valid[:, :0]
+        self.hidden = hidden  # a draft head still wants those of the last pass
+
     def forward(self,
         tree:Tree,  # Candidates, `n` a sequence
     ) -> tuple:  # Logits of each role `(b, n, v)`

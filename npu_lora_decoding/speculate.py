@@ -64,7 +64,7 @@ class _Guesses(Drafter):
     def _new(self, state, rows):
         "Return the features of the last pass, what followed them, and who of them is certain"
         hidden, first, self.read = rows.hidden[0], not self.read, True
-        if first: follows, certain = torch.stack(state.text)[:, 1:], rows.valid[:, :hidden.shape[1]]  # the prompt
+        if first: follows, certain = torch.stack(state.text)[:, -hidden.shape[1]:], rows.valid[:, :hidden.shape[1]]  # the prompt, or what is in sight of it
         else: follows, certain = state.drawn, state.accepted
         return hidden, follows, certain & ~state.done[:, None]
 

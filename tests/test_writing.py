@@ -1,0 +1,166 @@
+"Writing with a memory: the base where nothing is learned, whatever is plugged in; and no trace, whatever happens"
+from dataclasses import replace
+import pytest, torch
+from hypothesis import given, settings as examples, strategies as st
+from npu_lora_decoding import ops
+from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
+from npu_lora_decoding.cold import CoLD, Plain
+from npu_lora_decoding.core import DecodingError, generator
+from npu_lora_decoding.decode import Decoder
+from npu_lora_decoding.draft_head import DraftHead, head_config, save_head
+from npu_lora_decoding.lora import AdapterBank
+from npu_lora_decoding.lookup import Lookup
+from npu_lora_decoding.plan import BUDGETS
+from npu_lora_decoding.rows import Rows
+from npu_lora_decoding.speculate import HASS
+from npu_lora_decoding.temp_lora import TempLoRA
+from test_temp_lora import traces
+from toys import toy_lm
+
+STILL = TempLoRA(chunk=8, window=32, context=8, train_context=8, r=4, alpha=4., lr=0.)
+PROMPT = torch.randint(3, 97, (90,), generator=generator(2))
+RULES = dict(window=None, chunk=1)
+
+def plain_model():
+    model = toy_model()
+    model.generation_config.eos_token_id = None
+    return model
+
+MODEL = plain_model()
+
+def write(s, n=40, t=21, model=MODEL, **options):
+    options, more = {k: v for k, v in options.items() if k != 'do_sample'}, dict(do_sample=options.get('do_sample', False))
+    ids = PROMPT[None, :t]
+    return model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=Decoder(memory=s, **options), max_new_tokens=n, pad_token_id=0, **more)[0]
+
+def windowed_greedy(ids, n, s, every=None):
+    "All tokens in sight through the model, from scratch for every token"
+    d, learned = s.chunk, len(ids) // s.chunk * s.chunk
+    first, served = max(0, learned - s.latest), 1
+    for _ in range(n):
+        with torch.no_grad(): ids = torch.cat([ids, MODEL(ids[None, first:]).logits[0, -1:].argmax(-1)])
+        if len(ids) - learned >= d:
+            learned += d
+            if learned - first + d > s.window or served == every: first, served = max(0, learned - s.latest), 1
+            else: served += 1
+    return ids
+
+shapes = st.integers(2, 9).flatmap(lambda d: st.integers(d + 1, 40).flatmap(lambda w: st.tuples(st.just(d), st.just(w), st.integers(1, w - d))))
+
+@examples(max_examples=40)
+@given(shapes, st.sampled_from([('window', None), ('chunk', 1), ('every:2', 2), ('every:3', 3), ('drift:0.5', None)]), st.integers(1, 90))
+def test_rate_zero_is_the_base_in_the_same_window(shape, rule, t):
+    d, w, c = shape
+    s = replace(STILL, chunk=d, window=w, context=c, recompute=rule[0])
+    assert torch.equal(write(s, 24, t), windowed_greedy(PROMPT[:t], 24, s, rule[1]))
+
+@pytest.fixture(scope='module')
+def head(tmp_path_factory):
+    head, g = DraftHead(head_config(MODEL.config)).requires_grad_(False), generator(0)
+    for p in head.parameters(): p.copy_(torch.randn(p.shape, generator=g) * p.shape[-1]**-.5)
+    return save_head(head, tmp_path_factory.mktemp('head')/'toy', MODEL)
+
+@pytest.mark.parametrize('rule', RULES)
+@pytest.mark.parametrize('t', [5, 21, 90])
+@pytest.mark.parametrize('who', ['lookup', 'hass'])
+def test_drafters_change_nothing_in_sight(who, t, rule, head):
+    "Guesses may carry a text into the next chunk, so what is in sight at a boundary is read a few tokens later; with all in sight nothing changes"
+    drafter = Lookup() if who == 'lookup' else HASS(head, nodes=4, depth=2, top_k=2, adaptive=False)
+    roomy = replace(STILL, window=200, context=192, recompute=rule)
+    assert torch.equal(write(roomy, 40, t, drafter=drafter), write(None, 40, t))
+    learned = write(replace(STILL, lr=.01, recompute=rule), 60, t, drafter=drafter)  # and in a small window it writes on
+    assert len(learned) == t + 60
+
+@pytest.mark.parametrize('amateur', ['base', 'task', 'phi'])
+def test_amateurs(amateur, tmp_path):
+    "With nothing learned, phi is the base, and task is the expert"
+    bank = AdapterBank(MODEL, [load_adapter(toy_adapter(MODEL, tmp_path), MODEL)])
+    roomy, cold = replace(STILL, window=200, context=192, amateur=amateur), CoLD(beta=.7)
+    want = write(None, bank=bank) if amateur == 'task' else write(None, target=cold, bank=bank)
+    assert torch.equal(write(roomy, target=cold, bank=bank), want)
+    assert not torch.equal(write(replace(roomy, lr=.02), 60, target=cold, bank=bank), write(replace(roomy), 60, target=cold, bank=bank))
+
+def test_contrast_with_what_was_learned_needs_no_task_adapter():
+    assert not torch.equal(write(replace(STILL, lr=.02), 60, target=CoLD(beta=1.)), write(replace(STILL, lr=.02), 60))
+
+def test_sampling_is_that_of_the_base_and_repeats_by_seed():
+    roomy = replace(STILL, window=200, context=192)
+    assert torch.equal(write(roomy, do_sample=True, seed=3), write(None, do_sample=True, seed=3))
+    a, b = (write(replace(STILL, lr=.01), do_sample=True, seed=3) for _ in range(2))
+    assert torch.equal(a, b)
+
+@pytest.mark.parametrize('error', [RuntimeError('x'), KeyboardInterrupt(), torch.OutOfMemoryError('x')])
+def test_no_trace(error, monkeypatch, tmp_path):
+    import npu_lora_decoding.temp_lora as t
+    model = plain_model()
+    before, true, calls = traces(model), t.backward_chunk, []
+    kept = replace(STILL, lr=.01, file=str(tmp_path/'story.safetensors'))
+    def failing(*a):
+        calls.append(1)
+        if len(calls) == 6: raise error
+        return true(*a)
+    monkeypatch.setattr(t, 'backward_chunk', failing)
+    with pytest.raises(type(error)): write(kept, 60, model=model)
+    assert traces(model) == before and [f.name for f in tmp_path.iterdir()] == ['story.safetensors']  # what was learned before it is kept
+    monkeypatch.undo()
+    write(replace(kept, file=None), model=model)
+    assert traces(model) == before
+
+def test_an_abandoned_stream_leaves_no_trace():
+    model = plain_model(); before = traces(model)
+    from npu_lora_decoding.choose import Rules
+    ids = PROMPT[None, :21]
+    steps = Decoder(memory=replace(STILL, lr=.01)).steps(model, ids, torch.ones_like(ids), Rules(), 80, 0)
+    for _ in range(15): next(steps)
+    steps.close()
+    assert traces(model) == before
+
+def test_a_memory_that_has_ended_holds_nothing():
+    memory = replace(STILL, lr=.01).start(MODEL, None, ('expert',), PROMPT[None], False)
+    with memory: assert memory.phi.A and memory.bank is not None
+    assert not (memory.phi.A or memory.phi.B or memory.phi.opt or memory.phi.bank or memory.bank)
+
+def test_a_head_still_reads_the_last_pass_after_rows_began_again():
+    rows = Rows(MODEL, ('expert',), 1, 64, keeps=True)
+    with torch.no_grad():
+        rows.prefill(PROMPT[None, :9], torch.ones(1, 9)); rows.commit(None)
+        before = rows.hidden
+        rows.reread(PROMPT[None, 4:9])
+    assert rows.hidden is before and rows.valid.shape[1] == rows.cache.get_seq_length() == 5
+
+def test_a_prompt_longer_than_the_context_is_read_in_chunks():
+    lm = toy_lm()
+    ids = torch.randint(4, 76, (700,), generator=generator(4))
+    with pytest.raises(DecodingError, match='context holds 256'): lm.generate(ids, max_new_tokens=4)
+    out = lm.generate(ids, memory=replace(STILL, lr=.01, chunk=64, window=160, context=64), max_new_tokens=300)
+    assert 0 < len(out.tokens[0]) <= 300
+
+def test_end_of_sequence_ends_it():
+    lm = toy_lm()
+    text = lm.generate(PROMPT[:21] % 70 + 4, memory=STILL, max_new_tokens=40, eos_token_id=list(range(97)))
+    assert len(text.tokens[0]) == 1
+
+def test_sessions(tmp_path):
+    s = replace(STILL, lr=.02, recompute='chunk')
+    whole = write(s, 59)
+    kept = replace(s, file=str(tmp_path/'story.safetensors'))
+    half = write(kept, 43)
+    again = MODEL.generate(half[None], attention_mask=torch.ones_like(half[None]), custom_generate=Decoder(memory=kept), max_new_tokens=16, do_sample=False, pad_token_id=0)[0]
+    assert torch.equal(again, whole)
+    with pytest.raises(DecodingError, match='another text'): write(replace(kept), 4, 20)
+
+def test_what_is_refused():
+    two = PROMPT[None, :21].repeat(2, 1)
+    with pytest.raises(DecodingError, match='one document'): MODEL.generate(two, attention_mask=torch.ones_like(two), custom_generate=Decoder(memory=STILL), max_new_tokens=4, pad_token_id=0)
+    for s, options, what in ((STILL, dict(compile=True), 'compile=False'), (replace(STILL, window=999), {}, 'smaller window'), (replace(STILL, train_context=999), {}, 'train_context'), (replace(STILL, amateur='task'), dict(target=CoLD()), 'task adapter'), (replace(STILL, recompute='x'), {}, 'policy')):
+        with pytest.raises(DecodingError, match=what): write(s, **options)
+
+def test_plans_keep_their_budget():
+    lm = toy_lm(max_position_embeddings=4096)
+    for priority in BUDGETS:
+        for budget in (.8, 2., 20.):
+            try: p = TempLoRA.plan(lm, 50_000, priority, budget)
+            except DecodingError as e: assert 'allow' in str(e); continue
+            assert (p.memory if priority == 'memory' else p.work) <= budget and p.settings.window <= 4096
+    with pytest.raises(DecodingError, match='useless'): TempLoRA.plan(lm, 4096)
+    with pytest.raises(DecodingError, match='unknown priority'): TempLoRA.plan(lm, 50_000, 'speed')
