@@ -13,10 +13,22 @@ speed() {
 
 equality() { $nld verify --prompts 16 --new-tokens 32 --batch 8 --alpha 0.1 --beta 0.5 --compile --json $out/equality.json; }
 
-# Decoding with the shipped head. The table also holds vLLM, so it runs in that one's environment.
+# Decoding with the shipped head. The first table also holds vLLM, so it runs in that one's environment.
 speculation() {
     bash tests/vllm-cpu/run speed --prompts 8 --json $out/speculation_1.json
+    mkdir -p $runs; for n in 8 16; do head -$n $out/heads/questions.jsonl > $runs/questions_$n.jsonl; done
+    ours="--head $out/heads/smollm2-135m --compile --rounds 3" chat="--adapter none --new-tokens 64" plain=transformers_greedy,greedy,lookup,hass_chain,hass_tree,hass_lookup
+    $nld compare $ours --alpha 0.1 --beta 0.1 --methods cold,cold_hass_chain,cold_hass_tree,cold_lookup,cold_hass_lookup --prompts 8 --new-tokens 48 --json $out/speculation_cold.json
+    $nld compare $ours $chat --methods sample,sample_hass_chain,sample_hass_tree,sample_lookup,sample_hass_lookup --prompts $runs/questions_8.jsonl --json $out/speculation_sample.json
+    $nld compare $ours $chat --batch 4 --methods $plain --prompts $runs/questions_8.jsonl --json $out/speculation_4.json
+    $nld compare $ours $chat --batch 16 --methods $plain --prompts $runs/questions_16.jsonl --json $out/speculation_16.json
     .venv/bin/python results/tree_size.py $out/tree_size.json
+}
+
+# Equality of every drafter over 200 prompts takes hours; stop it with Ctrl-C and give the command again.
+speculation_equality() {
+    $nld verify --prompts 200 --new-tokens 12 --batch 4 --alpha 0.1 --beta 0.5 --compile --head $out/heads/smollm2-135m --resume --json $out/equality_speculation.json
+    bash tests/vllm-cpu/run --prompts 24 --json $out/vllm_head.json
 }
 
 # Dials are chosen on development items: beta by `nld tune` (*_tune.json), the samplers' temperature by the best score (*_samplers_dev.json).
@@ -73,7 +85,7 @@ heads() {
     keep $first 5; keep $job 11; keep $more 30
     $nld train-head $first --name first --conversations 2560 --steps 600 --eval-every 100 $o
     $nld train-head $job --name hass --init $first/first/last --conversations 5632 --steps 4000 --eval-every 200 $fast $o
-    two="-m npu_lora_decoding.cli train-head" wide="${o/--tokens 4096/--tokens 8192}"
+    two="--no-python $nld train-head" wide="${o/--tokens 4096/--tokens 8192}"
     .venv/bin/torchrun --nproc-per-node 2 $two $more --name more --init $job/hass/last --conversations 15360 --steps 1500 --eval-every 500 $fast $wide
     .venv/bin/torchrun --nproc-per-node 2 $two $most --name most --init $more/more/last --conversations 21504 --steps 1600 --eval-every 400 $fast $wide
     for f in $job/hass $more/more $most/most; do grep chain_5 $f/log.jsonl | sed "s/^{/{\"run\": \"$(basename $f)\", /"; done > $out/heads/training.jsonl
@@ -104,6 +116,7 @@ equality
 alignment
 heads
 speculation
+speculation_equality
 king_james
 if [ -n "$data" ]; then wikisql; gsm8k; fi
 
