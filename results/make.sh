@@ -17,9 +17,9 @@ equality() { $nld verify --prompts 16 --new-tokens 32 --batch 8 --alpha 0.1 --be
 speculation() {
     bash tests/vllm-cpu/run speed --prompts 8 --json $out/speculation_1.json
     mkdir -p $runs; for n in 8 16; do head -$n $out/heads/questions.jsonl > $runs/questions_$n.jsonl; done
-    ours="--head $out/heads/smollm2-135m --compile --rounds 3" chat="--adapter none --new-tokens 64" plain=transformers_greedy,greedy,lookup,hass_chain,hass_tree,hass_lookup
+    ours="--head $out/heads/smollm2-135m --compile --rounds 3" chat="--adapter none --new-tokens 64" plain=transformers_greedy,greedy,hass_chain,hass_tree
     $nld compare $ours --alpha 0.1 --beta 0.1 --methods cold,cold_hass_chain,cold_hass_tree,cold_lookup,cold_hass_lookup --prompts 8 --new-tokens 48 --json $out/speculation_cold.json
-    $nld compare $ours $chat --methods sample,sample_hass_chain,sample_hass_tree,sample_lookup,sample_hass_lookup --prompts $runs/questions_8.jsonl --json $out/speculation_sample.json
+    $nld compare $ours $chat --methods sample,sample_hass_chain,sample_hass_tree --prompts $runs/questions_8.jsonl --json $out/speculation_sample.json
     $nld compare $ours $chat --batch 4 --methods $plain --prompts $runs/questions_8.jsonl --json $out/speculation_4.json
     $nld compare $ours $chat --batch 16 --methods $plain --prompts $runs/questions_16.jsonl --json $out/speculation_16.json
     .venv/bin/python results/tree_size.py $out/tree_size.json
