@@ -4,9 +4,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 import pytest, torch
 from hypothesis import given, settings as examples, strategies as st
+from npu_lora_decoding import ops
 from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
 from npu_lora_decoding.core import DecodingError, generator
 from npu_lora_decoding.document import load_document, save_document
+from npu_lora_decoding.lora import AdapterBank
 from npu_lora_decoding.models import FAMILIES
 from npu_lora_decoding.temp_lora import TARGETS, TempLoRA, TemporaryAdapter, backward_chunk, copy_state, learn, logits_of, target_layers, temporary, token_losses
 
@@ -119,6 +121,14 @@ def test_reading_and_learning_see_one_model(epochs, before, targets, seed):
     for a in range(before): learn(phi, TEXT[16*a:16*a+32], 16)
     with phi.bank.attached([0]): reads = token_losses(phi.model, TEXT[:31], TEXT[16:32]).mean().item()
     assert abs(learn(phi, TEXT[:32], 16)[0] - reads) < 1e-4
+
+@pytest.mark.parametrize('names', [('expert',), ('expert', 'phi'), ('expert', 'task')])
+def test_the_bank_holds_what_is_learned_under_every_name(names, tmp_path):
+    model = toy_model()
+    task = load_adapter(toy_adapter(model, tmp_path), model)
+    with temporary(model, SMALL, task, names) as phi:
+        learn(phi, TEXT[:32], 16)
+        assert phi.bank.equals(AdapterBank(model, [phi.adapter(name) for name in names], ops.lora))
 
 def test_the_first_chunk_is_learned_at_more_than_nothing():
     phi = TemporaryAdapter(toy_model(), SMALL)
