@@ -14,8 +14,8 @@ from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
 from npu_lora_decoding.cold import CoLD, Plain
 from npu_lora_decoding.core import DecodingError, generator
 from npu_lora_decoding.decode import Decoder, Drafter
-from npu_lora_decoding.draft_head import DraftHead, head_config, save_head
-from npu_lora_decoding.fast_draft import FastDraft
+from npu_lora_decoding.draft_head import DraftHead, frozen_of, head_config, save_head
+from npu_lora_decoding.fast_draft import DraftProgram, FastDraft, static_head_cache
 from npu_lora_decoding.lookup import Joined, Lookup, paths
 from npu_lora_decoding.lora import AdapterBank
 from npu_lora_decoding.models import LM
@@ -488,3 +488,26 @@ def test_a_rule_that_prefers_guesses_is_found_out(small, monkeypatch):
     counts, p, _ = sampled(small, PLAIN, HASS(small.folder, **TREE), 1500)
     got, limit = chi_square(counts, p, 1500)
     assert got > limit
+
+@compiled
+def test_compiled_drafts_of_equal_shapes_stay_apart():
+    "Once seen, programs run without guards: neither another depth nor another head may answer"
+    model = toy_model()
+    frozen, d = frozen_of(model), model.config.hidden_size
+    def head(seed):
+        h, g = DraftHead(head_config(model.config)).requires_grad_(False), generator(seed)
+        for p in h.parameters(): p.copy_(torch.randn(p.shape, generator=g) * p.shape[-1]**-.5)
+        return h
+    programs = [DraftProgram(head(seed), frozen.embed, frozen.lm_head, depth, 4, 8) for seed, depth in ((0, 3), (0, 5), (1, 3))]
+    fast = [FastDraft(p) for p in programs]
+    g = generator(3)
+    slots = torch.randn(1, 4, d, generator=g), torch.randint(3, 97, (1, 4), generator=g), torch.tensor([4]), torch.tensor([5])
+    given = lambda p: (*static_head_cache(p.head, 1, 64).tensors, *slots)
+    with torch.no_grad(): want = [p(*given(p)) for p in programs]
+    assert not all(torch.equal(want[0][0], w[0]) for w in want[1:])
+    for turn in range(2):
+        for f, p, w in zip(fast, programs, want):
+            assert f.ready(*given(p)) == (turn > 0)
+            got = f(*given(p))
+            assert torch.equal(got[0], w[0]) and torch.equal(got[1], w[1])
+            torch.testing.assert_close(got[2], w[2], rtol=1e-4, atol=1e-6)
