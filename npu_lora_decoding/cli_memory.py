@@ -16,6 +16,7 @@ from .measure import environment
 from .quality import save_rows
 from .temp_lora import TempLoRA
 from .reading import SEGMENTS, Progress, check_lengths, check_useful, document_ids, read_document, read_text
+from .plan import cost_of, shape_of
 
 # %% ../nbs/16d_cli_memory.ipynb #c3b5de37
 def perplexity_table(
@@ -62,7 +63,7 @@ def perplexity(
     lr:float=5e-5,  # AdamW's rate
     dropout:float=.05,  # On the adapter's input
     targets:str='all',  # all, attention, q or down
-    recompute:str='window',  # When cached keys are computed anew: chunk, window, every:K or drift:X
+    recompute:str='window',  # When cached keys are computed anew: chunk, window, every:K, drift:X or slide:S
     segments:str=','.join(map(str, SEGMENTS)),  # Tokens so far at which segments begin
     max_tokens:int=None,  # Only the text's beginning
     model:str=None,  # Folder or hub id (default: the embedded model)
@@ -88,7 +89,9 @@ def perplexity(
         if not r.finished: print(f'{name} stopped after {r.chunks[-1].stop:,} of {r.total:,} tokens; the run is saved in {folder}: give the same command to continue')
     if all(r.chunks for r in readings.values()): print(perplexity_table(readings, edges))
     about = dict(model=lm.name, device=str(lm.device), dtype=str(lm.dtype).removeprefix('torch.'), text=Path(text).name)
-    if json: save_rows([reading_row(n, r, edges, finished=r.finished, **about) for n, r in readings.items() if r.chunks] + [environment()], json)
+    shape = shape_of(lm.model, targets)
+    cost = lambda r: cost_of(shape, r.settings, r.chunks[-1].stop)
+    if json: save_rows([reading_row(n, r, edges, finished=r.finished, flops=cost(r).flops, memory_estimate=cost(r).memory, **about) for n, r in readings.items() if r.chunks] + [environment()], json)
 
 def _names(methods):
     names = methods.split(',')

@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from .core import require
 from .models import LM
 from .temp_lora import TempLoRA, base_weight, linear_layers, target_layers
-from .cache_reuse import Marks, due
+from .cache_reuse import Marks, due, surplus
 
 # %% ../nbs/14f_plan.ipynb #0845d591
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def cost_of(
     for a in range(0, length, s.chunk):
         b = min(a + s.chunk, length)
         if due(rule, marks, a): marks = Marks(max(0, a - s.latest))
-        if b - 1 > marks.stop: read += read_flops(shape, r, b - 1 - marks.stop, b - 1 - marks.first, b - max(a, 1))
+        if (gone := surplus(rule, marks, a))[0]: marks.drop(*gone)
+        if b - 1 > marks.stop: read += read_flops(shape, r, b - 1 - marks.stop, b - 1 - marks.first + marks.sinks, b - max(a, 1))
         marks.add(b - 1, 0); marks.chunks += 1
         if s.epochs and b - a == s.chunk: learned += s.epochs * learn_flops(shape, r, b - max(0, a - s.train_context) - 1, b - max(a, 1))
     return Cost(read, learned, memory_of(shape, s))

@@ -47,7 +47,8 @@ def check_lengths(
     context:int,  # Longest input of the model
 ):
     "Raise `DecodingError` unless the model can see what the settings ask"
-    parse_rule(settings.recompute)
+    name, x = parse_rule(settings.recompute)
+    require(name != 'slide' or x < settings.window - settings.chunk, f'{x:.0f} sinks and a chunk of {settings.chunk} tokens fill a window of {settings.window}', 'keep fewer sinks')
     require(settings.window <= context, f'a window of {settings.window} tokens exceeds the model\'s context of {context}', 'choose a smaller window')
     learned = settings.train_context + settings.chunk
     require(not settings.epochs or learned <= context, f'training reads {settings.train_context} + {settings.chunk} tokens at once, more than the model\'s context of {context}', 'choose a smaller chunk or train_context')
@@ -120,7 +121,7 @@ def _load(phi, ids, reader, out, file):
     require(meta.get('reading') == _identity(out.settings), f'{Path(file).name} was read with another window, context or policy', 'use the same ones, or another file')
     number = lambda row: [int(x) if k in ('start', 'stop', 'tokens', 'version', 'first') else x for k, x in zip(Chunk.__dataclass_fields__, row)]
     out.chunks, out.notes, marks = [Chunk(*number(row)) for row in tensors['chunks'].tolist()], json.loads(meta['notes']), json.loads(meta['marks'])
-    reader.marks = Marks(marks['first'], [tuple(s) for s in marks['spans']], marks['chunks'])
+    reader.marks = Marks(marks['first'], [tuple(s) for s in marks['spans']], marks['chunks'], marks['sinks'])
     reader.cache = DynamicCache(config=reader.model.config)
     for i in range(sum(k.startswith('cache/k/') for k in tensors)): reader.cache.update(*(tensors[f'cache/{kind}/{i}'].to(ids.device) for kind in 'kv'), i)
 

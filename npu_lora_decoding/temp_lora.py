@@ -36,7 +36,7 @@ class TempLoRA:
     eps:float=1e-7
     clip:float=1.  # Largest norm of the gradient
     warmup:int=2  # Chunks in which the rate rises
-    recompute:str='window'  # When cached keys are computed anew: chunk, window, every:K or drift:X
+    recompute:str='window'  # When cached keys are computed anew: chunk, window, every:K, drift:X, or in reading slide:S
     amateur:str='base'  # What CoLD contrasts with: base, task (without what was learned here) or phi (without the task adapter)
     seed:int=0  # Of the adapter's weights and dropout
     file:str|None=None  # Writing: keep what was learned in this file, and go on from it

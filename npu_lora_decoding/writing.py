@@ -13,12 +13,10 @@ from .core import require
 from .decode import Memory
 from .temp_lora import TempLoRA, TemporaryAdapter, learn
 from .document import load_document, save_document
-from .cache_reuse import Marks, due, key_drift
+from .cache_reuse import Marks, due, key_drift, probe
 from .reading import check_lengths
 
 # %% ../nbs/14e_writing.ipynb #58558f7b
-_PROBE = 64  # Tokens that drift is measured on
-
 class _Writing(Memory):
     "A memory at work on one text"
     def __init__(self, settings, model, bank, roles, ids):
@@ -71,7 +69,7 @@ class _Writing(Memory):
 
     def _drift(self, rows):
         length = rows.valid.shape[1]
-        n = min(_PROBE, max(1, length // 2))
+        n = probe(length)
         return key_drift(rows.model, rows.cache, self.text[-n-1:-1], length)
 
 @patch
@@ -80,6 +78,7 @@ def start(self:TempLoRA, model, bank, roles, ids, compile):
     require(len(ids) == 1, f'Temp-LoRA learns one document and there are {len(ids)}', 'write them one after the other')
     require(not compile, 'compiled programs hold adapters as constants, and Temp-LoRA changes its adapter while it writes', 'decode with compile=False')
     check_lengths(self, model.config.max_position_embeddings)
+    require(not self.recompute.startswith('slide'), 'the policy slide is for reading', 'write with chunk, window, every:K or drift:X')
     has_task = bank is not None and len(bank.adapters) > 0
     require(has_task or self.amateur == 'base' or 'base' not in roles, f'the amateur {self.amateur!r} needs a task adapter', "load one with adapter=, or use amateur='base'")
     return _Writing(self, model, bank, roles, ids)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from hypothesis import given, settings as examples, strategies as st
 from transformers import DynamicCache
 from npu_lora_decoding.adapters import toy_model
-from npu_lora_decoding.cache_reuse import Marks, Reader, due, key_drift, parse_rule
+from npu_lora_decoding.cache_reuse import Marks, Reader, drop_oldest, due, key_drift, parse_rule
 from npu_lora_decoding.core import DecodingError, generator
 from npu_lora_decoding.temp_lora import TempLoRA, TemporaryAdapter, learn, token_losses
 
@@ -79,6 +79,36 @@ def test_drift_is_measured_and_the_cache_is_not_touched():
         for a in range(3): learn(phi, TEXT[8*a:8*a+16], 8); drifts.append(key_drift(MODEL, cache, TEXT[30:40], 40))
     assert 1e-4 < drifts[0] < drifts[-1]
     assert all(torch.equal(x, y) for x, y in zip(before, (x for l in cache.layers for x in (l.keys, l.values))))
+
+@examples(max_examples=40)
+@given(shapes, st.integers(0, 5), st.integers(20, 120))
+def test_sliding_is_seeing_the_sinks_and_the_latest(shape, sinks, length):
+    "With one layer, whose keys remember nothing but their own token, sliding equals reading sinks and latest tokens from scratch; every token is read once"
+    (d, w, _), one, read = shape, toy_model(num_hidden_layers=1), []
+    if sinks >= w - d: return
+    reader = Reader(one, TempLoRA(chunk=d, window=w, context=1, recompute=f'slide:{sinks}', epochs=0))
+    for a in range(0, length - length % d, d):
+        b, before = a + d, reader.marks.stop
+        if b < 2: continue
+        got, m = reader.losses(TEXT, a, b), reader.marks
+        read += range(before, m.stop)
+        assert m.cached == reader.cache.get_seq_length() == min(b - 1, w - 1) and m.sinks == (sinks if m.first else 0)
+        torch.testing.assert_close(got, token_losses(one, torch.cat([TEXT[:m.sinks], TEXT[m.first:b-1]]), TEXT[max(a, 1):b]), rtol=1e-4, atol=1e-4)
+    assert read == list(range(len(read)))
+
+def test_a_window_that_never_fills_does_not_slide():
+    s = TempLoRA(chunk=8, window=64, context=8, epochs=0)
+    a, b = Reader(MODEL, s), Reader(MODEL, replace(s, recompute='slide:4'))
+    for start in range(0, 64, 8): assert torch.equal(a.losses(TEXT, start, start + 8), b.losses(TEXT, start, start + 8))
+
+def test_positions_that_are_not_rotary_are_refused():
+    cache = DynamicCache(config=MODEL.config)
+    with torch.no_grad(): MODEL(TEXT[None, :9], past_key_values=cache)
+    rotary = MODEL.model.rotary_emb
+    try:
+        MODEL.model.rotary_emb = None
+        with pytest.raises(DecodingError, match='needs rotary'): drop_oldest(MODEL, cache, 2, 0)
+    finally: MODEL.model.rotary_emb = rotary
 
 @pytest.mark.parametrize('rule', ['never', '', 'every', 'every:0', 'every:-1', 'every:1.5', 'every:nan', 'drift:0', 'drift:x', 'chunk:2:3'])
 def test_rules_that_make_no_sense_are_refused(rule):

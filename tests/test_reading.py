@@ -38,7 +38,7 @@ def test_without_learning_it_is_the_base(tmp_path):
         torch.testing.assert_close(got, want, rtol=0 if model is LM else 1e-5, atol=0 if model is LM else 1e-4)  # joined ranks are summed in another order
     assert read_document(LM, TEXT[:33], replace(S, epochs=0, window=200)).perplexity() == pytest.approx(math.exp(token_losses(LM.model, TEXT[:32], TEXT[1:33]).mean()), rel=1e-4)
 
-@pytest.mark.parametrize('rule', ['chunk', 'window', 'drift:0.02'])
+@pytest.mark.parametrize('rule', ['chunk', 'window', 'drift:0.02', 'slide:3'])
 @pytest.mark.parametrize('epochs', [0, 2])
 def test_stopped_by_ctrl_c_anywhere_and_continued(rule, epochs, tmp_path):
     s, file = replace(S, recompute=rule, context=16, epochs=epochs), tmp_path/'state.safetensors'
@@ -79,7 +79,7 @@ def test_a_text_that_grew_goes_on(tmp_path):
     assert scores(read_document(LM, other, S, file)) == scores(read_document(LM, other, S))
 
 def test_what_cannot_be_read(tmp_path):
-    for args, what in (((TEXT[:48], S), 'useless'), (('', S), 'empty'), ((TEXT, replace(S, window=4096)), 'smaller window'), ((TEXT, replace(S, train_context=4096)), 'train_context'), ((TEXT[None], S), 'no document'), ((TEXT + 90, S), 'vocabulary'), ((TEXT, replace(S, recompute='x')), 'policy')):
+    for args, what in (((TEXT[:48], S), 'useless'), (('', S), 'empty'), ((TEXT, replace(S, window=4096)), 'smaller window'), ((TEXT, replace(S, train_context=4096)), 'train_context'), ((TEXT[None], S), 'no document'), ((TEXT + 90, S), 'vocabulary'), ((TEXT, replace(S, recompute='x')), 'policy'), ((TEXT, replace(S, recompute='slide:32')), 'fewer sinks')):
         with pytest.raises(DecodingError, match=what): read_document(LM, *args)
     (tmp_path/'book.txt').write_bytes(b'\xff\xfe\x00')
     with pytest.raises(DecodingError, match='not UTF-8'): read_text(tmp_path/'book.txt')

@@ -152,7 +152,7 @@ def test_sessions(tmp_path):
 def test_what_is_refused():
     two = PROMPT[None, :21].repeat(2, 1)
     with pytest.raises(DecodingError, match='one document'): MODEL.generate(two, attention_mask=torch.ones_like(two), custom_generate=Decoder(memory=STILL), max_new_tokens=4, pad_token_id=0)
-    for s, options, what in ((STILL, dict(compile=True), 'compile=False'), (replace(STILL, window=999), {}, 'smaller window'), (replace(STILL, train_context=999), {}, 'train_context'), (replace(STILL, amateur='task'), dict(target=CoLD()), 'task adapter'), (replace(STILL, recompute='x'), {}, 'policy')):
+    for s, options, what in ((STILL, dict(compile=True), 'compile=False'), (replace(STILL, window=999), {}, 'smaller window'), (replace(STILL, train_context=999), {}, 'train_context'), (replace(STILL, amateur='task'), dict(target=CoLD()), 'task adapter'), (replace(STILL, recompute='x'), {}, 'policy'), (replace(STILL, recompute='slide:4'), {}, 'for reading')):
         with pytest.raises(DecodingError, match=what): write(s, **options)
 
 def test_plans_keep_their_budget():
