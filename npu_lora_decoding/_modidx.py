@@ -1472,7 +1472,11 @@ d = { 'settings': { 'branch': 'main',
                                                                                           'npu_lora_decoding/writing.py'),
                                            'npu_lora_decoding.writing._Writing._reread': ( 'writing.html#_writing._reread',
                                                                                            'npu_lora_decoding/writing.py'),
+                                           'npu_lora_decoding.writing._Writing._worth_learning': ( 'writing.html#_writing._worth_learning',
+                                                                                                   'npu_lora_decoding/writing.py'),
                                            'npu_lora_decoding.writing._Writing.observe': ( 'writing.html#_writing.observe',
                                                                                            'npu_lora_decoding/writing.py'),
                                            'npu_lora_decoding.writing._Writing.read': ( 'writing.html#_writing.read',
-                                                                                        'npu_lora_decoding/writing.py')}}}
+                                                                                        'npu_lora_decoding/writing.py'),
+                                           'npu_lora_decoding.writing.repetition': ( 'writing.html#repetition',
+                                                                                     'npu_lora_decoding/writing.py')}}}

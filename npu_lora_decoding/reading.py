@@ -113,7 +113,7 @@ def _save(phi, ids, reader, out, file):
     notes = dict(reading=_identity(out.settings), marks=json.dumps(asdict(reader.marks)), notes=json.dumps(out.notes))
     save_document(phi, file, ids[:out.chunks[-1].stop], cache | {'chunks': chunks}, notes)
 
-def _identity(settings): return json.dumps({k: v for k, v in asdict(settings).items() if k not in ('file', 'amateur')})
+def _identity(settings): return json.dumps({k: v for k, v in asdict(settings).items() if k not in ('file', 'amateur', 'guard')})
 
 def _load(phi, ids, reader, out, file):
     "Continue a kept reading"

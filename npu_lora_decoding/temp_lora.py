@@ -38,6 +38,7 @@ class TempLoRA:
     warmup:int=2  # Chunks in which the rate rises
     recompute:str='window'  # When cached keys are computed anew: chunk, window, every:K, drift:X, or in reading slide:S
     amateur:str='base'  # What CoLD contrasts with: base, task (without what was learned here) or phi (without the task adapter)
+    guard:float=1.  # Writing: a chunk is not learned when a larger share of what the model wrote of it repeats itself (4-grams); 1 learns all
     seed:int=0  # Of the adapter's weights and dropout
     file:str|None=None  # Writing: keep what was learned in this file, and go on from it
 
@@ -46,6 +47,7 @@ class TempLoRA:
         require(self.epochs >= 0 and self.lr >= 0 and 0 <= self.dropout < 1, f'epochs is {self.epochs}, lr {self.lr} and dropout {self.dropout}', 'give epochs and lr of at least 0 and dropout in [0, 1)')
         require(self.chunk < self.window, f'a chunk of {self.chunk} tokens leaves nothing of a window of {self.window} for what came before', 'choose a smaller chunk or a larger window')
         require(1 <= self.latest <= self.window - self.chunk, f'{self.latest} tokens of context and a chunk of {self.chunk} do not fit into a window of {self.window}', f'choose a context from 1 to {self.window - self.chunk}')
+        require(0 < self.guard <= 1, f'guard is {self.guard}', 'give a share of at most 1, which learns all')
         require(self.targets in TARGETS, f'unknown targets {self.targets!r}', f'use one of {", ".join(TARGETS)}')
         require(self.amateur in AMATEURS, f'unknown amateur {self.amateur!r}', f'use one of {", ".join(AMATEURS)}')
 

@@ -2,7 +2,7 @@
 from dataclasses import replace
 import pytest, torch
 from hypothesis import given, settings as examples, strategies as st
-from npu_lora_decoding import ops
+from npu_lora_decoding import ops, writing
 from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
 from npu_lora_decoding.cold import CoLD, Plain
 from npu_lora_decoding.core import DecodingError, generator
@@ -14,6 +14,7 @@ from npu_lora_decoding.plan import BUDGETS
 from npu_lora_decoding.rows import Rows
 from npu_lora_decoding.speculate import HASS
 from npu_lora_decoding.temp_lora import TempLoRA
+from npu_lora_decoding.writing import repetition
 from test_temp_lora import traces
 from toys import toy_lm
 
@@ -70,6 +71,26 @@ def test_drafters_change_nothing_in_sight(who, t, rule, head):
     assert torch.equal(write(roomy, 40, t, drafter=drafter), write(None, 40, t))
     learned = write(replace(STILL, lr=.01, recompute=rule), 60, t, drafter=drafter)  # and in a small window it writes on
     assert len(learned) == t + 60
+
+def test_repetition_is_the_share_of_n_grams_seen_before():
+    naive = lambda ids, n=4: sum(ids[i:i+n] in [ids[j:j+n] for j in range(i)] for i in range(len(ids) - n + 1)) / max(1, len(ids) - n + 1)
+    for seed in range(20):
+        ids = torch.randint(0, 2 + seed % 3, (seed + 1,), generator=generator(seed))
+        assert repetition(ids) == pytest.approx(naive(ids.tolist()))
+
+@pytest.mark.parametrize('t', [5, 21, 90])
+def test_the_guard_skips_what_the_model_repeats_and_nothing_it_was_given(t, monkeypatch):
+    learned = []
+    monkeypatch.setattr(writing, 'learn', lambda phi, ids, n: learned.append(ids[-n:].tolist()))
+    long = replace(STILL, chunk=20, window=60, context=20)
+    text = write(replace(long, guard=.1), 150, t).tolist()
+    chunks = [text[a:a+20] for a in range(0, len(text) - 19, 20)]
+    share = lambda k: repetition(torch.tensor(text[max(20 * k, t):20 * k + 20]))
+    worth = [c for k, c in enumerate(chunks) if share(k) <= .1]
+    assert learned == worth[:len(learned)] and len(worth) - len(learned) <= 1  # the very last chunk may end with the text
+    assert learned[:t // 20] == chunks[:t // 20] and any(share(k) > .1 for k in range(len(chunks)))
+    learned.clear(); write(long, 150, t)
+    assert len(learned) >= len(chunks) - 1
 
 @pytest.mark.parametrize('amateur', ['base', 'task', 'phi'])
 def test_amateurs(amateur, tmp_path):
