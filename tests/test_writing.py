@@ -92,6 +92,12 @@ def test_the_guard_skips_what_the_model_repeats_and_nothing_it_was_given(t, monk
     learned.clear(); write(long, 150, t)
     assert len(learned) >= len(chunks) - 1
 
+def test_what_was_given_is_learned_even_where_it_repeats_itself(monkeypatch):
+    learned, ids = [], torch.full((1, 20), 7)
+    monkeypatch.setattr(writing, 'learn', lambda phi, ids, n: learned.append(ids[-n:].tolist()))
+    MODEL.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=Decoder(memory=replace(STILL, guard=.05)), max_new_tokens=3, pad_token_id=0)
+    assert learned == [[7] * 8] * 2
+
 @pytest.mark.parametrize('amateur', ['base', 'task', 'phi'])
 def test_amateurs(amateur, tmp_path):
     "With nothing learned, phi is the base, and task is the expert"
