@@ -131,8 +131,10 @@ def backward_chunk(
 
 # %% ../nbs/13_temp_lora.ipynb #466cd0e8
 def _drop(x, p, g):
-    "Return `x` with dropout drawn from a generator of our own"
-    return x if p == 0 else x * torch.empty_like(x).bernoulli_(1 - p, generator=g) / (1 - p)
+    "Return `x` with dropout from a generator of our own; 64 drawn bits decide on four numbers, because on a CPU drawing for each takes a tenth of an update"
+    if p == 0: return x
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-2**63, None, generator=g).view(torch.int16)
+    return torch.where(bits[:x.numel()].view(x.shape) >= round(p * 2**16) - 2**15, x, 0) / (1 - p)
 
 def _added(x, A, B, scale):
     "Return what one adapter adds to its layer's output, computed in the dtype of `x`"

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 import pytest, torch
 from hypothesis import given, settings as examples, strategies as st
-from npu_lora_decoding import ops
+from npu_lora_decoding import ops, temp_lora
 from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
 from npu_lora_decoding.core import DecodingError, generator
 from npu_lora_decoding.document import load_document, save_document
@@ -169,3 +169,17 @@ def test_quantised_and_merged_bases_are_refused(tmp_path):
     assert 'model.layers.0.self_attn.q_proj' in target_layers(model)  # the wrapper, not what is in it
     peft.merge_adapter()
     with pytest.raises(DecodingError, match='unmerge_adapter'): target_layers(model)
+
+@pytest.mark.parametrize('p', [.05, .5, .9])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_dropout_drops_a_share_and_keeps_the_mean(p, dtype):
+    x = torch.ones(301, 333, dtype=dtype, requires_grad=True)
+    y = temp_lora._drop(x, p, generator(3))
+    y.sum().backward()
+    dropped = y == 0
+    assert abs(dropped.float().mean() - p) < 4 * (p * (1 - p) / x.numel())**.5 and y.dtype == dtype
+    torch.testing.assert_close(y[~dropped], torch.full_like(y[~dropped], 1 / (1 - p)), rtol=1e-2, atol=0)
+    assert torch.equal(x.grad == 0, dropped) and torch.equal(y, temp_lora._drop(x, p, generator(3))) and not torch.equal(y, temp_lora._drop(x, p, generator(4)))
+    rows = dropped.float()  # neighbours, in both directions and four apart, have nothing to do with each other
+    for a, b in ((rows[:, 1:], rows[:, :-1]), (rows[1:], rows[:-1]), (rows[:, 4:], rows[:, :-4])): assert abs((a * b).mean() - p * p) < .01
+    assert torch.equal(temp_lora._drop(x, 0., generator(3)), x)
