@@ -38,6 +38,7 @@ class _Writing(Memory):
 
     def __enter__(self): return self
     def __exit__(self, *_):
+        if (n := len(self.text)) <= self.settings.window: self.notes.append(f'the whole text of {n} tokens fits into the window of {self.settings.window}, where Temp-LoRA is useless: write without it, or choose a smaller window')
         try:
             if self.settings.file is not None and self.learned > self.saved: save_document(self.phi, self.settings.file, self.text[:self.learned])
         finally: self.phi.close(); self.bank = None

@@ -18,7 +18,9 @@ speculation() {
     bash tests/vllm-cpu/run speed --prompts 8 --json $out/speculation_1.json
     mkdir -p $runs; for n in 8 16; do head -$n $out/heads/questions.jsonl > $runs/questions_$n.jsonl; done
     ours="--head $out/heads/smollm2-135m --compile --rounds 3" chat="--adapter none --new-tokens 64" plain=transformers_greedy,greedy,hass_chain,hass_tree
-    $nld compare $ours --alpha 0.1 --beta 0.1 --methods cold,cold_hass_chain,cold_hass_tree,cold_lookup,cold_hass_lookup --prompts 8 --new-tokens 48 --json $out/speculation_cold.json
+    contrast="--compile --rounds 3 --alpha 0.1 --beta 0.1 --prompts 8 --new-tokens 48 --methods cold,cold_hass_chain,cold_hass_tree,cold_lookup,cold_hass_lookup"
+    $nld compare $contrast --head $out/heads/king_james --json $out/speculation_cold.json
+    $nld compare $contrast --head $out/heads/smollm2-135m --json $out/speculation_cold_chat.json
     $nld compare $ours $chat --methods sample,sample_hass_chain,sample_hass_tree --prompts $runs/questions_8.jsonl --json $out/speculation_sample.json
     $nld compare $ours $chat --batch 4 --methods $plain --prompts $runs/questions_8.jsonl --json $out/speculation_4.json
     $nld compare $ours $chat --batch 16 --methods $plain --prompts $runs/questions_16.jsonl --json $out/speculation_16.json
@@ -109,12 +111,27 @@ heads() {
     .venv/bin/python results/head_cost.py $out/heads/cost.json
 }
 
+# A head for the adapted model, from the shipped head on: 3,600 verses that the adapter had learned, and none of those that speed is measured on.
+adapted_head() {
+    job=$runs/adapted_head; mkdir -p $job
+    .venv/bin/python - $job/verses.jsonl <<'P'
+import json, sys
+from npu_lora_decoding.tasks import king_james
+items = king_james().train
+with open(sys.argv[1], 'w') as f:
+    for i in items[:3600] + items[10000:10064]: f.write(json.dumps(dict(messages=i.messages + [dict(role='assistant', content=i.answer)])) + '\n')
+P
+    $nld train-head $job --name king_james --data $job/verses.jsonl --adapter $out/adapters/king_james --init $out/heads/smollm2-135m --vocab 8192 --steps 600 --tokens 4096 --drawn --remember --step-weights 2,1,1 --eval-every 100 --write-batch 64 --new-tokens 96
+    cp -r $job/king_james/last/. $out/heads/king_james/
+}
+
 alignment() { .venv/bin/python results/alignment.py $out/heads/alignment.json; }
 
 speed
 equality
 alignment
 heads
+adapted_head
 speculation
 speculation_equality
 king_james

@@ -92,6 +92,12 @@ def test_the_guard_skips_what_the_model_repeats_and_nothing_it_was_given(t, monk
     learned.clear(); write(long, 150, t)
     assert len(learned) >= len(chunks) - 1
 
+def test_a_text_that_fits_its_window_is_told_so():
+    "How long a text will be is known when it ends"
+    lm = toy_lm()
+    notes = lambda n: lm.generate([5] * 20, memory=replace(STILL, window=60, context=30), max_new_tokens=n).notes
+    assert any('fits into the window of 60' in n for n in notes(10)) and not notes(50)
+
 def test_what_was_given_is_learned_even_where_it_repeats_itself(monkeypatch):
     learned, ids = [], torch.full((1, 20), 7)
     monkeypatch.setattr(writing, 'learn', lambda phi, ids, n: learned.append(ids[-n:].tolist()))
