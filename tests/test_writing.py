@@ -104,6 +104,21 @@ def test_what_was_given_is_learned_even_where_it_repeats_itself(monkeypatch):
     MODEL.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=Decoder(memory=replace(STILL, guard=.05)), max_new_tokens=3, pad_token_id=0)
     assert learned == [[7] * 8] * 2
 
+def test_a_head_reads_what_is_in_sight_of_a_long_prompt(head):
+    "Its guesses are those for the prompt's end alone, so every feature stood beside the token that follows it"
+    def guessed(memory, ids):
+        trees = []
+        class Spy(HASS):
+            def bind(self, rows):
+                guesses = super().bind(rows); propose = guesses.propose
+                def spying(*args): trees.append(propose(*args)); return trees[-1]
+                guesses.propose = spying
+                return guesses
+        MODEL.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=Decoder(memory=memory, drafter=Spy(head, nodes=4, depth=2, top_k=2, adaptive=False)), max_new_tokens=5, pad_token_id=0)
+        return [x.tokens.tolist() for x in trees]
+    ids = PROMPT[None, :90]
+    assert guessed(STILL, ids) == guessed(None, ids[:, 88 - STILL.latest:])
+
 @pytest.mark.parametrize('amateur', ['base', 'task', 'phi'])
 def test_amateurs(amateur, tmp_path):
     "With nothing learned, phi is the base, and task is the expert"
