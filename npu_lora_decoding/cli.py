@@ -21,7 +21,7 @@ from .verify import check_rows, verify as verify_ways
 from .doctor import kernel_device, kernel_report, wrong
 from .advise import BETAS, advise, plot_sweep, sweep
 from .show import token_ansi
-from .commands import COMMANDS, command, load_target, parser_of, run
+from .commands import COMMANDS, command, load_target, parser_of, run, save_plot
 import npu_lora_decoding.cli_head, npu_lora_decoding.cli_memory  # register their commands
 
 # %% ../nbs/17_cli.ipynb #b909c42e
@@ -107,20 +107,13 @@ def compare_methods(
     lm, folder = load_target(model, adapter, dtype, device)
     rows = compare(lm, folder, _prompts(prompts, answer=metric and 'answer'), methods.split(','), new_tokens, batch, rounds, CoLD(alpha, beta), compile, metric, head)
     print(table(rows, relative_to))
-    if plot: _save_plot(lambda ax: _speed(rows, relative_to, ax), plot)
+    if plot: save_plot(lambda ax: _speed(rows, relative_to, ax), plot)
     if json: save_rows(rows, json)
 
 def _speed(rows, relative_to, ax):
     from npu_lora_decoding.show import plot_speed
     rows = [r for r in rows if r['method'] != 'environment']
     plot_speed(rows, relative_to or rows[0]['method'], ax)
-
-def _save_plot(draw, path):
-    "Draw into a new figure and save it"
-    import matplotlib; matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(6, 3.4)); draw(ax); fig.tight_layout(); fig.savefig(path, dpi=110); plt.close(fig)
-    print(f'wrote {Path(path).name}')
 
 COMMANDS['compare'] = COMMANDS.pop('compare-methods')
 
@@ -183,7 +176,7 @@ def tune(
     advice = advise(settings)
     print(advice)
     name = Path(prompts).name if prompts else task
-    if plot: _save_plot(lambda ax: plot_sweep(settings, ax, f'{name}: development set, {len(its)} items'), plot)
+    if plot: save_plot(lambda ax: plot_sweep(settings, ax, f'{name}: development set, {len(its)} items'), plot)
     if json: save_rows([dict(method='tune', task=name, alpha=s.alpha, beta=s.beta, scores=s.scores) for s in settings] + [dict(method='advice', text=str(advice), use=advice.use), environment()], json)
 
 # %% ../nbs/17_cli.ipynb #262cf0a9

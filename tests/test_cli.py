@@ -3,6 +3,7 @@ import json, subprocess, sys
 import pytest
 from npu_lora_decoding import cli, quality
 from npu_lora_decoding.cli import COMMANDS, parser_of, run
+from npu_lora_decoding.commands import save_plot
 from npu_lora_decoding.quality import json_rows, parse_arm
 from npu_lora_decoding.core import DecodingError
 from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
@@ -116,3 +117,9 @@ def test_a_loaded_model_can_generate_at_once(toy):
 def test_generate_streams(toy, capsys):
     run(['generate', 'hello', '--model', str(toy[0]), '--adapter', str(toy[1]), '--new-tokens', '3'])
     assert capsys.readouterr().out.strip()
+
+def test_a_picture_of_an_unknown_kind_is_refused(tmp_path):
+    draw = lambda ax: ax.plot([0, 1])
+    with pytest.raises(DecodingError, match=r'\.png'): save_plot(draw, tmp_path/'a.xyz')
+    save_plot(draw, tmp_path/'a.svg'); save_plot(draw, tmp_path/'a.png')
+    assert [f.name for f in sorted(tmp_path.iterdir())] == ['a.png', 'a.svg']
