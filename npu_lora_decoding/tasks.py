@@ -132,7 +132,7 @@ def read_jsonl(
     path:str|Path,  # `.jsonl` or `.jsonl.gz`
     prompt:str='prompt',  # Field with the prompt
     answer:str|None='answer',  # Field with the reference answer; None: there is none
-    system:str='',  # Instruction put before each prompt
+    system:str='',  # Instruction put before each prompt that has none of its own in the field `system`
     edit=None,  # Function on each answer
 ) -> list:  # `Item`s in file order
     "Return the items of a JSON-lines file; raises `DecodingError` for a missing file or field"
@@ -142,9 +142,9 @@ def read_jsonl(
     require(len(rows) > 0, f'{path} is empty', 'give a file with one JSON object a line')
     for k in filter(None, (prompt, answer)):
         require(all(k in r for r in rows), f'{path} has lines without the field {k!r}', f'name the field; the first line has {", ".join(rows[0])}')
-        require(all(isinstance(r[k], str) for r in rows), f'{path} has lines whose field {k!r} is no text', 'write it as a JSON string')
+    for k in filter(None, (prompt, answer, 'system')): require(all(isinstance(r.get(k, ''), str) for r in rows), f'{path} has lines whose field {k!r} is no text', 'write it as a JSON string')
     edit = edit or (lambda s: s)
-    return [Item(r[prompt].strip(), edit(r[answer].strip()) if answer else '', system) for r in rows]
+    return [Item(r[prompt].strip(), edit(r[answer].strip()) if answer else '', r.get('system', system)) for r in rows]
 
 # %% ../nbs/14a_tasks.ipynb #d6de2e00
 def wikisql(

@@ -232,7 +232,8 @@ def card(
 ) -> str:  # Markdown
     "Return the card of a head"
     front = f'---\nbase_model: {run.lm.name}\ntags: [speculative-decoding, eagle, hass]\n---\n'
-    what = f'# Draft head for {run.lm.name}\n\nGuesses the next hidden state of {run.lm.name}; trained with `nld train-head`. {about}\n\n'
+    target = run.lm.name + (f' with the adapter {run.lm.adapter.name}' if run.lm.adapter else '')
+    what = f'# Draft head for {target}\n\nGuesses the next hidden state of {target}; trained with `nld train-head`. {about}\n\n'
     last = run.history[-1] if run.history else {}
     measured = f'Held-out greedy answers after step {last["step"]}: chain of 3 {last["chain_3"]:.2f}, chain of 5 {last["chain_5"]:.2f} tokens a pass{_of_learnt(last)}.\n\n' if last else ''
     rows = '\n'.join(f'| {k} | {v} |' for k, v in asdict(run.config).items())

@@ -49,6 +49,10 @@ def test_plain_and_gzip_read_alike(tmp_path):
     assert packed.read_bytes()[:2] == b'\x1f\x8b'
     assert read_jsonl(plain) == read_jsonl(packed) == [Item('É?', str(i)) for i in range(3)]
     assert read_jsonl(str(plain), answer='prompt', system='S', edit=str.lower)[0] == Item('É?', 'é?', 'S')
+    plain.write_text('{"prompt": "a", "system": "own"}\n{"prompt": "b"}\n', encoding='utf-8')
+    assert [i.system for i in read_jsonl(plain, answer=None, system='S')] == ['own', 'S']
+    plain.write_text('{"prompt": "a", "system": 1}\n', encoding='utf-8')
+    with pytest.raises(DecodingError, match="'system' is no text"): read_jsonl(plain, answer=None)
     assert Item('p', 'a', 's').messages == [dict(role='system', content='s'), dict(role='user', content='p')] and len(Item('p', 'a').messages) == 1
 
 @pytest.mark.parametrize('data,said', [
