@@ -155,14 +155,15 @@ class _Document:
 def _sentences(texts, what):
     "Return sentences on one line each; raises `DecodingError` for what is none"
     require(isinstance(texts, (list, tuple)), f'the {what}s are no list but {type(texts).__name__}', 'give a list with one text a sentence')
+    require(len(texts) > 0, f'there are no {what}s', 'give at least one sentence')
     for i, t in enumerate(texts): require(isinstance(t, str) and t.strip() != '', f'{what} {i} (counted from 0) is empty or no text', 'leave the sentence out, or give its text')
     return [one_line(t) for t in texts]
 
 def _check_references(sources, mode, references, form):
-    "Return the references on one line each, None where there are none"
+    "Return the references on one line each, or as many times None"
     require(mode in MODES, f'unknown mode {mode!r}', f'use one of {", ".join(MODES)}')
     require(mode != 'gold' or references is not None, 'mode gold keeps references and there are none', 'give references=, or use own or source')
-    if references is None: return None
+    if references is None: return [None] * len(sources)
     references = _sentences(references, 'reference')
     require(len(references) == len(sources), f'there are {len(references)} references for {len(sources)} sources', 'give one a source, in the same order')
     ended = [i for i, r in enumerate(references) if mode == 'gold' and form.after in r]
@@ -178,15 +179,14 @@ def _check_settings(lm, settings, new_tokens, options):
     require(settings.file is None, 'a translation is not kept in a file', 'leave file out of the settings')
     require(new_tokens >= 1, f'new_tokens is {new_tokens}', 'give at least 1')
     check_lengths(settings, lm.context)
-    learned = len(_opening(lm)) + settings.train_context + settings.chunk
-    require(not settings.epochs or learned <= lm.context, f"training reads {learned} tokens at once with the opening one, more than the model's context of {lm.context}", 'choose a smaller chunk or train_context')
+    learns = len(_opening(lm)) + settings.train_context + settings.chunk
+    require(not settings.epochs or learns <= lm.context, f"training reads {learns} tokens at once with the opening one, more than the model's context of {lm.context}", 'choose a smaller chunk or train_context')
 
 def _check_room(lm, sources, settings, form, new_tokens):
     "Refuse a sentence whose question and answer do not fit into the window"
     for i, source in enumerate(sources):
         n = len(_opening(lm)) + len(_tokens(lm, form.prompt(source)))
-        require(n + new_tokens <= settings.window, f'sentence {i} (counted from 0) asks with {n} tokens and may answer with {new_tokens}, more than the window of {settings.window}',
-                'split the sentence, or give fewer new_tokens or a larger window')
+        require(n + new_tokens <= settings.window, f'sentence {i} (counted from 0) asks with {n} tokens and may answer with {new_tokens}, more than the window of {settings.window}', 'split the sentence, or give fewer new_tokens or a larger window')
 
 # %% ../nbs/14g_translating.ipynb #de82935f
 def _translate(doc, source, form, new_tokens, options):
@@ -212,8 +212,8 @@ def _keep(doc, form, mode, source, said, reference):
 def _summary(out, doc, new_tokens):
     "Return notes about the whole document"
     s, cut, empty = out.settings, [i for i, x in enumerate(out.sentences) if not x.whole], [i for i, x in enumerate(out.sentences) if not x.text]
-    notes = [f'{len(cut)} of {len(out.texts)} translations did not end within {new_tokens} tokens, the first of them sentence {cut[0]}'] if cut else []
-    if empty: notes.append(f'{len(empty)} translations are empty, the first of them sentence {empty[0]}')
+    notes = [f'{len(cut)} of {len(out.texts)} translations did not end within {new_tokens} tokens, the first of them sentence {cut[0]} (counted from 0)'] if cut else []
+    if empty: notes.append(f'{len(empty)} of {len(out.texts)} translations are empty, the first of them sentence {empty[0]} (counted from 0)')
     if s.epochs and all(x.first == 0 for x in out.sentences): notes.append(f'the whole document ({doc.length} tokens) was in sight all along, where Temp-LoRA is useless')
     return notes
 
@@ -230,17 +230,17 @@ def translate_document(
 ) -> Translation:  # Texts, what each was translated from, notes
     "Translate a document sentence by sentence, learning what the mode keeps of it; the model is afterwards what it was"
     sources = _sentences(sources, 'source')
-    require(len(sources) > 0, 'there are no sources', 'give at least one sentence')
     references = _check_references(sources, mode, references, form)
     _check_settings(lm, settings, new_tokens, options)
     _check_room(lm, sources, settings, form, new_tokens)
     with temporary(lm.model, settings, lm.adapter, _names(lm, settings, options)) as phi:
         doc, out = _Document(lm, phi), Translation(settings, mode, notes=phi.notes)
-        for i, source in enumerate(sources):
-            if i: doc.learn(); out.chunks, out.learned = doc.chunks, phi.version
+        for source, reference in zip(sources, references):
+            doc.learn()  # what the sentences before have made pending
+            out.chunks, out.learned = doc.chunks, phi.version
             out.sentences.append(_translate(doc, source, form, new_tokens, options))
             if say is not None: say(out)
-            _keep(doc, form, mode, source, out.texts[-1], references[i] if mode == 'gold' else None)
+            _keep(doc, form, mode, source, out.sentences[-1].text, reference)
         out.notes += _summary(out, doc, new_tokens)
     return out
 
