@@ -166,8 +166,7 @@ def _check_references(sources, mode, references, form):
     if references is None: return [None] * len(sources)
     references = _sentences(references, 'reference')
     require(len(references) == len(sources), f'there are {len(references)} references for {len(sources)} sources', 'give one a source, in the same order')
-    ended = [i for i, r in enumerate(references) if mode == 'gold' and form.after in r]
-    require(not ended, f'reference {ended[:1]} (counted from 0) holds {form.after!r}, which ends a translation', 'choose a form that ends otherwise')
+    for i, r in enumerate(references): require(mode != 'gold' or form.after not in r, f'reference {i} (counted from 0) holds {form.after!r}, which ends a translation', 'choose a form that ends otherwise')
     return references
 
 _OURS = {'memory', 'max_new_tokens', 'stop_strings', 'chat'}

@@ -134,7 +134,7 @@ def test_every_token_is_learned_once_in_order_behind_its_prefix(mode, opening, t
 
 @pytest.mark.parametrize('mode', MODES)
 def test_what_is_in_sight_is_whole_pairs_in_the_window(mode, asked):
-    s = replace(LEARNS, window=90, context=58)
+    s = replace(LEARNS, chunk=20, window=80, context=60)  # question and answer take more than a chunk: now the window decides, now the context
     out = translate(mode, s)
     for i, ((prompt, new, longest), x) in enumerate(zip(asked, out.sentences)):
         assert len(prompt) + longest <= s.window and len(new) <= longest and x.stop - x.first <= s.latest
@@ -142,6 +142,15 @@ def test_what_is_in_sight_is_whole_pairs_in_the_window(mode, asked):
         assert prompt == sum(ids, [])[x.first:] + TOY.tokenizer(PLAIN.prompt(SOURCES[i])).input_ids
         assert x.first in [sum(map(len, ids[:k])) for k in range(len(ids) + 1)] and x.stop == sum(map(len, ids))
     assert len({x.first for x in out.sentences}) > 5
+
+def test_a_pair_that_just_fits_is_in_sight():
+    size = len(PLAIN.pair('aa', 'bb'))
+    for room, pairs in ((3 * size, 3), (3 * size - 1, 2)):
+        window = room + len(PLAIN.prompt('aa')) + N
+        by_context, by_window = replace(STILL, chunk=64, context=room), replace(STILL, chunk=1, window=window, context=window - 1)
+        for s in (by_context, by_window):
+            out = translate('gold', s, sources=['aa'] * 8, references=['bb'] * 8)
+            assert [(x.stop - x.first) // size for x in out.sentences] == [min(i, pairs) for i in range(8)]
 
 def test_what_pends_beyond_the_context_is_learned_in_pieces(taught):
     long = ['A' * 700, *GOLD[1:]]
