@@ -204,8 +204,12 @@ def test_an_empty_translation_is_not_kept(monkeypatch):
     assert out.texts[3] == '' and out.sentences[4].stop == out.sentences[3].stop and any('translations are empty' in n for n in out.notes)
     assert translate('gold').sentences[4].stop > out.sentences[4].first
 
-def test_a_translation_ends_with_the_form_the_sequence_or_the_tokens():
+def test_a_translation_ends_with_the_form_the_sequence_or_the_tokens(asked):
     out = translate()
+    common = max(set(''.join(out.texts)), key=''.join(out.texts).count)
+    asked.clear(); ends = translate(form=Form('={source}: {target}' + common))
+    for _, new, _ in asked: assert common not in TOY.tokenizer.decode(new[:-1])  # nothing is written after it has ended
+    assert sum(TOY.tokenizer.decode(new).endswith(common) for _, new, _ in asked) > 3 and any(x.whole for x in ends.sentences)
     for x in out.sentences: assert PLAIN.after not in x.text and '\n' not in x.text
     assert any(x.whole for x in out.sentences) and not all(x.whole for x in out.sentences)
     assert f'{sum(not x.whole for x in out.sentences)} of 16 translations did not end within 16 tokens' in out.notes[0]
@@ -274,7 +278,7 @@ def test_no_sentence_breaks_the_form(source, target):
     form = Form()
     lines = form.pair(source, target).split('\n')
     assert len(lines) == 4 and lines[2:] == ['', ''] and lines[0] == f'Source: {one_line(source)}' and lines[1] == f'Translation: {one_line(target)}'
-    assert form.pair(source, target).startswith(form.prompt(source)) and form.after not in form.pair(source, target)[:-2]
+    assert form.pair(source, target).startswith(form.prompt(source)) and not form.prompt(source).endswith(' ') and form.after not in form.pair(source, target)[:-2]
     assert form.alone(source) == f'Source: {one_line(source)}\n\n'
 
 def test_fields_inside_sentences_are_only_words():
