@@ -18,8 +18,7 @@ speculation() {
     bash tests/vllm-cpu/run speed --prompts 8 --json $out/speculation_1.json
     mkdir -p $runs; for n in 8 16; do head -$n $out/heads/questions.jsonl > $runs/questions_$n.jsonl; done
     ours="--head $out/heads/smollm2-135m --compile --rounds 3" chat="--adapter none --new-tokens 64" plain=transformers_greedy,greedy,hass_chain,hass_tree
-    .venv/bin/python results/verses.py $runs/verses.jsonl
-    contrast="--compile --rounds 3 --alpha 0.1 --beta 0.1 --prompts $runs/verses.jsonl --new-tokens 48 --methods cold,cold_hass_chain,cold_hass_tree,cold_lookup,cold_hass_lookup"
+    contrast="--compile --rounds 3 --alpha 0.1 --beta 0.1 --prompts 8 --new-tokens 48 --methods cold,cold_hass_chain,cold_hass_tree,cold_lookup,cold_hass_lookup"
     $nld compare $contrast --head $out/heads/king_james --json $out/speculation_cold.json
     $nld compare $contrast --head $out/heads/smollm2-135m --json $out/speculation_cold_chat.json
     $nld compare $ours $chat --methods sample,sample_hass_chain,sample_hass_tree --prompts $runs/questions_8.jsonl --json $out/speculation_sample.json
