@@ -110,6 +110,7 @@ def perplexity(
     lm, _ = load_target(model, adapter, dtype, device)
     ids = document_ids(lm, words)[:max_tokens]
     check_lengths(settings, lm.context); check_useful(settings, len(ids))
+    shape = shape_of(lm.model, targets)  # before the run: what cannot be counted is refused now and not after hours
     folder, readings = Path(out or f'{Path(text).stem}.run'), {}
     for name in names:
         readings[name] = r = read_document(lm, ids, replace(settings, **_METHODS[name]), folder/f'{name}.safetensors', save_every, stop_after, Progress(name=f'{name:<10}'))
@@ -117,11 +118,10 @@ def perplexity(
         if not r.finished: print(f'{name} stopped after {r.chunks[-1].stop:,} of {r.total:,} tokens; the run is saved in {folder}: give the same command to continue')
     if all(r.chunks for r in readings.values()): print(perplexity_table(readings, edges))
     about = dict(model=lm.name, device=str(lm.device), dtype=str(lm.dtype).removeprefix('torch.'), text=Path(text).name)
-    shape = shape_of(lm.model, targets)
     cost = lambda r: cost_of(shape, r.settings, r.chunks[-1].stop)
     rows = [reading_row(n, r, edges, finished=r.finished, flops=cost(r).flops, memory_estimate=cost(r).memory, **about) for n, r in readings.items() if r.chunks]
-    if plot: save_plot(lambda ax: plot_gain(rows, ax), plot)
     if json: save_rows(rows + [environment()], json)
+    if plot: save_plot(lambda ax: plot_gain(rows, ax), plot)
 
 def _names(methods):
     names = methods.split(',')
