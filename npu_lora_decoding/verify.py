@@ -138,12 +138,13 @@ def verify(
     log=print,  # Called with each finished check
     head:str|None=None,  # Folder of a draft head: check decoding with it too
     skip:tuple=(),  # Names of checks to leave out
+    only:tuple=('',),  # Checks whose names begin with one of these
 ) -> list:  # `Check`s
     "Return whether every fast way decodes as the slow way does; raises `DecodingError` unless the model is in fp32"
     require(lm.dtype == torch.float32, f'in {lm.dtype} roundings change tokens, and no equality can be expected', 'use --dtype fp32')
     batches, done = batches_of(lm, prompts, batch), []
     for name, t, fast, slow in _promises(lm, adapter, target, compile, head):
-        if name in skip: continue
+        if name in skip or not name.startswith(only): continue
         done.append(check(lm, name, t, fast, slow, batches, new_tokens))
         log(done[-1])
     return done
