@@ -110,7 +110,7 @@ def perplexity(
     lm, _ = load_target(model, adapter, dtype, device)
     ids = document_ids(lm, words)[:max_tokens]
     check_lengths(settings, lm.context); check_useful(settings, len(ids))
-    shape = shape_of(lm.model, targets)  # before the run: what cannot be counted is refused now and not after hours
+    shape = shape_of(lm.model, targets if 'temp_lora' in names else None)  # before the run: what cannot be counted is refused now and not after hours
     folder, readings = Path(out or f'{Path(text).stem}.run'), {}
     for name in names:
         readings[name] = r = read_document(lm, ids, replace(settings, **_METHODS[name]), folder/f'{name}.safetensors', save_every, stop_after, Progress(name=f'{name:<10}'))

@@ -11,7 +11,7 @@ import torch
 from fastcore.basics import patch
 from .core import require
 from .models import LM
-from .temp_lora import TempLoRA, base_weight, linear_layers, target_layers
+from .temp_lora import TempLoRA, linear_layers, target_layers
 from .cache_reuse import Marks, due, surplus
 
 # %% ../nbs/14f_plan.ipynb #0845d591
@@ -31,17 +31,18 @@ class Shape:
 
 def shape_of(
     model:torch.nn.Module,  # Causal LM of a decoder whose blocks hold attention and a gated MLP
-    targets:str='all',  # One of `TARGETS`
+    targets:str|None='all',  # One of `TARGETS`; None: nothing is learned, and the model may be quantised
 ) -> Shape:
     "Return what the cost of `model` depends on"
     c, layers, size = model.config, linear_layers(model), next(model.parameters()).element_size()
     k, h = getattr(c, 'head_dim', None) or c.hidden_size // c.num_attention_heads, c.num_attention_heads
-    weight, adapted = lambda p: base_weight(layers[p]), target_layers(model, targets)
+    sides = {p: (b.out_features, b.in_features) for p, m in layers.items() for b in [getattr(m, 'base_layer', m)]}  # a quantised weight has another shape
+    numel, adapted = {p: o * i for p, (o, i) in sides.items()}, target_layers(model, targets) if targets else []
     first = min(p.split('.layers.')[1].split('.')[0] for p in layers)  # gradients end in the first block
     before = [p for p in layers if f'.layers.{first}.' in p and (targets == 'down' or p.endswith(('q_proj', 'k_proj', 'v_proj')))]
-    kept = 14 * c.hidden_size + 5 * c.intermediate_size + 2 * sum(weight(p).shape[1] for p in adapted) // c.num_hidden_layers
-    return Shape(sum(weight(p).numel() for p in layers), model.get_output_embeddings().weight.numel(), c.num_hidden_layers * h * k, sum(sum(weight(p).shape) for p in adapted),
-                 sum(weight(p).numel() for p in before), sum(weight(p).shape[1] for p in before if p in adapted), dict(down=h * k, q=h * k // 2).get(targets, 0),  # keys and values of the first block want no gradient where only its queries are adapted
+    kept = 14 * c.hidden_size + 5 * c.intermediate_size + 2 * sum(sides[p][1] for p in adapted) // c.num_hidden_layers
+    return Shape(sum(numel.values()), model.get_output_embeddings().weight.numel(), c.num_hidden_layers * h * k, sum(sum(sides[p]) for p in adapted),
+                 sum(numel[p] for p in before), sum(sides[p][1] for p in before if p in adapted), dict(down=h * k, q=h * k // 2).get(targets, 0),  # keys and values of the first block want no gradient where only its queries are adapted
                  2 * c.num_hidden_layers * c.num_key_value_heads * k * size, c.num_hidden_layers * kept * size, sum(w.numel() * w.element_size() for w in model.parameters()))
 
 def read_flops(

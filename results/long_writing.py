@@ -16,7 +16,7 @@ from npu_lora_decoding.temp_lora import TempLoRA
 from npu_lora_decoding.writing import repetition
 
 HEAD, CHAPTER = Path(__file__).parent/'heads'/'smollm2-135m', 4096
-MEMORY = TempLoRA(chunk=1024, window=2048, train_context=256, epochs=1, lr=1e-4)
+MEMORY = TempLoRA(chunk=1024, window=2048, train_context=128, epochs=1, lr=1e-4, dropout=0.)
 SAMPLING = dict(do_sample=True, temperature=.8, top_p=.95, eos_token_id=None, chat=False)
 WAYS = {'base': replace(MEMORY, epochs=0), 'Temp-LoRA': MEMORY, 'Temp-LoRA, guarded': replace(MEMORY, guard=.3)}
 

@@ -15,8 +15,8 @@ from npu_lora_decoding.reading import document_ids, read_text
 from npu_lora_decoding.temp_lora import TempLoRA, learn, temporary
 from transformers import DynamicCache
 
-CHOSEN = TempLoRA(chunk=1024, window=2048, train_context=256, epochs=1, lr=3e-4)
-REUSE = replace(CHOSEN, chunk=512, window=4096, context=1024)  # a prefill serves six chunks: where stale keys matter
+CHOSEN = TempLoRA(chunk=1024, window=1536, train_context=128, epochs=1, lr=1e-3, dropout=0.)
+REUSE = replace(CHOSEN, chunk=512, window=2560, context=512)  # a prefill serves four chunks: where stale keys matter
 
 class Fresh(Reader):
     "The same tokens in sight as the policy gives, and no stale key"
@@ -68,6 +68,8 @@ VARIANTS = {
     'two updates': (replace(CHOSEN, epochs=2), Learner, Reader),
     'long prefix': (replace(CHOSEN, train_context=1024), Learner, Reader),
     'published rate': (replace(CHOSEN, lr=5e-5), Learner, Reader),
+    'lower rate': (replace(CHOSEN, lr=3e-4), Learner, Reader),
+    'dropout': (replace(CHOSEN, dropout=.05), Learner, Reader),
     'gated': (CHOSEN, Gated, Reader),
     'decay': (CHOSEN, Decayed, Reader),
     'replay': (CHOSEN, Replayed, Reader),

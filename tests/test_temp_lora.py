@@ -10,6 +10,7 @@ from npu_lora_decoding.core import DecodingError, generator
 from npu_lora_decoding.document import load_document, save_document
 from npu_lora_decoding.lora import AdapterBank
 from npu_lora_decoding.models import FAMILIES
+from npu_lora_decoding.plan import shape_of
 from npu_lora_decoding.temp_lora import TARGETS, TempLoRA, TemporaryAdapter, backward_chunk, copy_state, learn, logits_of, target_layers, temporary, token_losses
 
 SMALL = TempLoRA(chunk=16, window=48, train_context=16, r=4, alpha=4., lr=3e-3)
@@ -161,8 +162,11 @@ def test_settings_that_make_no_sense_are_refused(bad):
 
 def test_quantised_and_merged_bases_are_refused(tmp_path):
     model = toy_model()
-    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(64, 32, dtype=torch.int8), requires_grad=False)
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(64 * 32 // 2, 1, dtype=torch.uint8), requires_grad=False)  # two numbers a byte
     with pytest.raises(DecodingError, match='quantised'): target_layers(model)
+    with pytest.raises(DecodingError, match='quantised'): shape_of(model)
+    whole, packed = shape_of(toy_model()), shape_of(model, None)  # reading it without learning can be counted
+    assert (packed.P, packed.head, packed.adapted, packed.still_adapted) == (whole.P, whole.head, 0, 0)
     from peft import PeftModel
     model = toy_model()
     peft = PeftModel.from_pretrained(model, toy_adapter(model, tmp_path))
