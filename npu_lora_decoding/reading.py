@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SEGMENTS', 'read_text', 'document_ids', 'check_lengths', 'check_useful', 'Chunk', 'Reading', 'read_document',
-           'Progress', 'clock']
+           'change', 'Progress', 'clock']
 
 # %% ../nbs/14d_reading.ipynb #5ebf187a
 import json, math, time
@@ -14,6 +14,7 @@ import torch
 from transformers import DynamicCache
 from .core import DecodingError, ctrl_c, require, stopwatch
 from .models import LM
+from .quality import Interval, paired
 from .temp_lora import TempLoRA, TemporaryAdapter, learn, temporary
 from .document import load_document, save_document
 from .cache_reuse import Marks, Reader, parse_rule
@@ -164,6 +165,16 @@ def _one_chunk(phi, ids, reader, start, stop):
     with stopwatch(ids.device) as learning:
         if s.epochs and stop - start == s.chunk: learned = learn(phi, ids[max(0, start - s.train_context):stop], s.chunk)
     return Chunk(start, stop, nll.double().sum().item(), len(nll), predicted_by, reader.marks.first, learned[0], read['s'], learning['s'])
+
+# %% ../nbs/14d_reading.ipynb #f31e0db3
+def change(
+    nats:list,  # Of every chunk, summed
+    reference:list,  # The same chunks in another reading
+    tokens:list,  # Of every chunk
+) -> Interval:  # Percent
+    "Return by how many percent perplexity differs from the reference's, and its central 95% (paired bootstrap over chunks)"
+    share = len(tokens) / sum(tokens)
+    return Interval(*(100 * math.expm1(x) for x in paired([share * x for x in nats], [share * x for x in reference])))
 
 # %% ../nbs/14d_reading.ipynb #06c7c9c4
 class Progress:
