@@ -2,16 +2,16 @@
 
 python results/window_economy.py TEXT READING.json OUT.json [EVERY]   (READING.json is what `nld perplexity` wrote of both methods; every EVERYth chunk is compared)
 """
-import json, math, random, statistics, sys
+import json, math, statistics, sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from npu_lora_decoding.cache_reuse import Reader
 from npu_lora_decoding.core import stopwatch
-from npu_lora_decoding.measure import environment
+from npu_lora_decoding.measure import environment, memory_mb
 from npu_lora_decoding.models import load
 from npu_lora_decoding.plan import learn_flops, memory_of, read_flops, shape_of
 from npu_lora_decoding.quality import save_rows
-from npu_lora_decoding.reading import document_ids, read_text
+from npu_lora_decoding.reading import change, document_ids, read_text
 from npu_lora_decoding.temp_lora import TempLoRA, learn, temporary
 
 def fresh(lm, ids, settings, start):
@@ -31,13 +31,6 @@ def work(shape, s):
     r, m = s.r if s.epochs else 0, s.latest + s.chunk - 1
     return read_flops(shape, r, m, m, s.chunk) + s.epochs * learn_flops(shape, r, s.train_context + s.chunk - 1, s.chunk)
 
-def interval(a, b, tokens, draws=2000):
-    "Return the change of perplexity from `b` to `a` in percent, and its 95% bootstrap interval over chunks"
-    pairs, draw = list(zip(a, b, tokens)), random.Random(0)
-    change = lambda ps: 100 * math.expm1(sum(x - y for x, y, _ in ps) / sum(n for _, _, n in ps))
-    many = sorted(change(draw.choices(pairs, k=len(pairs))) for _ in range(draws))
-    return change(pairs), many[int(.025 * draws)], many[int(.975 * draws)]
-
 def main(text, reading, out, every=16):
     base, temp = (next(r for r in json.loads(Path(reading).read_text()) if r['method'] == m) for m in ('base', 'temp_lora'))
     lm = load(dtype=dict(bfloat16='bf16', float32='fp32')[base['dtype']])
@@ -52,14 +45,16 @@ def main(text, reading, out, every=16):
         times['small window'].append(fresh(lm, ids, replace(small, epochs=0), s)[1])
         times['small window, learning'].append(learning(lm, ids, small, s))
         print(f'{s:>9,}  full window {math.exp(sum(nats) / (len(nats) * small.chunk)):.3f}', flush=True)
+    at, device = starts[-1], lm.device
+    peak = {'full window': memory_mb(lambda: fresh(lm, ids, full, at), device), 'small window': memory_mb(lambda: fresh(lm, ids, replace(small, epochs=0), at), device), 'small window, learning': memory_mb(lambda: learning(lm, ids, small, at), device)}
     found = {'full window': (full, nats), 'small window': (replace(small, epochs=0), [old[s] for s in starts]), 'small window, learning': (small, [learned[s] for s in starts])}
     shape, tokens, rows = shape_of(lm.model, small.targets), [small.chunk] * len(starts), []
     for name, (s, loss) in found.items():
         ratios = sorted(a / b for a, b in zip(times[name], times['full window']))
-        change, low, high = interval(loss, nats, tokens)
-        rows.append(dict(method='window economy', arm=name, text=Path(text).name, chunks=len(starts), perplexity=math.exp(sum(loss) / sum(tokens)), change=change, interval=[low, high], flops=work(shape, s) / work(shape, full),
-                         time=statistics.median(ratios), time_spread=[ratios[0], ratios[-1]], memory=memory_of(shape, s) / memory_of(shape, full), settings=asdict(s)))
-        r = rows[-1]; print(f'{name:<24} perplexity {r["perplexity"]:.3f} ({change:+.1f}%, {low:+.1f} to {high:+.1f})  work {r["flops"]:.2f}  time {r["time"]:.2f}  memory {r["memory"]:.2f}')
+        by = change(loss, nats, tokens)
+        rows.append(dict(method='window economy', arm=name, text=Path(text).name, chunks=len(starts), perplexity=math.exp(sum(loss) / sum(tokens)), change=by.mean, interval=[by.low, by.high], flops=work(shape, s) / work(shape, full),
+                         time=statistics.median(ratios), time_spread=[ratios[0], ratios[-1]], memory=memory_of(shape, s) / memory_of(shape, full), peak_mb=peak[name], settings=asdict(s)))
+        r = rows[-1]; print(f'{name:<24} perplexity {r["perplexity"]:.3f} ({by.mean:+.1f}%, {by.low:+.1f} to {by.high:+.1f})  work {r["flops"]:.2f}  time {r["time"]:.2f}  peak {r["peak_mb"]:.0f} MB')
     save_rows(rows + [environment()], out)
 
 if __name__ == '__main__': main(*sys.argv[1:])
