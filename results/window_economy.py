@@ -31,7 +31,7 @@ def work(shape, s):
     r, m = s.r if s.epochs else 0, s.latest + s.chunk - 1
     return read_flops(shape, r, m, m, s.chunk) + s.epochs * learn_flops(shape, r, s.train_context + s.chunk - 1, s.chunk)
 
-def main(text, reading, out, every=16):
+def main(text, reading, out, every=20):
     base, temp = (next(r for r in json.loads(Path(reading).read_text()) if r['method'] == m) for m in ('base', 'temp_lora'))
     lm = load(dtype=dict(bfloat16='bf16', float32='fp32')[base['dtype']])
     ids, small = document_ids(lm, read_text(text)), TempLoRA(**temp['settings'])
