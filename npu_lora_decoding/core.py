@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 # %% ../nbs/00_core.ipynb #dc2191ce
 class DecodingError(ValueError):
     "Input that cannot be used; the message is one sentence that names the remedy"
+    def __init__(self, message): super().__init__(re.sub(r'\s*\n\s*', ' ', message))  # libraries that we quote write several lines
 
 def require(
     ok:bool,  # Condition that must hold

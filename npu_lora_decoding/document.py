@@ -89,7 +89,8 @@ def load_document(
     require(len(ids) >= n and text_hash(ids[:n]) == text, f'{name} was learned from another text', f'give the same text, of which {n} tokens were learned, or another file')
     for k, x in phi_tensors(phi).items():
         if k not in tensors or tensors[k].shape != x.shape or tensors[k].dtype != x.dtype: raise damaged(f'it lacks {k}')
-    for k, x in tensors.items():
-        if k.startswith('adam/') and x.dim() and x.shape != tensors[k.split('/', 2)[2]].shape: raise damaged(f'{k} has another shape')
+        for m in ('step', 'exp_avg', 'exp_avg_sq') if version and k != 'noise' else ():
+            own = tensors.get(f'adam/{m}/{k}')
+            if own is None or m != 'step' and own.shape != x.shape: raise damaged(f'it lacks {m} of {k}')
     set_phi(phi, tensors, version)
     return n, tensors, meta

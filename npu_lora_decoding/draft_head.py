@@ -328,7 +328,7 @@ def load_head(
     config = read_head_config(folder, target)
     _check_target(folder, tensors, meta, target)
     _check_places(config, tensors, folder)
-    head = DraftHead(config, fc_bias='fc.bias' in tensors)
+    with torch.random.fork_rng(devices=[]): head = DraftHead(config, fc_bias='fc.bias' in tensors)  # its random start is nobody's business
     _fill(head, tensors, folder)
     if (folder/'draft_vocab.safetensors').exists(): _fill_vocab(head, folder/'draft_vocab.safetensors', config.vocab_size)
     head = head.to(target.device, dtype or target.dtype).eval()

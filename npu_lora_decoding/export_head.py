@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
-from .core import DecodingError, atomic_path, require, save_tensors
+from .core import DecodingError, atomic_path, read_json, require, save_tensors
 from .adapters import fingerprint
 from .models import LM
 from .draft_head import DraftHead, check_vocab, frozen_of, load_head, read_checkpoint
@@ -119,20 +119,25 @@ def written(
 ) -> tuple:  # Configuration (dict), name -> tensor
     "Return what `folder` holds, read as any program would"
     folder = Path(folder)
-    try: return json.loads((folder/'config.json').read_text(encoding='utf-8')), load_file(folder/'model.safetensors')
+    try: config, tensors = read_json(folder/'config.json', ''), load_file(folder/'model.safetensors')
     except (OSError, ValueError, SafetensorError) as e: raise DecodingError(f'cannot read the exported head in {folder} ({e}): export it again.') from e
+    require(isinstance(config, dict), f'cannot read the exported head in {folder} (its config.json holds no settings)', 'export it again')
+    return config, tensors
 
 def engine_layer(
     folder:str|Path,  # An exported head
 ) -> tuple:  # Llama layer without input norm, its rotary embedding; weights not loaded yet
     "Return the layer that an engine builds from the written configuration"
-    try: config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, KeyError) as e: raise DecodingError(f'{folder}/config.json is no configuration ({str(e)[:120]}): export the head again.') from e
+    broken = lambda e: DecodingError(f'{folder}/config.json is no configuration ({type(e).__name__}: {str(e)[:120]}): export the head again.')
+    try: config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as e: raise broken(e) from e  # whatever transformers stumbles over
     require(config.model_type == 'llama', f'model_type of the exported head is {config.model_type!r} and not \'llama\'', 'export the head again')
     config._attn_implementation = 'eager'
-    layer = LlamaDecoderLayer(config, 0).float().eval()
+    try:
+        layer, rotary = LlamaDecoderLayer(config, 0).float().eval(), LlamaRotaryEmbedding(config)
+    except Exception as e: raise broken(e) from e
     layer.input_layernorm = nn.Identity()
-    return layer, LlamaRotaryEmbedding(config)
+    return layer, rotary
 
 @torch.no_grad()
 def engine_features(

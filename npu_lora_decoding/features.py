@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
-from .core import DecodingError, atomic_path, require, save_tensors
+from .core import DecodingError, atomic_path, read_json, require, save_tensors
 from .models import LM
 from .lora import AdapterBank
 from .decode import bank_of
@@ -106,10 +106,11 @@ def _note(folder):
     "Return what `features.json` says, None where there is none"
     file = folder/'features.json'
     if not file.exists(): return None
-    try:
-        known = json.loads(file.read_text(encoding='utf-8'))
-        return known if known['files'] else None
-    except (ValueError, TypeError, KeyError) as e: raise DecodingError(f'{file} is damaged ({e}): remove the folder and write the features again.') from e
+    remedy = 'remove the folder and write the features again'
+    known = read_json(file, remedy)
+    fits = isinstance(known, dict) and all(k in known for k in ('target', 'per_shard', 'dtype')) and isinstance(known.get('count'), int) and isinstance(known.get('files'), list)
+    require(fits, f'{file} is damaged (it is no note of features)', remedy)
+    return known if known['files'] else None
 
 def _same(folder, known, grown):
     "Refuse a folder that holds other features than `known`; more conversations than there are welcome"
@@ -124,9 +125,12 @@ def _files(folder, known): return [folder/f'features-{i:04d}.safetensors' for i 
 def _about(file):
     "Return what a shard says of itself: hash and lengths; raises `DecodingError` when it is damaged"
     try:
-        with safe_open(file, 'pt') as f: about = json.loads(f.metadata()['about'])
+        with safe_open(file, 'pt') as f:
+            about = json.loads(f.metadata()['about'])
+            for k in ('ids', 'response', 'features'):
+                if f.get_slice(k).get_shape()[:1] != [sum(about['lengths'])]: raise ValueError(f'{k} has another length')
         return about['data'], about['lengths']
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as e: raise DecodingError(f'{file} is damaged ({e}): remove it and write the features again.') from e
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError, RecursionError) as e: raise DecodingError(f'{file} is damaged ({e}): remove it and write the features again.') from e
 
 def _write_shard(file, lm, examples, batch, data):
     "Write the features of `examples`, a padded batch at a time"

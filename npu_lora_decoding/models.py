@@ -109,7 +109,17 @@ def _check_folder(folder):
     # transformers would attach that adapter on its own, and the base would already be the expert
     require(not (folder/'adapter_config.json').exists(), f'{folder} holds a model and an adapter', 'move the adapter into a folder of its own and pass it as adapter=')
     pickled = not list(folder.glob('*.safetensors')) and (list(folder.glob('*.bin')) or list(folder.glob('*.pt')))
+    _check_index(folder)
     require(not pickled, f'{folder} holds pickled weights, which can run code', 'convert them with save_pretrained (safetensors)')
+
+def _check_index(folder):
+    "Refuse an index that leads out of its folder, or to other files than safetensors"
+    file, remedy = folder/'model.safetensors.index.json', 'copy the whole folder again'
+    if not file.exists() or (folder/'model.safetensors').exists(): return
+    index = read_json(file, remedy)
+    where = index.get('weight_map') if isinstance(index, dict) else None
+    inside = lambda f: isinstance(f, str) and Path(f).name == f and f.endswith('.safetensors')
+    require(isinstance(where, dict) and all(map(inside, where.values())), f'{file} names no safetensors files beside it', remedy)
 
 def _check_size(folder, config):
     "Refuse a configuration of a larger model than the weights beside it, before memory is taken for it"

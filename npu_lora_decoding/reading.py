@@ -120,7 +120,7 @@ def _load(phi, ids, reader, out, file):
     _, tensors, meta = load_document(phi, file, ids)
     require(meta.get('reading') == _identity(out.settings), f'{Path(file).name} was read with another window, context or policy', 'use the same ones, or another file')
     try: _restore(reader, out, tensors, meta, ids.device)
-    except (KeyError, ValueError, TypeError, RuntimeError) as e: raise DecodingError(f'{Path(file).name} is damaged ({e!r}): remove it to begin the document again.') from e
+    except (KeyError, ValueError, TypeError, RuntimeError, IndexError) as e: raise DecodingError(f'{Path(file).name} is damaged ({e!r}): remove it to begin the document again.') from e
 
 def _restore(reader, out, tensors, meta, device):
     "Put kept chunks, marks and cache back"

@@ -49,7 +49,7 @@ def token_html(
     for t in result.tokens[i]:
         frame = 'outline:2px solid #d07000;' if t.favourite is not None and t.id != t.favourite else ''
         text = html.escape(decode(t.id)).replace('\n', '↵<br>') or '∅'
-        spans.append(f'<span title="{html.escape(_tip(t, decode))}" style="background:rgb{shade(contrast(t))};color:black;{frame}white-space:pre-wrap">{text}</span>')
+        spans.append(f'<span title="{html.escape(visible(_tip(t, decode)))}" style="background:rgb{shade(contrast(t))};color:black;{frame}white-space:pre-wrap">{text}</span>')
     return '<div style="font-family:sans-serif;line-height:1.7">' + ''.join(spans) + '</div>'
 
 def token_ansi(

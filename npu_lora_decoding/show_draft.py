@@ -19,10 +19,10 @@ def proposer_html(
 ) -> str:  # HTML
     "Return one answer, each token in the colour of who proposed it, with a legend of their shares"
     tokens, decode = result.tokens[i], lambda t: visible(result.lm.tokenizer.decode([t]))
-    box = lambda who, text: f'<span title="{html.escape(who)}" style="background:{COLOURS.get(who, "#f5e6a8")};color:black;white-space:pre-wrap">{text}</span>'
+    box = lambda who, text: f'<span title="{html.escape(visible(who))}" style="background:{COLOURS.get(who, "#f5e6a8")};color:black;white-space:pre-wrap">{text}</span>'
     spans = [box(t.proposer, html.escape(decode(t.id)).replace('\n', '↵<br>') or '∅') for t in tokens]
     shares = {w: sum(t.proposer == w for t in tokens) / max(len(tokens), 1) for w in dict.fromkeys(['target', *(t.proposer for t in tokens)])}
-    legend = ' '.join(box(w, f' {html.escape(w)} {share:.0%} ') for w, share in shares.items())
+    legend = ' '.join(box(w, f' {html.escape(visible(w))} {share:.0%} ') for w, share in shares.items())
     return f'<div style="font-family:sans-serif;line-height:1.7">{"".join(spans)}</div><div style="font-size:85%">{legend}</div>'
 
 # %% ../nbs/16c_show_draft.ipynb #1903a116

@@ -288,7 +288,7 @@ def start_run(
     frozen = Frozen(frozen.embed.to(acc.device, dtype), frozen.lm_head.to(acc.device, dtype))
     sample = [(ids.cpu(), response.cpu(), f.cpu()) for ids, response, f in store.read(sample_numbers(store, config.seed))]
     scales = measure_scales(sample, frozen.embed.cpu())
-    head = DraftHead(head_config(lm.model.config)) if init is None else plain_copy(init)
+    with torch.random.fork_rng(devices=[]): head = DraftHead(head_config(lm.model.config)) if init is None else plain_copy(init)
     if vocab is not None: head.vocab, head.counts = vocab
     check_memory(training_bytes(head, config, len(draft_rows(head, frozen)), max(max(store.lengths), config.row), acc.num_processes, sum(store.lengths) * config.remember), acc.device)
     head = head.float().train().requires_grad_(True)

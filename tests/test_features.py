@@ -239,7 +239,7 @@ def test_missing_and_damaged_notes(tmp_path, lm):
     for text in ('{"data"', '{"data": "of an older version"}', '[]'):
         (folder/'features.json').write_text(text)
         for call in (lambda: StoredFeatures(folder), lambda: write_features(lm, examples_of(), folder)):
-            with pytest.raises(DecodingError, match='features.json is damaged'): call()
+            with pytest.raises(DecodingError, match='features.json is (damaged|not valid JSON)'): call()
     for bad in (dict(examples=[]), dict(per_shard=0), dict(batch=0)):
         with pytest.raises(DecodingError, match='give at least one of each'): write_features(lm, **{**dict(examples=examples_of(), folder=tmp_path/'g'), **bad})
 

@@ -266,7 +266,7 @@ def test_other_settings_are_refused(whole, tmp_path):
     write_conversations(chat_lm(), tmp_path, CONFIG, quiet=True)  # only more shards
     assert texts(tmp_path) == whole
     (tmp_path/'settings.json').write_text('{')
-    with pytest.raises(DecodingError, match='settings.json is damaged'): write_conversations(chat_lm(), tmp_path, CONFIG, quiet=True)
+    with pytest.raises(DecodingError, match='settings.json is not valid JSON'): write_conversations(chat_lm(), tmp_path, CONFIG, quiet=True)
 
 def test_two_processes_share_the_shards(whole, tmp_path, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
