@@ -254,7 +254,7 @@ def read_checkpoint(
     require(index.exists() or not pickled, f'{folder} holds pickled weights, which can run code', _CONVERT.replace('pytorch_model.bin', pickled[0].name if pickled else ''))
     require(index.exists(), f'{folder} has no model.safetensors', 'copy the whole folder of the head again')
     where = _json(index).get('weight_map')
-    require(isinstance(where, dict) and all(isinstance(f, str) and Path(f).name == f for f in where.values()), f'{index} names no files beside it', 'copy the whole folder of the head again')
+    require(isinstance(where, dict) and all(isinstance(f, str) and Path(f).name == f and f.endswith('.safetensors') for f in where.values()), f'{index} names no files beside it', 'copy the whole folder of the head again')
     parts = {f: _read(folder/f) for f in sorted(set(where.values()))}
     lost = [k for k, f in where.items() if k not in parts[f][0]]
     require(not lost, f'{folder} lacks {lost[:1]}, which its index promises', 'copy the whole folder of the head again')

@@ -191,7 +191,7 @@ def _check_config(config, head, engine, tensors):
     dtypes = {str(x.dtype).removeprefix('torch.') for x in tensors.values()}
     want = dict(architectures=[get_engine(engine).architecture], model_type='llama', num_hidden_layers=1, tie_word_embeddings=False, vocab_size=head.config.vocab_size, max_position_embeddings=head.config.max_position_embeddings)
     for k, v in want.items(): require(config.get(k) == v, f'{k} of the exported head is {config.get(k)!r} and not {v!r}', _AGAIN)
-    require({config.get('dtype')} == {config.get('torch_dtype')} == dtypes, f'the exported head is called {config.get("dtype")} but holds {sorted(dtypes)}', _AGAIN)
+    require([config.get('dtype')] == [config.get('torch_dtype')] == sorted(dtypes), f'the exported head is called {config.get("dtype")} but holds {sorted(dtypes)}', _AGAIN)
     for k in ('layer_types', 'sliding_window', 'quantization_config'): require(config.get(k) is None, f'the exported head has {k}, which engines apply in their own way', _AGAIN)
 
 # %% ../nbs/12d_export_head.ipynb #cc874129
