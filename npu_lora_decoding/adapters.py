@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['toy_model', 'toy_adapter', 'LoraWeights', 'Adapter', 'read_adapter_config', 'layer_names', 'lora_scale',
-           'check_layer', 'fingerprint', 'same_base', 'load_adapter']
+           'check_layer', 'fingerprint', 'same_base', 'recorded_base', 'load_adapter']
 
 # %% ../nbs/00a_adapters.ipynb #17ac677e
-import json, math, warnings
+import json, math, re, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
-from .core import DecodingError, require
+from .core import DecodingError, read_json, require
 
 # %% ../nbs/00a_adapters.ipynb #de3c39b5
 def toy_model(
@@ -80,8 +80,7 @@ def read_adapter_config(
     pickled = (folder/'adapter_model.bin').exists() and not (folder/'adapter_model.safetensors').exists()
     require(not pickled, f'{folder} holds a pickled adapter, which can run code', 'save it again with save_pretrained(..., safe_serialization=True)')
     require((folder/'adapter_model.safetensors').exists(), f'{folder} has no adapter_model.safetensors', 'copy the whole adapter folder again')
-    try: config = json.loads((folder/'adapter_config.json').read_text(encoding='utf-8'))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise DecodingError(f'{folder}/adapter_config.json is not valid JSON ({e}): copy the adapter folder again.') from e
+    config = read_json(folder/'adapter_config.json', 'copy the adapter folder again')
     require(isinstance(config, dict), f'{folder}/adapter_config.json holds no settings', 'copy the adapter folder again')
     _check_kind(config)
     return config
@@ -91,6 +90,7 @@ def _check_kind(config):
     kind = config.get('peft_type')
     require(kind == 'LORA', f'the adapter is of type {kind}', 'only LORA adapters can be decoded; train one with peft.LoraConfig')
     require(all(k in config for k in ('r', 'lora_alpha')), 'the adapter configuration lacks r or lora_alpha', 'copy the adapter folder again')
+    _check_numbers(config)
     require(not config.get('alora_invocation_tokens'), 'the adapter is an aLoRA, which acts only after its invocation tokens', 'train it with alora_invocation_tokens=None')
     init = str(config.get('init_lora_weights')).lower()
     require(not init.startswith(('pissa', 'olora', 'corda', 'loftq', 'lora_ga')), f'the adapter began with {init}, which changes the base weights',
@@ -99,6 +99,15 @@ def _check_kind(config):
     require(not config.get('modules_to_save'), f'the adapter replaces whole modules ({config.get("modules_to_save")})', 'train it with modules_to_save=None')
     require(config.get('bias', 'none') == 'none', 'the adapter also changes biases', "train it with bias='none'")
     require(not config.get('trainable_token_indices'), 'the adapter also changes token embeddings', 'train it with trainable_token_indices=None')
+
+def _check_numbers(config):
+    "Refuse ranks and scales that are no numbers, or no sensible ones"
+    number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and -1e9 < x < 1e9
+    rank, remedy = lambda x: number(x) and isinstance(x, int) and x >= 1, 'copy the adapter folder again'
+    require(rank(config['r']) and number(config['lora_alpha']), 'r or lora_alpha of the adapter configuration is no number that a rank or a scale can be', remedy)
+    for name, fits in (('rank_pattern', rank), ('alpha_pattern', number)):
+        table = config.get(name) or {}
+        require(isinstance(table, dict) and all(map(fits, table.values())), f'{name} of the adapter configuration holds what is no number', remedy)
 
 # %% ../nbs/00a_adapters.ipynb #face89b9
 def layer_names(
@@ -118,7 +127,8 @@ def layer_names(
 def _pattern(table, path, default):
     "Return the value of a PEFT `rank_pattern` or `alpha_pattern` for `path`"
     from peft.utils.other import get_pattern_key
-    return table.get(get_pattern_key(table, path), default)
+    try: return table.get(get_pattern_key(table, path), default)
+    except re.error as e: raise DecodingError(f'a pattern of the adapter configuration is no regular expression ({e}): copy the adapter folder again.') from e
 
 def lora_scale(
     config:dict,  # Adapter configuration
@@ -142,6 +152,7 @@ def check_layer(
     except AttributeError: raise DecodingError(f'the adapter changes {path}, which this model does not have: load it with the base model it was trained on.') from None
     require(hasattr(layer, 'weight') and layer.weight.dim() == 2 and not isinstance(layer, torch.nn.Embedding), f'the adapter changes {path}, which is no linear layer',
             'train it on linear layers only')
+    require(A.dim() == B.dim() == 2 and A.is_floating_point() and B.is_floating_point(), f'the adapter holds no matrices for {path}, but {A.dtype} of {tuple(A.shape)} and {B.dtype} of {tuple(B.shape)}', 'copy or train the adapter again')
     require(A.shape[0] == B.shape[1] == rank, f'{path} has rank {A.shape[0]} and {B.shape[1]}, but the configuration says {rank}', 'copy or train the adapter again')
     what = 'vocabulary' if path.endswith('lm_head') else 'width'
     fits = (B.shape[0], A.shape[1]) == tuple(layer.weight.shape)
@@ -163,7 +174,20 @@ def same_base(
     b:list,  # Another
 ) -> bool:  # Whether both describe one set of weights, up to bf16 rounding
     "Compare two fingerprints"
-    return torch.allclose(torch.tensor(a), torch.tensor(b), rtol=1e-2, atol=1e-5)
+    return len(a) == len(b) and torch.allclose(torch.tensor(a), torch.tensor(b), rtol=1e-2, atol=1e-5)
+
+def recorded_base(
+    meta:dict,  # Metadata of a safetensors file
+    name:str|Path,  # Of the file, for the message
+    key:str='base_fingerprint',  # Where it stands
+) -> list|None:  # None where nothing is recorded
+    "Return the fingerprint of the base that a file was made for; raises `DecodingError` when it is damaged"
+    if key not in meta: return None
+    try:
+        known = json.loads(meta[key])
+        torch.tensor(known, dtype=torch.float64).reshape(len(known))
+        return known
+    except (ValueError, TypeError, RuntimeError, RecursionError, OverflowError) as e: raise DecodingError(f'{name} records its base in a damaged way ({str(e)[:80]}): copy or make it again.') from e
 
 # %% ../nbs/00a_adapters.ipynb #7601310c
 def load_adapter(
@@ -174,7 +198,7 @@ def load_adapter(
     folder, config = Path(folder), read_adapter_config(folder)
     file = folder/'adapter_model.safetensors'
     try: tensors = load_file(file)
-    except SafetensorError as e: raise DecodingError(f'{file} is damaged ({e}): copy or train the adapter again.') from e
+    except (OSError, SafetensorError) as e: raise DecodingError(f'{file} is damaged ({e}): copy or train the adapter again.') from e
     _check_base(file, model)
     layers = layer_names(_without_base(tensors, model))
     _check_targets(config, layers, model)
@@ -194,13 +218,14 @@ def _without_base(tensors, model):
 def _check_base(file, model):
     "Refuse an adapter whose recorded base is another model"
     with safe_open(file, 'pt') as f: meta = f.metadata() or {}
-    known = json.loads(meta['base_fingerprint']) if 'base_fingerprint' in meta else None
+    known = recorded_base(meta, file)
     require(known is None or same_base(known, fingerprint(model)), f'{file.parent} was trained on another base model', 'load it with the base it was trained on')
 
 def _check_targets(config, layers, model):
     "Refuse an adapter that lacks layers its configuration promises"
     targets, linear = config.get('target_modules'), [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     if not isinstance(targets, list) or config.get('layers_to_transform') is not None or config.get('exclude_modules'): return
+    require(all(isinstance(t, str) for t in targets), 'target_modules of the adapter configuration are no names', 'copy the adapter folder again')
     targets = {t.rpartition('.')[2] for t in targets}  # PEFT writes whole paths when few layers are adapted
     promised = [n for n in linear if n.rpartition('.')[2] in targets]
     lost = sorted(set(promised) - set(layers))

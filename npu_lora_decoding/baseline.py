@@ -43,7 +43,9 @@ def next_logits(
     "Return the logits of the token that follows `ids`"
     positions = positions_of(mask)[:, -ids.shape[1]:]
     out = last_logits(model, ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
-    return out[:, -1].float()
+    out = out[:, -1].float()
+    require(bool(out.amax(-1).isfinite().all()), 'the model gave NaN or infinite logits', 'check the model and adapter weights, or use dtype="fp32"')
+    return out
 
 # %% ../nbs/02_baseline.ipynb #3a5fc69c
 def check_batch(

@@ -10,7 +10,7 @@ import importlib.util, sys
 from pathlib import Path
 import torch
 from . import ops
-from .core import DecodingError, cache_dir, has_device, import_npu, require
+from .core import DecodingError, cache_dir, has_device, import_npu, require, visible
 from .models import EMBEDDED
 from .cold import CoLD, Plain
 from .tasks import get_task, king_james, read_jsonl
@@ -30,7 +30,7 @@ def main():
     from transformers.utils import logging
     logging.disable_progress_bar()
     try: run(sys.argv[1:])
-    except DecodingError as e: print(f'nld: {e}', file=sys.stderr); sys.exit(2)
+    except DecodingError as e: print(f'nld: {visible(str(e))}', file=sys.stderr); sys.exit(2)
     except KeyboardInterrupt: print('\nnld: stopped', file=sys.stderr); sys.exit(130)
 
 # %% ../nbs/17_cli.ipynb #44a5439f

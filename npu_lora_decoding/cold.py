@@ -22,8 +22,13 @@ class Plain:
     @property
     def roles(self): return ('expert',)
     def of(self, b): return self
-    def combine(self, expert, base=None): return expert.float()
-    def select(self, expert, base=None): return expert.max(-1).indices  # the first of equals, as argmax, which reads bf16 one by one
+    def combine(self, expert, base=None):
+        _refuse('model', ~expert.amax(-1).isfinite())
+        return expert.float()
+    def select(self, expert, base=None):
+        best = expert.max(-1)  # the first of equals, as argmax, which reads bf16 one by one
+        _refuse('model', ~best.values.isfinite())
+        return best.indices
 
 # %% ../nbs/05_cold.ipynb #8337673b
 def _column(x, e):
@@ -38,8 +43,8 @@ def _alike(expert, base):
     return expert.contiguous(), base.to(expert.dtype).contiguous()
 
 def _refuse(who, broken):
-    bad = broken.nonzero()[:, 0].unique().tolist()
-    require(not bad, f'the {who} gave NaN or infinite logits in rows {bad}', 'check the model and adapter weights, or use dtype="fp32"')
+    if not bool(broken.any()): return
+    require(False, f'the {who} gave NaN or infinite logits in rows {broken.nonzero()[:, 0].unique().tolist()}', 'check the model and adapter weights, or use dtype="fp32"')
 
 @dataclass(frozen=True)
 class CoLD:

@@ -8,7 +8,7 @@ __all__ = ['COMMANDS', 'command', 'parser_of', 'run', 'load_target', 'save_plot'
 # %% ../nbs/16a_commands.ipynb #054656ae
 from fastcore.script import anno_parser
 from pathlib import Path
-from .core import DecodingError, require
+from .core import DecodingError, atomic_path, is_out_of_memory, require
 from .models import load, shipped_adapter
 
 # %% ../nbs/16a_commands.ipynb #55e9ceb5
@@ -38,7 +38,19 @@ def run(
     if not argv or argv[0] in ('-h', '--help'): print(usage); return
     require(argv[0] in COMMANDS, f'unknown command {argv[0]!r}', f'use one of {", ".join(COMMANDS)}')
     args = vars(parser_of(argv[0]).parse_args(argv[1:]))
-    COMMANDS[argv[0]](**{k: v for k, v in args.items() if k not in ('pdb', 'xtra')})
+    given = {k: v for k, v in args.items() if k not in ('pdb', 'xtra')}
+    try: COMMANDS[argv[0]](**given)
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e): raise
+        raise DecodingError(f'memory ran out ({(str(e) or type(e).__name__).strip().splitlines()[0][:120]}): {_smaller(given)}; what was saved is kept.') from e
+
+_SIZES = ('batch', 'write_batch', 'tokens', 'row', 'window', 'chunk', 'train_context', 'new_tokens', 'rank', 'nodes')  # options that decide how much memory is needed
+
+def _smaller(given):
+    "Return what to make smaller, of the options that a command has"
+    found = [f'--{k.replace("_", "-")}' + ('' if given[k] is None else f' (it is {given[k]})') for k in _SIZES if k in given]
+    half = ['--dtype bf16'] if given.get('dtype') == 'fp32' else []
+    return 'run it again with a smaller ' + ' or '.join(found) + (', or with --dtype bf16' if half else '') if found else 'run it again ' + ('with --dtype bf16' if half else 'with a smaller model')
 
 # %% ../nbs/16a_commands.ipynb #89acce4d
 def load_target(
@@ -60,6 +72,8 @@ def save_plot(
     from matplotlib.figure import Figure  # a figure of its own: a notebook's backend stays what it is
     fig = Figure(figsize=(6, 3.4), layout='constrained')
     draw(fig.subplots())
-    try: fig.savefig(path, dpi=110)
-    except ValueError as e: raise DecodingError(f'cannot draw into {Path(path).name} ({e}): give a name that ends in .png, .svg or .pdf.') from e
-    print(f'wrote {Path(path).name}')
+    path = Path(path) if Path(path).suffix else Path(path).with_suffix('.png')
+    try:
+        with atomic_path(path) as tmp: fig.savefig(tmp, dpi=110, format=path.suffix[1:])
+    except ValueError as e: raise e if isinstance(e, DecodingError) else DecodingError(f'cannot draw into {path.name} ({e}): give a name that ends in .png, .svg or .pdf.') from e
+    print(f'wrote {path.name}')

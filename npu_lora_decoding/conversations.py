@@ -18,11 +18,11 @@ from .ring import end_tokens
 # %% ../nbs/10a_conversations.ipynb #cb86b4dd
 def _json_lines(file):
     "Yield each line's object; a broken one is named"
-    with open(file, encoding='utf-8') as f:
+    with open(file, 'rb') as f:
         for n, line in enumerate(f, 1):
             if not line.strip(): continue
             try: row = json.loads(line)
-            except ValueError as e: raise DecodingError(f'line {n} of {file} is not JSON ({e}): mend or remove it.') from e
+            except (ValueError, RecursionError) as e: raise DecodingError(f'line {n} of {file} is not JSON ({e}): mend or remove it.') from e
             require(isinstance(row, dict), f'line {n} of {file} is no object', 'write one {"messages": [...]} or {"prompt": ..., "answer": ...} a line')
             yield row
 

@@ -6,13 +6,13 @@
 __all__ = ['Token', 'Step', 'Drafter', 'Memory', 'decode', 'Output', 'Decoder', 'Result', 'bank_of']
 
 # %% ../nbs/07_decode.ipynb #ae174687
-import contextlib, math, time, weakref
+import contextlib, math, sys, time, weakref
 from dataclasses import dataclass, field
 import torch
 from fastcore.basics import patch
 from transformers import StopStringCriteria, StoppingCriteriaList, TextStreamer
 from transformers.generation import GenerateDecoderOnlyOutput
-from .core import generator, require
+from .core import generator, require, visible
 from .models import LM, encode
 from . import ops
 from .baseline import positions_of
@@ -140,9 +140,10 @@ def decode(
 def _collect(steps):
     "Return what a generator yields, and what it returns"
     out = []
-    while True:
-        try: out.append(next(steps))
-        except StopIteration as end: return out, end.value
+    with contextlib.closing(steps):  # a Ctrl-C between two steps must not leave adapters on the model until the generator is collected
+        while True:
+            try: out.append(next(steps))
+            except StopIteration as end: return out, end.value
 
 @dataclass
 class Output(GenerateDecoderOnlyOutput):
@@ -276,6 +277,10 @@ def bank_of(
     return _BANKS[lm]
 
 # %% ../nbs/07_decode.ipynb #73e46598
+class _Printed(TextStreamer):
+    "Prints a text while it is written; on a terminal without what it would obey"
+    def on_finalized_text(self, text, stream_end=False): super().on_finalized_text(visible(text) if sys.stdout.isatty() else text, stream_end)
+
 @patch
 def generate(self:LM,
     prompts,  # Text, messages or ids; a list of them is a batch
@@ -295,7 +300,7 @@ def generate(self:LM,
     ids, mask = encode(self, prompts, chat, None if memory is None else math.inf)
     require(not (stream and len(ids) > 1), 'only one answer can be streamed', 'give one prompt, or stream=False')
     require('num_beams' not in options, 'lm.generate does not search beams', 'use beam_search of npu_lora_decoding.baseline')
-    decoder = Decoder(target, drafter, memory, bank_of(self), TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+    decoder = Decoder(target, drafter, memory, bank_of(self), _Printed(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
                       compile, seed, record, self.vocab if 'base' in target.roles else None)
     # transformers builds this criterion from a tokenizer, which it does not hand on to callables
     if strings := options.pop('stop_strings', None): options['stopping_criteria'] = [*options.get('stopping_criteria', []), StopStringCriteria(self.tokenizer, strings)]

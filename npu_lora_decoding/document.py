@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from .core import DecodingError, atomic_path, require, save_tensors
-from .adapters import Adapter, fingerprint, same_base
+from .adapters import Adapter, fingerprint, recorded_base, same_base
 from .temp_lora import TemporaryAdapter, put_back
 
 # %% ../nbs/13a_document.ipynb #3a6f96dd
@@ -74,16 +74,23 @@ def load_document(
     ids:torch.Tensor,  # The text, which must begin with what was learned `(t,)`
 ) -> tuple:  # Tokens learned, all tensors, all texts of the file
     "Continue a kept document; raises `DecodingError` when settings, base, task adapter or text are other ones"
+    name = Path(file).name
+    damaged = lambda e: DecodingError(f'{name} is damaged ({e}): remove it to begin the document again.')
     try:
         with safe_open(file, 'pt') as f: meta = f.metadata() or {}
         tensors = load_file(file)
-    except (SafetensorError, OSError) as e: raise DecodingError(f'{Path(file).name} is damaged ({e}): remove it to begin the document again.') from e
-    require('learned' in meta, f'{Path(file).name} holds no document', 'give a file that Temp-LoRA wrote, or a new name')
+    except (SafetensorError, OSError) as e: raise damaged(e) from e
+    require('learned' in meta, f'{name} holds no document', 'give a file that Temp-LoRA wrote, or a new name')
     shape = {k: v for k, v in asdict(phi.settings).items() if k in _SHAPES}
-    ours, theirs = json.loads(json.dumps(shape)), json.loads(meta['settings'])
-    require(ours == theirs, f'{Path(file).name} was learned with other settings ({", ".join(k for k in ours if ours[k] != theirs.get(k))})', 'use the same ones, or another file')
-    require(same_base(json.loads(meta['base']), fingerprint(phi.model)) and meta['under'] == under_hash(phi.under), f'{Path(file).name} was learned on another model or task adapter', 'use the same ones, or another file')
-    n = int(meta['learned'])
-    require(len(ids) >= n and text_hash(ids[:n]) == meta['text'], f'{Path(file).name} was learned from another text', f'give the same text, of which {n} tokens were learned, or another file')
-    set_phi(phi, tensors, int(meta['version']))
+    try: ours, theirs, base, under, n, version, text = json.loads(json.dumps(shape)), dict(json.loads(meta['settings'])), recorded_base(meta, name, 'base'), meta['under'], int(meta['learned']), int(meta['version']), meta['text']
+    except (KeyError, ValueError, TypeError) as e: raise e if isinstance(e, DecodingError) else damaged(repr(e)) from e
+    require(ours == theirs, f'{name} was learned with other settings ({", ".join(k for k in ours if ours[k] != theirs.get(k))})', 'use the same ones, or another file')
+    require(base is not None and same_base(base, fingerprint(phi.model)) and under == under_hash(phi.under), f'{name} was learned on another model or task adapter', 'use the same ones, or another file')
+    require(len(ids) >= n and text_hash(ids[:n]) == text, f'{name} was learned from another text', f'give the same text, of which {n} tokens were learned, or another file')
+    for k, x in phi_tensors(phi).items():
+        if k not in tensors or tensors[k].shape != x.shape or tensors[k].dtype != x.dtype: raise damaged(f'it lacks {k}')
+        for m in ('step', 'exp_avg', 'exp_avg_sq') if version and k != 'noise' else ():
+            own = tensors.get(f'adam/{m}/{k}')
+            if own is None or m != 'step' and own.shape != x.shape: raise damaged(f'it lacks {m} of {k}')
+    set_phi(phi, tensors, version)
     return n, tensors, meta

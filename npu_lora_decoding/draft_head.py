@@ -16,8 +16,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
-from .core import DecodingError, atomic_path, require, save_tensors
-from .adapters import fingerprint, same_base
+from .core import DecodingError, atomic_path, read_json, require, save_tensors
+from .adapters import fingerprint, recorded_base, same_base
 from .rows import grouped_attention
 
 # %% ../nbs/08_draft_head.ipynb #586b99b9
@@ -233,8 +233,7 @@ _CONVERT = ('convert it: python -c "import torch; from safetensors.torch import 
 
 def _json(path):
     "Return the parsed JSON object in `path`"
-    try: out = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e: raise DecodingError(f'cannot read {path} ({e}): copy the whole folder of the head again.') from e
+    out = read_json(path, 'copy the whole folder of the head again')
     require(isinstance(out, dict), f'{path} holds no settings', 'copy the whole folder of the head again')
     return out
 
@@ -255,13 +254,15 @@ def read_checkpoint(
     require(index.exists() or not pickled, f'{folder} holds pickled weights, which can run code', _CONVERT.replace('pytorch_model.bin', pickled[0].name if pickled else ''))
     require(index.exists(), f'{folder} has no model.safetensors', 'copy the whole folder of the head again')
     where = _json(index).get('weight_map')
-    require(isinstance(where, dict) and all(isinstance(f, str) and Path(f).name == f for f in where.values()), f'{index} names no files beside it', 'copy the whole folder of the head again')
+    require(isinstance(where, dict) and all(isinstance(f, str) and Path(f).name == f and f.endswith('.safetensors') for f in where.values()), f'{index} names no files beside it', 'copy the whole folder of the head again')
     parts = {f: _read(folder/f) for f in sorted(set(where.values()))}
     lost = [k for k, f in where.items() if k not in parts[f][0]]
     require(not lost, f'{folder} lacks {lost[:1]}, which its index promises', 'copy the whole folder of the head again')
     return {k: x for tensors, _ in parts.values() for k, x in tensors.items()}, {k: x for _, meta in parts.values() for k, x in meta.items()}
 
 # %% ../nbs/08_draft_head.ipynb #52e09228
+_MISFIT = (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, OverflowError, RuntimeError)  # what a configuration of nonsense leads to
+
 def read_head_config(
     folder:str|Path,  # Of a head
     target,  # The model it shall draft for
@@ -272,7 +273,7 @@ def read_head_config(
     kind = named.get('model_type', 'llama')  # some published heads do not say
     require(kind in HEAD_FAMILIES, f'the head in {folder} is of the family {kind!r}', f'give a head of {", ".join(HEAD_FAMILIES)}')
     try: config = AutoConfig.for_model(**{**named, 'model_type': kind})
-    except (StrictDataclassError, TypeError, ValueError, KeyError) as e: raise DecodingError(f'{folder}/config.json is no configuration of a {kind} model ({str(e)[:120]}): copy the head again.') from e
+    except _MISFIT as e: raise DecodingError(f'{folder}/config.json is no configuration of a {kind} model ({str(e)[:120]}): copy the head again.') from e
     _check_family(config, 'a head')
     require(config.num_hidden_layers == 1, f'the head in {folder} has {config.num_hidden_layers} layers', 'give a head of one layer')
     require(config.hidden_size == own.hidden_size, f'the head in {folder} is {config.hidden_size} wide but the target {own.hidden_size}', 'give the head that was made for this target')
@@ -282,7 +283,7 @@ def read_head_config(
 def _check_target(folder, tensors, meta, target):
     "Refuse a head whose file shows that it was made for another model"
     remedy, other = 'give the head that was made for this target', f'the head in {folder} is a head for another model'
-    known = json.loads(meta['base_fingerprint']) if 'base_fingerprint' in meta else None
+    known = recorded_base(meta, folder)
     require(known is None or same_base(known, fingerprint(target)), f'{other} (its fingerprint differs)', remedy)
     e, own = tensors.pop('embed_tokens.weight', None), frozen_of(target).embed
     if e is None: return
@@ -291,16 +292,27 @@ def _check_target(folder, tensors, meta, target):
     same = all(torch.allclose(a.float(), b.to(a.device).float(), rtol=2**-7, atol=1e-6) for a, b in zip(e.split(4096), own.split(4096)))
     require(same, f'{other} (its embeddings are not the target\'s)', remedy)
 
-def _fill(head, tensors, folder):
-    "Copy `tensors` into `head`: each of them, and all of it"
-    own, remedy = head.state_dict(), 'copy or train the head again'
-    freq = tensors.pop('layers.0.self_attn.rotary_emb.inv_freq', None)  # an old buffer, no weight
-    require(freq is None or freq.shape == head.rotary.inv_freq.shape and torch.allclose(freq.float(), head.rotary.inv_freq.float(), rtol=2**-7),
-            f'the head in {folder} turns its positions in another way (inv_freq)', 'correct rope_theta in its config.json')
+def _check_places(config, tensors, folder):
+    "Refuse tensors that are not those of the layer that the configuration describes, before memory is taken for it"
+    try:
+        with torch.device('meta'): own = DraftHead(config, fc_bias='fc.bias' in tensors).state_dict()
+    except _MISFIT as e: raise DecodingError(f'{folder}/config.json describes no layer that can be built ({type(e).__name__}: {str(e)[:120]}): copy the head again.') from e
+    remedy = 'copy or train the head again'
     for k in own: require(k in tensors, f'the head in {folder} lacks the tensor {k}', remedy)
     for k, x in tensors.items():
+        if k == _OLD_BUFFER: continue
         require(k in own, f'the head in {folder} has the tensor {k}, for which its layer has no place', 'set qkv_bias or attention_bias in its config.json if it is a bias; otherwise give another head')
         require(x.shape == own[k].shape, f'the tensor {k} of the head in {folder} is {tuple(x.shape)}, not {tuple(own[k].shape)}', remedy)
+
+_OLD_BUFFER = 'layers.0.self_attn.rotary_emb.inv_freq'  # no weight
+
+def _fill(head, tensors, folder):
+    "Copy `tensors` into `head`: each of them, and all of it"
+    remedy = 'copy or train the head again'
+    freq = tensors.pop(_OLD_BUFFER, None)
+    require(freq is None or freq.shape == head.rotary.inv_freq.shape and torch.allclose(freq.float(), head.rotary.inv_freq.float(), rtol=2**-7),
+            f'the head in {folder} turns its positions in another way (inv_freq)', 'correct rope_theta in its config.json')
+    for k, x in tensors.items():
         require(x.is_floating_point() and bool(x.isfinite().all()), f'the tensor {k} of the head in {folder} is not finite', remedy)
     head.load_state_dict(tensors)
 
@@ -315,7 +327,8 @@ def load_head(
     require(not third, f'the head in {folder} is an EAGLE-3 head ({third[:1]}), which reads several layers of the target', 'give an EAGLE, EAGLE-2 or HASS head')
     config = read_head_config(folder, target)
     _check_target(folder, tensors, meta, target)
-    head = DraftHead(config, fc_bias='fc.bias' in tensors)
+    _check_places(config, tensors, folder)
+    with torch.random.fork_rng(devices=[]): head = DraftHead(config, fc_bias='fc.bias' in tensors)  # its random start is nobody's business
     _fill(head, tensors, folder)
     if (folder/'draft_vocab.safetensors').exists(): _fill_vocab(head, folder/'draft_vocab.safetensors', config.vocab_size)
     head = head.to(target.device, dtype or target.dtype).eval()

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
-from .core import DecodingError, atomic_path, require, save_tensors
+from .core import DecodingError, atomic_path, read_json, require, save_tensors
 from .adapters import fingerprint
 from .models import LM
 from .draft_head import DraftHead, check_vocab, frozen_of, load_head, read_checkpoint
@@ -119,20 +119,25 @@ def written(
 ) -> tuple:  # Configuration (dict), name -> tensor
     "Return what `folder` holds, read as any program would"
     folder = Path(folder)
-    try: return json.loads((folder/'config.json').read_text(encoding='utf-8')), load_file(folder/'model.safetensors')
+    try: config, tensors = read_json(folder/'config.json', ''), load_file(folder/'model.safetensors')
     except (OSError, ValueError, SafetensorError) as e: raise DecodingError(f'cannot read the exported head in {folder} ({e}): export it again.') from e
+    require(isinstance(config, dict), f'cannot read the exported head in {folder} (its config.json holds no settings)', 'export it again')
+    return config, tensors
 
 def engine_layer(
     folder:str|Path,  # An exported head
 ) -> tuple:  # Llama layer without input norm, its rotary embedding; weights not loaded yet
     "Return the layer that an engine builds from the written configuration"
-    try: config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, KeyError) as e: raise DecodingError(f'{folder}/config.json is no configuration ({str(e)[:120]}): export the head again.') from e
+    broken = lambda e: DecodingError(f'{folder}/config.json is no configuration ({type(e).__name__}: {str(e)[:120]}): export the head again.')
+    try: config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as e: raise broken(e) from e  # whatever transformers stumbles over
     require(config.model_type == 'llama', f'model_type of the exported head is {config.model_type!r} and not \'llama\'', 'export the head again')
     config._attn_implementation = 'eager'
-    layer = LlamaDecoderLayer(config, 0).float().eval()
+    try:
+        layer, rotary = LlamaDecoderLayer(config, 0).float().eval(), LlamaRotaryEmbedding(config)
+    except Exception as e: raise broken(e) from e
     layer.input_layernorm = nn.Identity()
-    return layer, LlamaRotaryEmbedding(config)
+    return layer, rotary
 
 @torch.no_grad()
 def engine_features(
@@ -186,7 +191,7 @@ def _check_config(config, head, engine, tensors):
     dtypes = {str(x.dtype).removeprefix('torch.') for x in tensors.values()}
     want = dict(architectures=[get_engine(engine).architecture], model_type='llama', num_hidden_layers=1, tie_word_embeddings=False, vocab_size=head.config.vocab_size, max_position_embeddings=head.config.max_position_embeddings)
     for k, v in want.items(): require(config.get(k) == v, f'{k} of the exported head is {config.get(k)!r} and not {v!r}', _AGAIN)
-    require({config.get('dtype')} == {config.get('torch_dtype')} == dtypes, f'the exported head is called {config.get("dtype")} but holds {sorted(dtypes)}', _AGAIN)
+    require([config.get('dtype')] == [config.get('torch_dtype')] == sorted(dtypes), f'the exported head is called {config.get("dtype")} but holds {sorted(dtypes)}', _AGAIN)
     for k in ('layer_types', 'sliding_window', 'quantization_config'): require(config.get(k) is None, f'the exported head has {k}, which engines apply in their own way', _AGAIN)
 
 # %% ../nbs/12d_export_head.ipynb #cc874129

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from .core import DecodingError, atomic_path, require
+from .core import DecodingError, atomic_path, read_json, require, save_tensors
 from .models import LM
 from .lora import AdapterBank
 from .decode import bank_of
@@ -107,10 +106,11 @@ def _note(folder):
     "Return what `features.json` says, None where there is none"
     file = folder/'features.json'
     if not file.exists(): return None
-    try:
-        known = json.loads(file.read_text(encoding='utf-8'))
-        return known if known['files'] else None
-    except (ValueError, TypeError, KeyError) as e: raise DecodingError(f'{file} is damaged ({e}): remove the folder and write the features again.') from e
+    remedy = 'remove the folder and write the features again'
+    known = read_json(file, remedy)
+    fits = isinstance(known, dict) and all(k in known for k in ('target', 'per_shard', 'dtype')) and isinstance(known.get('count'), int) and isinstance(known.get('files'), list)
+    require(fits, f'{file} is damaged (it is no note of features)', remedy)
+    return known if known['files'] else None
 
 def _same(folder, known, grown):
     "Refuse a folder that holds other features than `known`; more conversations than there are welcome"
@@ -125,15 +125,18 @@ def _files(folder, known): return [folder/f'features-{i:04d}.safetensors' for i 
 def _about(file):
     "Return what a shard says of itself: hash and lengths; raises `DecodingError` when it is damaged"
     try:
-        with safe_open(file, 'pt') as f: about = json.loads(f.metadata()['about'])
+        with safe_open(file, 'pt') as f:
+            about = json.loads(f.metadata()['about'])
+            for k in ('ids', 'response', 'features'):
+                if f.get_slice(k).get_shape()[:1] != [sum(about['lengths'])]: raise ValueError(f'{k} has another length')
         return about['data'], about['lengths']
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as e: raise DecodingError(f'{file} is damaged ({e}): remove it and write the features again.') from e
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError, RecursionError) as e: raise DecodingError(f'{file} is damaged ({e}): remove it and write the features again.') from e
 
 def _write_shard(file, lm, examples, batch, data):
     "Write the features of `examples`, a padded batch at a time"
     tensors = dict(ids=torch.cat([e.ids for e in examples]).int(), response=torch.cat([e.response for e in examples]),
                    features=torch.cat(target_features(lm, [e.ids for e in examples], batch, torch.device('cpu'))))
-    with atomic_path(file) as tmp: save_file(tensors, tmp, metadata=dict(about=json.dumps(dict(data=data, lengths=[len(e.ids) for e in examples]))))  # one key: the order of several is random
+    with atomic_path(file) as tmp: save_tensors(tensors, tmp, dict(about=json.dumps(dict(data=data, lengths=[len(e.ids) for e in examples]))))
 
 # %% ../nbs/10c_features.ipynb #d7f84e2f
 def write_features(
@@ -158,11 +161,8 @@ def write_features(
     missing = [i for i, (f, _, data) in enumerate(shards) if not f.exists() or _about(f)[0] != data]
     check_room(sum(shards_bytes(parts[i], lm.model.config.hidden_size, lm.dtype) for i in missing), folder)  # of all processes: they share the disk
     mine = [shards[i] for i in missing if i % share[1] == share[0]]  # by number, whatever the others have written already
-    try:
-        if _note(folder) != known: _write_note(folder, known)
-        for done, (f, part, data) in enumerate(mine, 1): _write_shard(f, lm, part, batch, data); progress(done, len(mine))
-    except (OSError, SafetensorError) as e:  # a full disk shows as either
-        raise DecodingError(f'the features could not be written ({e}): make room and give the same command again; whole shards are kept.') from e
+    if _note(folder) != known: _write_note(folder, known)
+    for done, (f, part, data) in enumerate(mine, 1): _write_shard(f, lm, part, batch, data); progress(done, len(mine))
     return folder
 
 def _write_note(folder, known):

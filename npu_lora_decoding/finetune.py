@@ -126,18 +126,23 @@ def load_state(
 ) -> tuple:  # Updates done, losses so far
     "Restore the training state; raises `DecodingError` when the run had other settings, another base or other items"
     file = folder/'state.safetensors'
+    damaged = lambda e: DecodingError(f'{file} is damaged ({e}): remove it to begin again.')
     try:
-        with safe_open(file, 'pt') as f: meta = f.metadata()
-        state = load_file(file)
-    except SafetensorError as e: raise DecodingError(f'{file} is damaged ({e}): remove it to begin again.') from e
-    same = json.loads(meta['config']) == json.loads(json.dumps(asdict(config)))
-    require(same, f'{folder} holds a run with other settings', 'continue it with the same ones, or train into another folder')
-    require(meta['data'] == data, f'{folder} holds a run on another base or other items', 'continue it with the same ones, or train into another folder')
+        with safe_open(file, 'pt') as f: meta = f.metadata() or {}
+        state, known, theirs = load_file(file), json.loads(meta['config']), meta['data']
+        done, losses, rng = int(meta['step']), state['losses'].tolist(), state['rng']
+    except (OSError, SafetensorError, KeyError, ValueError) as e: raise damaged(str(e) if isinstance(e, SafetensorError) else repr(e)) from e
+    require(known == json.loads(json.dumps(asdict(config))), f'{folder} holds a run with other settings', 'continue it with the same ones, or train into another folder')
+    require(theirs == data, f'{folder} holds a run on another base or other items', 'continue it with the same ones, or train into another folder')
+    wanted = [(n, p, k) for n, p in _trainable(model).items() for k in (f'weight/{n}', f'adam/exp_avg/{n}', f'adam/exp_avg_sq/{n}')]
+    for n, p, k in wanted:
+        if k not in state or state[k].shape != p.shape or f'adam/step/{n}' not in state: raise damaged(f'it lacks {k}')
+    if rng.shape != torch.get_rng_state().shape or rng.dtype != torch.uint8 or len(losses) != done: raise damaged('it is no state of a run')
     for n, p in _trainable(model).items():
         p.data.copy_(state[f'weight/{n}'])
         opt.state[p] = {k: state[f'adam/{k}/{n}'] for k in ('step', 'exp_avg', 'exp_avg_sq')}
-    torch.set_rng_state(state['rng'])
-    return int(meta['step']), state['losses'].tolist()
+    torch.set_rng_state(rng)
+    return done, losses
 
 # %% ../nbs/14b_finetune.ipynb #d31a4b03
 def save_adapter(
@@ -190,10 +195,13 @@ def train_step(
     for g in opt.param_groups: g['lr'] = lr
     half = model.get_base_model().dtype != torch.float32
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=half): loss = answer_loss(model, batch)
+    value = loss.item()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(_trainable(model).values(), 1.0)
+    norm = torch.nn.utils.clip_grad_norm_(_trainable(model).values(), 1.0).item()
+    # such an update would make every weight NaN, and the last step's would be saved
+    require(math.isfinite(norm) or not math.isfinite(value), f'the loss is {value:.3f} but its gradient is no number', 'train again with a lower learning rate')
     opt.step(); opt.zero_grad(set_to_none=True)
-    return loss.item()
+    return value
 
 # %% ../nbs/14b_finetune.ipynb #ec766147
 def finetune(

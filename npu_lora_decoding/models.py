@@ -11,10 +11,10 @@ import hashlib, importlib, importlib.util, json, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import npu_lora_decoding
-from .core import DecodingError, atomic_path, cache_dir, get_device, get_dtype, require
+from .core import DecodingError, atomic_path, cache_dir, get_device, get_dtype, read_json, require
 from .adapters import Adapter, load_adapter
 
 # %% ../nbs/01_models.ipynb #585f12ba
@@ -64,8 +64,8 @@ def _convert(
 
 def _sealed(folder):
     "Whether `folder` holds a complete, undamaged conversion"
-    try: seal = json.loads((folder/'seal.json').read_text())
-    except (OSError, ValueError): return False
+    try: seal = read_json(folder/'seal.json', '')
+    except DecodingError: return False
     needed = {'model.safetensors', 'config.json', 'tokenizer.json'}
     return isinstance(seal, dict) and needed <= set(seal) and all((folder/f).exists() and file_hash(folder/f) == h for f, h in seal.items())
 
@@ -81,7 +81,7 @@ def embedded_folder() -> Path:
 FAMILIES = ('llama', 'qwen2', 'qwen3', 'mistral', 'gemma', 'gemma2', 'gemma3_text')
 
 def _missing_model(name, why):
-    return DecodingError(f'cannot load a model from {name!r} ({why}): give a folder with config.json and *.safetensors, or a hub id you can reach.')
+    return DecodingError(f'cannot load a model from {name!r} ({str(why).strip().split(chr(10))[0][:160]}): give a folder with config.json and *.safetensors, or a hub id you can reach.')
 
 def load_model(
     name:str|Path,  # Folder or hub id
@@ -91,11 +91,13 @@ def load_model(
     "Return the causal LM called `name`; raises `DecodingError` for what we do not load"
     folder = Path(name)
     if folder.is_dir(): _check_folder(folder)
-    try: config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as e: raise _missing_model(str(name), str(e).split('\n')[0][:160]) from e
+    # never code from a model's folder; and whatever a library stumbles over in a broken file is told in one sentence
+    try: config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as e: raise _missing_model(str(name), e) from e
     require(config.model_type in FAMILIES, f'the family {config.model_type!r} is not supported', f'use one of {", ".join(FAMILIES)}')
-    try: model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    except (OSError, RuntimeError, SafetensorError) as e: raise _missing_model(str(name), str(e).split('\n')[0][:160]) from e
+    if folder.is_dir(): _check_size(folder, config)
+    try: model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False)
+    except Exception as e: raise _missing_model(str(name), e) from e
     # transformers fills a missing weight with random numbers and goes on
     require(not info['missing_keys'], f'{name} lacks weights of the model, first {sorted(info["missing_keys"])[:1]}', 'copy the whole folder again')
     return model.to(device).eval().requires_grad_(False)
@@ -107,7 +109,28 @@ def _check_folder(folder):
     # transformers would attach that adapter on its own, and the base would already be the expert
     require(not (folder/'adapter_config.json').exists(), f'{folder} holds a model and an adapter', 'move the adapter into a folder of its own and pass it as adapter=')
     pickled = not list(folder.glob('*.safetensors')) and (list(folder.glob('*.bin')) or list(folder.glob('*.pt')))
+    _check_index(folder)
     require(not pickled, f'{folder} holds pickled weights, which can run code', 'convert them with save_pretrained (safetensors)')
+
+def _check_index(folder):
+    "Refuse an index that leads out of its folder, or to other files than safetensors"
+    file, remedy = folder/'model.safetensors.index.json', 'copy the whole folder again'
+    if not file.exists() or (folder/'model.safetensors').exists(): return
+    index = read_json(file, remedy)
+    where = index.get('weight_map') if isinstance(index, dict) else None
+    inside = lambda f: isinstance(f, str) and Path(f).name == f and f.endswith('.safetensors')
+    require(isinstance(where, dict) and all(map(inside, where.values())), f'{file} names no safetensors files beside it', remedy)
+
+def _check_size(folder, config):
+    "Refuse a configuration of a larger model than the weights beside it, before memory is taken for it"
+    files, names, c = list(folder.glob('*.safetensors')), set(), config
+    try:
+        for file in files:
+            with safe_open(file, 'pt') as f: names |= set(f.keys())
+    except (OSError, SafetensorError): return  # the loader names it
+    matrix = c.hidden_size * max(c.vocab_size, c.intermediate_size)
+    require(not files or c.num_hidden_layers <= len(names) and matrix <= sum(f.stat().st_size for f in files),
+            f'{folder}/config.json describes a larger model than the weights beside it hold', 'copy the whole folder again')
 
 # %% ../nbs/01_models.ipynb #ed21e586
 @dataclass(eq=False)
@@ -163,8 +186,8 @@ def load_tokenizer(
     name:str|Path,  # Folder or hub id
 ):  # Its tokenizer, padding on the left
     "Return the tokenizer called `name`"
-    try: return AutoTokenizer.from_pretrained(name, padding_side='left')
-    except (OSError, ValueError) as e: raise _missing_model(str(name), f'no tokenizer: {str(e)[:120]}') from e
+    try: return AutoTokenizer.from_pretrained(name, padding_side='left', trust_remote_code=False)
+    except Exception as e: raise _missing_model(str(name), f'no tokenizer: {str(e)[:120]}') from e  # a broken tokenizer.json is an error of no particular type
 
 def shipped_adapter(
     name:str='king_james',  # Folder under `results/adapters`
@@ -193,6 +216,8 @@ def encode_one(
     require(kind is not None, f'cannot read a prompt from {type(prompt).__name__}', 'give text, a list of messages, or token ids')
     last = prompt if kind == 'text' else str(prompt[-1]['content']) if kind == 'messages' else '-'
     require(last.strip() != '', 'the prompt is empty', 'give at least one word')
+    longest = lm.context if longest is None else longest
+    _check_text(tok, ''.join(str(m['content']) for m in prompt) if kind == 'messages' else last, longest)
     if kind == 'text' and chat and tok.chat_template: kind, prompt = 'messages', [dict(role='user', content=prompt)]
     require(kind != 'messages' or bool(tok.chat_template), 'the tokenizer has no chat template for messages', 'give plain text')
     if kind == 'messages': ids = tok.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
@@ -200,9 +225,17 @@ def encode_one(
     ids = torch.as_tensor(ids, dtype=torch.long)
     require(len(ids) > 0, 'the prompt is empty', 'give at least one token')
     require(0 <= ids.min() and ids.max() < lm.model.config.vocab_size, f'the prompt has a token outside the vocabulary of {lm.model.config.vocab_size}', 'use the model\'s own tokenizer')
-    longest = lm.context if longest is None else longest
     require(len(ids) < longest, f'the prompt has {len(ids)} tokens but the context holds {longest}', 'shorten it')
     return ids
+
+def _check_text(tok, text, longest):
+    "Refuse a text with broken characters, and one that is far too long by its beginning: to tokenise 10 MB takes many seconds"
+    try: text.encode()
+    except UnicodeEncodeError: raise DecodingError('the prompt holds half a character (a surrogate): give it as UTF-8.') from None
+    for part in (16, 256):
+        if len(text) <= part * longest: return
+        n = len(tok(text[:part * longest], add_special_tokens=False, verbose=False).input_ids)
+        require(n < 2 * longest, f'the prompt has more than {n} tokens but the context holds {longest}', 'shorten it')
 
 def encode(
     lm:LM,  # Model and tokenizer

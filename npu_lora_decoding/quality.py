@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from fastprogress.fastprogress import progress_bar
-from .core import DecodingError, atomic_path, require
+from .core import DecodingError, atomic_path, read_json, require
 from .models import LM, encode
 from .baseline import beam_search
 from .cold import CoLD, Plain
@@ -139,8 +139,10 @@ def save_rows(
 def json_rows(
     path:str|Path,  # JSON file
 ) -> list:  # Its rows
-    "Return all rows of a result file"
-    return json.loads(Path(path).read_text())
+    "Return all rows of a result file; raises `DecodingError` for one that is damaged"
+    rows = read_json(path, 'remove it, or name another file')
+    require(isinstance(rows, list) and all(isinstance(r, dict) for r in rows), f'{path} holds no rows', 'remove it, or name another file')
+    return rows
 
 def score_arms(
     lm:LM,  # Model and adapter
@@ -157,7 +159,7 @@ def score_arms(
     parsed = [(a, *parse_arm(a)) for a in arms]
     rows = [r for r in json_rows(path) if r.get('method') == about['method']] if path and Path(path).exists() else []
     for text, arm, label in parsed:
-        row = next((r for r in rows if r['arm'] == text and all(r[k] == v for k, v in about.items())), None)
+        row = next((r for r in rows if r.get('arm') == text and 'scores' in r and all(r.get(k) == v for k, v in about.items())), None)
         if row is None:
             said = answers(lm, items, arm, new_tokens, batch)
             row = about | dict(arm=text, label=label, scores=[round(s, 4) for s in judge(said, items, metric)])

@@ -120,11 +120,16 @@ def _load(phi, ids, reader, out, file):
     "Continue a kept reading"
     _, tensors, meta = load_document(phi, file, ids)
     require(meta.get('reading') == _identity(out.settings), f'{Path(file).name} was read with another window, context or policy', 'use the same ones, or another file')
+    try: _restore(reader, out, tensors, meta, ids.device)
+    except (KeyError, ValueError, TypeError, RuntimeError, IndexError) as e: raise DecodingError(f'{Path(file).name} is damaged ({e!r}): remove it to begin the document again.') from e
+
+def _restore(reader, out, tensors, meta, device):
+    "Put kept chunks, marks and cache back"
     number = lambda row: [int(x) if k in ('start', 'stop', 'tokens', 'version', 'first') else x for k, x in zip(Chunk.__dataclass_fields__, row)]
     out.chunks, out.notes, marks = [Chunk(*number(row)) for row in tensors['chunks'].tolist()], json.loads(meta['notes']), json.loads(meta['marks'])
     reader.marks = Marks(marks['first'], [tuple(s) for s in marks['spans']], marks['chunks'], marks['sinks'])
     reader.cache = DynamicCache(config=reader.model.config)
-    for i in range(sum(k.startswith('cache/k/') for k in tensors)): reader.cache.update(*(tensors[f'cache/{kind}/{i}'].to(ids.device) for kind in 'kv'), i)
+    for i in range(sum(k.startswith('cache/k/') for k in tensors)): reader.cache.update(*(tensors[f'cache/{kind}/{i}'].to(device) for kind in 'kv'), i)
 
 # %% ../nbs/14d_reading.ipynb #11c77ad1
 def read_document(
@@ -162,6 +167,7 @@ def _one_chunk(phi, ids, reader, start, stop):
     "Score one chunk, then learn it if it is whole"
     s, predicted_by, learned = reader.settings, phi.version, [math.nan]
     with phi.bank.attached([0]), stopwatch(ids.device) as read: nll = reader.losses(ids, start, stop, phi.version)
+    require(bool(nll.isfinite().all()), f'the model gave NaN or infinite logits in the chunk before token {stop}', 'check the model and adapter weights, or use dtype="fp32"')
     with stopwatch(ids.device) as learning:
         if s.epochs and stop - start == s.chunk: learned = learn(phi, ids[max(0, start - s.train_context):stop], s.chunk)
     return Chunk(start, stop, nll.double().sum().item(), len(nll), predicted_by, reader.marks.first, learned[0], read['s'], learning['s'])

@@ -231,7 +231,8 @@ def heat(
 
 def _choose(logits, rows, drawing, config, u):
     "Return the next token of every row: the best, or where the row is `drawing`, one drawn at its own temperature"
-    best = logits.max(-1).indices  # on a CPU several times faster than argmax of half precision
+    top, best = logits.max(-1)  # on a CPU several times faster than argmax of half precision
+    require(bool(top[drawing].isfinite().all()), 'the model gave NaN or infinite logits', 'check the model and adapter weights, or use dtype="fp32"')
     hot = [i for i in drawing if heat(rows[i], config)[0] > 0]
     if hot:
         t, m = torch.tensor([heat(rows[i], config) for i in hot], device=logits.device).T

@@ -9,7 +9,7 @@ __all__ = ['contrast', 'shade', 'token_html', 'token_ansi', 'read_rows', 'signed
 import html, math, os, sys
 from pathlib import Path
 from fastcore.basics import patch
-from .core import require
+from .core import require, visible
 from .decode import Result, Token
 from .quality import Interval, json_rows, paired
 
@@ -45,11 +45,11 @@ def token_html(
     i:int=0,  # Which of its prompts
 ) -> str:  # HTML
     "Return one answer as coloured tokens; the facts of each appear under the mouse"
-    decode, spans = (lambda t: result.lm.tokenizer.decode([t])), []
+    decode, spans = (lambda t: visible(result.lm.tokenizer.decode([t]))), []
     for t in result.tokens[i]:
         frame = 'outline:2px solid #d07000;' if t.favourite is not None and t.id != t.favourite else ''
         text = html.escape(decode(t.id)).replace('\n', '↵<br>') or '∅'
-        spans.append(f'<span title="{html.escape(_tip(t, decode))}" style="background:rgb{shade(contrast(t))};color:black;{frame}white-space:pre-wrap">{text}</span>')
+        spans.append(f'<span title="{html.escape(visible(_tip(t, decode)))}" style="background:rgb{shade(contrast(t))};color:black;{frame}white-space:pre-wrap">{text}</span>')
     return '<div style="font-family:sans-serif;line-height:1.7">' + ''.join(spans) + '</div>'
 
 def token_ansi(
@@ -59,7 +59,7 @@ def token_ansi(
 ) -> str:  # Text with ANSI colours, or with marks where there are none
     "Return one answer for a terminal; a token chosen against the expert's favourite is underlined, or stands in [brackets]"
     if colour is None: colour = sys.stdout.isatty() and 'NO_COLOR' not in os.environ
-    decode, out = (lambda t: result.lm.tokenizer.decode([t])), []
+    decode, out = (lambda t: visible(result.lm.tokenizer.decode([t]))), []  # a token may hold what a terminal obeys
     for t in result.tokens[i]:
         if t.id in result.lm.eos_ids: continue
         changed, text = t.favourite is not None and t.id != t.favourite, decode(t.id)

@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'proposer_html', 'plot_draft', 'reached', 'plot_reached', 
 
 # %% ../nbs/16c_show_draft.ipynb #e4b6969c
 import html
-from .core import require
+from .core import require, visible
 from .decode import Result, Step
 
 # %% ../nbs/16c_show_draft.ipynb #05cf0447
@@ -18,11 +18,11 @@ def proposer_html(
     i:int=0,  # Which of its prompts
 ) -> str:  # HTML
     "Return one answer, each token in the colour of who proposed it, with a legend of their shares"
-    tokens, decode = result.tokens[i], lambda t: result.lm.tokenizer.decode([t])
-    box = lambda who, text: f'<span title="{html.escape(who)}" style="background:{COLOURS.get(who, "#f5e6a8")};color:black;white-space:pre-wrap">{text}</span>'
+    tokens, decode = result.tokens[i], lambda t: visible(result.lm.tokenizer.decode([t]))
+    box = lambda who, text: f'<span title="{html.escape(visible(who))}" style="background:{COLOURS.get(who, "#f5e6a8")};color:black;white-space:pre-wrap">{text}</span>'
     spans = [box(t.proposer, html.escape(decode(t.id)).replace('\n', '↵<br>') or '∅') for t in tokens]
     shares = {w: sum(t.proposer == w for t in tokens) / max(len(tokens), 1) for w in dict.fromkeys(['target', *(t.proposer for t in tokens)])}
-    legend = ' '.join(box(w, f' {html.escape(w)} {share:.0%} ') for w, share in shares.items())
+    legend = ' '.join(box(w, f' {html.escape(visible(w))} {share:.0%} ') for w, share in shares.items())
     return f'<div style="font-family:sans-serif;line-height:1.7">{"".join(spans)}</div><div style="font-size:85%">{legend}</div>'
 
 # %% ../nbs/16c_show_draft.ipynb #1903a116
@@ -55,7 +55,7 @@ def plot_draft(
     leaves, deepest = 1 - min(y for _, y in places.values()), max(x for x, _ in places.values())
     ax = ax or plt.subplots(figsize=(1.5 * (deepest + 2), .32 * leaves + .8))[1]
     name = lambda t: repr(lm.tokenizer.decode([t]))[1:-1] or '∅'
-    def write(at, token, colour, edge): ax.text(*at, name(token), ha='center', va='center', fontsize=8, bbox=dict(boxstyle='round,pad=.2', fc=colour, ec=edge, lw=1.4 if edge != 'lightgrey' else .8))
+    def write(at, token, colour, edge): ax.text(*at, name(token), ha='center', va='center', fontsize=8, parse_math=False, bbox=dict(boxstyle='round,pad=.2', fc=colour, ec=edge, lw=1.4 if edge != 'lightgrey' else .8))
     for i, (x, y) in places.items():
         if parents[i] >= 0:
             up = places[parents[i]]

@@ -61,7 +61,7 @@ def plain_copy(
     head:DraftHead,  # With or without scaled weights
 ) -> DraftHead:  # Without; in evaluation mode, no gradients
     "Return a copy of `head` whose weights are what they multiply by"
-    copy = DraftHead(head.config, fc_bias=head.fc.bias is not None).to(head.fc.weight)
+    with torch.random.fork_rng(devices=[]): copy = DraftHead(head.config, fc_bias=head.fc.bias is not None).to(head.fc.weight)  # a random start that nobody uses
     def real(name): module, _, leaf = name.rpartition('.'); return getattr(head.get_submodule(module), leaf).detach()  # of a scaled weight: the product
     copy.load_state_dict({n: real(n) for n in copy.state_dict()})
     copy.vocab, copy.counts = head.vocab, head.counts

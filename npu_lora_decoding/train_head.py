@@ -196,7 +196,7 @@ def load_state(run:Run):
         with safe_open(file, 'pt') as f: meta = f.metadata() or {}
         state, config = load_file(file), json.loads(meta['config'])
         done, data, history, best, losses = int(meta['step']), meta['data'], json.loads(meta['history']), float(meta['best']), state['losses'].tolist()
-    except (OSError, SafetensorError, KeyError, ValueError) as e: raise damaged(repr(e)) from e
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as e: raise damaged(repr(e)) from e
     remedy = 'continue it with the same ones, or train into another folder'
     require(config == json.loads(json.dumps(asdict(run.config))), f'{run.folder} holds a run with other settings', remedy)
     require(data == run.data, f'{run.folder} holds a run for another target or other conversations', remedy)
@@ -208,6 +208,7 @@ def load_state(run:Run):
         for p in (p for g in o.param_groups for p in g['params']):
             n = next(n for n, q in names.items() if q is p)
             own = {k.split('/')[1]: v for k, v in state.items() if k.startswith(f'{type(o).__name__}/') and k.endswith(f'/{n}')}
+            if done and not own or any(v.dim() and v.shape != p.shape for v in own.values()): raise damaged(f'it lacks what the optimiser knows of {n}')  # it would begin anew, without a word
             o.state[p] = {k: v.clone() if k == 'step' else v.clone().to(p.device) for k, v in own.items()}
     run.done, run.losses, run.history, run.best = done, losses, history, best
 
@@ -287,7 +288,7 @@ def start_run(
     frozen = Frozen(frozen.embed.to(acc.device, dtype), frozen.lm_head.to(acc.device, dtype))
     sample = [(ids.cpu(), response.cpu(), f.cpu()) for ids, response, f in store.read(sample_numbers(store, config.seed))]
     scales = measure_scales(sample, frozen.embed.cpu())
-    head = DraftHead(head_config(lm.model.config)) if init is None else plain_copy(init)
+    with torch.random.fork_rng(devices=[]): head = DraftHead(head_config(lm.model.config)) if init is None else plain_copy(init)
     if vocab is not None: head.vocab, head.counts = vocab
     check_memory(training_bytes(head, config, len(draft_rows(head, frozen)), max(max(store.lengths), config.row), acc.num_processes, sum(store.lengths) * config.remember), acc.device)
     head = head.float().train().requires_grad_(True)

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 import torch, transformers
 from fastprogress.fastprogress import progress_bar
-from .core import DecodingError, atomic_path, generator, require
+from .core import DecodingError, atomic_path, generator, read_json, require
 from .adapters import fingerprint
 from .models import LM, encode_one
 from .ring import WriteConfig, after_question, end_tokens, heat, room_for, talks_from_nothing, talks_from_prompts, turn_edges, write_ring
@@ -46,16 +46,14 @@ def _same_settings(folder, settings):
     "Write the folder's settings, or refuse to mix it with others; a newer library may continue an older run"
     file = folder/'settings.json'
     if not file.exists(): return _write(file, json.dumps(settings, indent=1))
-    try: known = json.loads(file.read_text(encoding='utf-8'))
-    except ValueError as e: raise DecodingError(f'{file} is damaged ({e}): remove it to go on, if you are sure of the settings.') from e
+    known = read_json(file, 'remove it to go on, if you are sure of the settings')
+    require(isinstance(known, dict), f'{file} holds no settings', 'remove it to go on, if you are sure of the settings')
     other = sorted(k for k in settings.keys() | known.keys() if k != 'versions' and settings.get(k) != known.get(k))
     require(not other, f'{folder} was written with another {", ".join(other)}', 'go on with the same settings, or write into another folder')
 
 def _write(file, text):
     "Write a file that is whole or not there"
-    try:
-        with atomic_path(file) as tmp: tmp.write_text(text, encoding='utf-8')
-    except OSError as e: raise DecodingError(f'cannot write {file} ({e.strerror or e}): make room or choose another folder, then give the same command to go on.') from e
+    with atomic_path(file) as tmp: tmp.write_text(text, encoding='utf-8')
 
 def _line(lm, talk):
     "Return a finished talk as a line of a shard"

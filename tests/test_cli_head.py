@@ -133,8 +133,8 @@ def test_a_full_disk_leaves_no_half_of_a_shard(model, tmp_path, monkeypatch):
     argv = ['train-head', str(out), '--model', model, '--data', data, *SMALL]
     def full(tensors, path, **_): path.write_bytes(b'half'); raise OSError(28, 'No space left on device')
     with monkeypatch.context() as m:
-        m.setattr(features, 'save_file', full)
-        with pytest.raises(DecodingError, match='make room and give the same command again'): run(argv)
+        m.setattr(features, 'save_tensors', full)
+        with pytest.raises(DecodingError, match='make room or choose another folder, then give the same command again'): run(argv)
     assert not list((out/'features').glob('*.safetensors')) and not list((out/'features').glob('.*'))
     run(argv)
     assert (out/'last').exists()

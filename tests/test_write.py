@@ -243,7 +243,7 @@ def test_full_disk(whole, tmp_path, monkeypatch):
         return real(self, text, *args, **kwargs)
     with monkeypatch.context() as m:
         m.setattr(Path, 'write_text', full)
-        with pytest.raises(DecodingError, match='cannot write .*shard-0001.jsonl .No space left on device.: make room or choose another folder'): write_conversations(chat_lm(), tmp_path, CONFIG, quiet=True)
+        with pytest.raises(DecodingError, match='cannot write shard-0001.jsonl .No space left on device.: make room or choose another folder'): write_conversations(chat_lm(), tmp_path, CONFIG, quiet=True)
     assert sorted(texts(tmp_path)) == ['shard-0000.jsonl'] and not leftovers(tmp_path)
     write_conversations(chat_lm(), tmp_path, CONFIG, quiet=True)
     assert texts(tmp_path) == whole
@@ -266,7 +266,7 @@ def test_other_settings_are_refused(whole, tmp_path):
     write_conversations(chat_lm(), tmp_path, CONFIG, quiet=True)  # only more shards
     assert texts(tmp_path) == whole
     (tmp_path/'settings.json').write_text('{')
-    with pytest.raises(DecodingError, match='settings.json is damaged'): write_conversations(chat_lm(), tmp_path, CONFIG, quiet=True)
+    with pytest.raises(DecodingError, match='settings.json is not valid JSON'): write_conversations(chat_lm(), tmp_path, CONFIG, quiet=True)
 
 def test_two_processes_share_the_shards(whole, tmp_path, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
