@@ -22,6 +22,7 @@ class Plain:
     @property
     def roles(self): return ('expert',)
     def of(self, b): return self
+    def check(self, b): pass
     def combine(self, expert, base=None): return expert.float()
     def select(self, expert, base=None): return expert.max(-1).indices  # the first of equals, as argmax, which reads bf16 one by one
 
@@ -54,6 +55,10 @@ class CoLD:
 
     @property
     def roles(self): return ('expert', 'base')
+
+    def check(self, b):
+        "Raise `DecodingError` unless there is one value of each dial, or one for each of `b` sequences"
+        for x in (self.alpha, self.beta): _column(x, torch.empty(b, 0))
 
     def of(self, b):
         "Return the target of sequence `b` alone"

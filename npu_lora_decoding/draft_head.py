@@ -315,7 +315,7 @@ def load_head(
     require(not third, f'the head in {folder} is an EAGLE-3 head ({third[:1]}), which reads several layers of the target', 'give an EAGLE, EAGLE-2 or HASS head')
     config = read_head_config(folder, target)
     _check_target(folder, tensors, meta, target)
-    head = DraftHead(config, fc_bias='fc.bias' in tensors)
+    with torch.random.fork_rng(devices=[]): head = DraftHead(config, fc_bias='fc.bias' in tensors)  # what it begins with is overwritten, and a user's seed is not ours to use up
     _fill(head, tensors, folder)
     if (folder/'draft_vocab.safetensors').exists(): _fill_vocab(head, folder/'draft_vocab.safetensors', config.vocab_size)
     head = head.to(target.device, dtype or target.dtype).eval()
