@@ -94,6 +94,13 @@ def test_lengths_of_transformers(model, kw):
     ids, mask = prompts()
     assert loop_is_transformers(model, ids, mask, **kw).shape[1] == (kw.get('max_length') or 8)
 
+@pytest.mark.parametrize('lengths', [(5,), (7, 3, 5)])
+def test_guidance_of_transformers(llama, bank, lengths):
+    "Its passes are its own, so it goes with plain decoding alone"
+    assert not torch.equal(loop_is_transformers(llama, *prompts(lengths), guidance_scale=1.5), generate(llama, *prompts(lengths)))
+    for decoder in (Decoder(CoLD(), bank=bank), Decoder(drafter=Drafter())):
+        with pytest.raises(DecodingError, match='passes of its own'): generate(llama, *prompts(lengths), decoder, guidance_scale=1.5)
+
 def test_several_answers_a_prompt(llama):
     assert len(loop_is_transformers(llama, *prompts(), num_return_sequences=2, **SAMPLED)) == 6
 
