@@ -33,13 +33,13 @@ from test_speculate import Collects, Uncompiled, calm_model, chi_square, exact, 
 from test_temp_lora import traces
 from toys import toy_tokenizer
 
-N, TIE = 14, 1e-4
+N, TIE = 14, 1e-4  # new tokens; how near two scores may lie to be confused, and how far log-probabilities may be off (fp32, sums in another order)
 
 # --- the factors; the first value of each is its default
 
 TARGETS = dict(plain=Plain(), cold=CoLD(.05, 1.), still=CoLD(.1, 0.), back=CoLD(.1, -.7), one=CoLD(1., 3.), all=CoLD(1e-9, .4), each=CoLD((.05, .1, .3), (1., 0., -.7)))
 DRAFTERS = ('none', 'lookup', 'chain', 'chain cut', 'tree', 'tree cut', 'joined')
-WRITES = TempLoRA(chunk=5, window=15, context=5, train_context=5, epochs=1, warmup=1, r=2, alpha=2., lr=.03)
+WRITES = TempLoRA(chunk=6, window=18, context=6, train_context=6, epochs=1, warmup=1, r=2, alpha=2., lr=.03)
 MEMORIES = dict(none=None, roomy=replace(WRITES, window=200, context=190, lr=0.), tight=replace(WRITES, lr=0.), window=WRITES, chunk=replace(WRITES, recompute='chunk'),
                 every=replace(WRITES, recompute='every:2', context=3), drift=replace(WRITES, recompute='drift:1e-4', train_context=9), slide=replace(WRITES, recompute='slide:1'), wide=replace(WRITES, window=999))
 FAMILIES = dict(llama=('llama', {}), mha=('llama', dict(num_key_value_heads=4, tie_word_embeddings=True)), mistral=('mistral', dict(sliding_window=6)),
@@ -50,7 +50,7 @@ ASKS = ('nothing', 'beams', 'scores', 'guidance', 'contrastive search', 'filled 
 
 FACTORS = dict(target=tuple(TARGETS), drafter=DRAFTERS, memory=tuple(MEMORIES), batch=('one', 'padded', 'three'), cache=('growing', 'static'),
                entry=ENTRIES, family=tuple(FAMILIES), amateur=('base', 'task', 'phi'), guard=(1., .05), sizing=('pays', 'loses', 'fixed'), how=('greedy', 'draws', 'top_p', 'min_p', 'torch'),
-               rules=('none', 'penalty', 'n-grams', 'banned', 'grammar'), ends=('length', 'eos', 'strings', 'pair', 'one'), stream=('no', 'text', 'tokens'), record=(False, True), attention=('own', 'eager'), ask=ASKS)
+               rules=('none', 'penalty', 'n-grams', 'banned', 'grammar'), ends=('length', 'eos', 'strings', 'pair', 'one'), stream=('no', 'text', 'tokens'), record=(True, False), attention=('own', 'eager'), ask=ASKS)
 CORE = dict(target=('plain', 'cold', 'back', 'one', 'each'), drafter=('none', 'lookup', 'chain', 'tree', 'tree cut', 'joined'), memory=tuple(MEMORIES), batch=FACTORS['batch'], cache=FACTORS['cache'])  # multiplied out
 Case = namedtuple('Case', FACTORS, defaults=[v[0] for v in FACTORS.values()])
 
@@ -104,7 +104,7 @@ class Subject:
     "A toy of one family, in every form that it is called in"
     def __init__(self, family):
         kind, config = FAMILIES[family]
-        self.folder, self.model, self.family = Path(TMP.name)/family, calm_model(kind, BY.get(family, .02), seed=1, **dict(vocab=76) | config), family
+        self.folder, self.model, self.family = Path(TMP.name)/family, calm_model(kind, BY.get(family, .04), seed=1, **dict(vocab=76) | config), family
         self.model.generation_config.eos_token_id = None
         self.adapter = load_adapter(toy_adapter(self.model, self.folder/'adapter', lora_alpha=1), self.model)
         self.bank, self.tokenizer, self._drafters = AdapterBank(self.model, [self.adapter], ops.lora), toy_tokenizer(), {}
@@ -174,7 +174,7 @@ def constraints(c):
 def endings(c):
     "Return the end tokens, stop strings and pairs of tokens that end a text, and how long it may become"
     if refusals(c) or c.how == 'torch': said = [[5] * 10]
-    else: said = [] if c.ends in ('length', 'one') else [t for t, _ in free(c)]
+    else: said = [] if c.ends in ('length', 'one') else [x[0] for x in free(c)]
     eos = [said[0][6], said[-1][3], 75] if c.ends == 'eos' else []
     words = [subject(c.family).tokenizer.decode(said[0][5:7]), subject(c.family).tokenizer.decode(said[-1][8:9])] if c.ends == 'strings' else []
     return eos, [w for w in words if w], [tuple(t[k:k+2]) for k, t in zip((4, 7, 9), said)] if c.ends == 'pair' else [], 1 if c.ends == 'one' else N
@@ -194,7 +194,7 @@ class Naive:
         self.vocab = len(s.tokenizer) if of_lm(c) and cold(c) else None
 
     def write(self):
-        "Return the tokens, and how far the two best scores of each lay apart"
+        "Return the tokens, how far the two best scores of each lay apart, and what expert and base thought of it"
         names = ('expert', *((self.c.amateur,) if cold(self.c) and self.c.amateur != 'base' else ()))
         with temporary(self.model, self.memory, self.task, names) if self.learns else contextlib.nullcontext() as self.phi:
             if self.learns: self.bank, self.ids = self.phi.bank, dict(expert=0, base=len(names) - 1 or -1)
@@ -208,7 +208,7 @@ class Naive:
                 if len(said) == n or said[-1][0] in eos or any(f(self.padded[None], None).item() for f in stop): break
                 if self.learn(): self.begin(len(self.text) - 1)
                 self.feed(self.text[-1:])
-        return [t for t, _ in said], [gap for _, gap in said]
+        return [list(x) for x in zip(*said)]
 
     def learn(self):
         "Learn what is complete; return whether the cache is to be made anew"
@@ -239,10 +239,11 @@ class Naive:
         if self.vocab: e[:, self.vocab:] = -torch.inf
         for p in hard: e = p(text, e)
         if self.c.rules == 'grammar': e = torch.full_like(e, -torch.inf).index_copy(1, torch.tensor(k := grammar(self.b, self.padded)), e[:, k])
+        expert = e
         if cold(self.c): e = torch.where(e >= torch.tensor(target.alpha).log() + e.max(), e + target.beta * (e - self.logits['base']), -torch.inf)
         for p in [*soft, *HOW.get(self.c.how, [])]: e = p(text, e)
-        best = e[0].topk(2)
-        return int(best.indices[0]), float(best.values[0] - best.values[1])
+        (top, second), token = e[0].topk(2).values.tolist(), int(e[0].argmax())
+        return token, top - second, *(float(x[0].log_softmax(-1)[token]) for x in (expert, self.logits.get('base', expert)))
 
 def told_apart(c):
     "Return the case without what a naive loop does not know"
@@ -367,10 +368,14 @@ def compare(c, tokens, steps, count):
     if c.how == 'torch':
         if c.drafter == 'none' or c.batch != 'three': return None if run(c._replace(drafter='none'), Bench())[0] == tokens else 'another text from the same seed'
         return None  # in a batch the sequences take their draws from one generator in turns, which guesses change: see the distribution below
-    for b, (ours, (want, gaps)) in enumerate(zip(tokens, naive(c), strict=True)):
+    for b, (ours, (want, gaps, *logps)) in enumerate(zip(tokens, naive(c), strict=True)):
         at = next((i for i, (x, y) in enumerate(zip(ours, want)) if x != y), None)
         if at is not None and gaps[at] <= TIE: TIES.append((c, b, at, gaps[at])); count['ties'] += 1
-        elif ours != want: return f'sequence {b} differs from place {at}: {ours} instead of {want}, where the two best scores lie {gaps[at or 0]:.1e} apart'
+        elif ours == want:
+            thought = [[getattr(t, name) for x in steps for t in x.tokens[b]] for name in (('logp', 'base_logp') if cold(c) else ('logp',))]
+            off = max(abs(x - y) for us, them in zip(thought, logps) for x, y in zip(us, them)) if c.record else 0
+            if off > TIE: return f'sequence {b} has the right tokens, but log-probabilities that are {off:.1e} off'
+        else: return f'sequence {b} differs from place {at}: {ours} instead of {want}, where the two best scores lie {gaps[at or 0]:.1e} apart'
 
 def problems(cases, part): return [p for c in cases if not outside(c) and (p := check(c, part))]
 
