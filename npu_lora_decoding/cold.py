@@ -22,6 +22,7 @@ class Plain:
     @property
     def roles(self): return ('expert',)
     def of(self, b): return self
+    def check(self, b): pass
     def combine(self, expert, base=None):
         _refuse('model', ~expert.amax(-1).isfinite())
         return expert.float()
@@ -59,6 +60,10 @@ class CoLD:
 
     @property
     def roles(self): return ('expert', 'base')
+
+    def check(self, b):
+        "Raise `DecodingError` unless there is one value of each dial, or one for each of `b` sequences"
+        for x in (self.alpha, self.beta): _column(x, torch.empty(b, 0))
 
     def of(self, b):
         "Return the target of sequence `b` alone"

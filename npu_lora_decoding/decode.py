@@ -104,6 +104,9 @@ class Memory:
     def read(self, ids, mask):
         "Return what the rows are to read of the prompts, and its mask"
         return ids, mask
+    def room(self, state):
+        "Return how many more tokens may be written before the adapter, or what is in sight, changes"
+        return math.inf
     def observe(self, state, rows):
         "Take note of the tokens of a pass; may change the adapter, and what the rows have read"
 
@@ -134,6 +137,7 @@ def decode(
         yield Step(kept, now - start, *((tree, accepted) if record else ()))
         if state.done.all(): return state
         start, tree = now, drafter.propose(state, rows).checked() if drafter is not None else root_tree(state.last)
+        if memory is not None: tree = tree.within(memory.room(state) - 1)  # a pass writes one token more than it accepts guesses
         logits = rows.forward(tree)
 
 # %% ../nbs/07_decode.ipynb #9e3508e1
@@ -179,14 +183,16 @@ class Decoder:
 
     def _generator(self, device): return None if self.seed is None else generator(self.seed, device)
 
-    @staticmethod
-    def _refuse(config, kwargs):
+    def _refuse(self, config, kwargs):
         "Name what we cannot do, instead of doing something else"
         require(config.num_beams == 1, 'beam search cannot be combined with a Decoder', 'set num_beams=1, or generate without custom_generate')
         require(not (config.output_attentions or config.output_hidden_states or config.output_scores or config.output_logits),
                 'a Decoder does not return scores, logits, attentions or hidden states', 'read the log-probabilities from output.steps')
         require(kwargs.get('inputs_embeds') is None, 'a Decoder reads token ids, not embeddings', 'give input_ids')
         require(config.prompt_lookup_num_tokens is None, 'transformers\' prompt lookup cannot be combined with a Decoder', 'leave prompt_lookup_num_tokens out')
+        require(config.penalty_alpha is None and config.dola_layers is None, 'contrastive search and DoLa are decoding methods of their own', 'leave penalty_alpha and dola_layers out, or generate without custom_generate')
+        alone = self.drafter is None and self.memory is None and 'base' not in self.target.roles
+        require(alone or config.guidance_scale in (None, 1), 'classifier-free guidance makes passes of its own, which know no contrast, no guesses and no memory', 'leave guidance_scale out, or decode with Plain() alone')
         cache = kwargs.get('past_key_values')
         require(cache is None or cache.get_seq_length() == 0, 'a Decoder cannot continue from a filled cache', 'give the whole prompt instead')
 
@@ -199,6 +205,8 @@ class Decoder:
 
     def steps(self, model, ids, mask, rules, max_length, pad_id):
         "Yield the `Step`s of decoding `ids`; the generator returns the notes of drafter and memory"
+        require(len(ids) == 1 or not isinstance(self.streamer, TextStreamer), 'only one answer can be streamed as text', 'give one prompt, or no streamer')
+        self.target.check(len(ids))
         bank, reach = self.bank or self._bank_of_peft(model), 0 if self.drafter is None else self.drafter.reach
         memory = None if self.memory is None else self.memory.start(model, bank, self.target.roles, ids, self.compile)
         if memory is None: adapter_of = dict(expert=-1 if bank is None else 0, base=-1)
@@ -238,8 +246,8 @@ def _sequences(ids, steps, pad_id):
 @dataclass(eq=False)
 class Result:
     "What was written, token by token, and how fast"
-    texts:list  # One a prompt
-    tokens:list  # A list of `Token` a prompt
+    texts:list  # One a prompt; with `num_return_sequences=n` n a prompt, side by side
+    tokens:list  # A list of `Token` a text
     steps:list=field(repr=False)  # One a forward pass; the first is the prefill
     lm:LM=field(repr=False)
     target:object=field(default=Plain(), repr=False)
@@ -299,6 +307,8 @@ def generate(self:LM,
     "Write answers to `prompts`"
     ids, mask = encode(self, prompts, chat, None if memory is None else math.inf)
     require(not (stream and len(ids) > 1), 'only one answer can be streamed', 'give one prompt, or stream=False')
+    require('streamer' not in options, 'transformers does not hand a streamer on to our loop', 'use stream=True, or bind it to a Decoder: Decoder(streamer=...)')
+    require('max_length' not in options, 'lm.generate counts the tokens that it adds', 'give max_new_tokens')
     require('num_beams' not in options, 'lm.generate does not search beams', 'use beam_search of npu_lora_decoding.baseline')
     decoder = Decoder(target, drafter, memory, bank_of(self), _Printed(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
                       compile, seed, record, self.vocab if 'base' in target.roles else None)
@@ -307,6 +317,6 @@ def generate(self:LM,
     n = max_new_tokens if memory is not None else min(max_new_tokens, self.context - ids.shape[1])
     out = self.model.generate(ids, attention_mask=mask, custom_generate=decoder, max_new_tokens=n, do_sample=do_sample, pad_token_id=self.pad_id,
                               return_dict_in_generate=True, **options)
-    tokens = [[t for s in out.steps for t in s.tokens[b]] for b in range(len(ids))]
+    tokens = [[t for s in out.steps for t in s.tokens[b]] for b in range(len(out.sequences))]
     texts = [self.tokenizer.decode([t.id for t in ts], skip_special_tokens=True) for ts in tokens]
     return Result(texts, tokens, out.steps, self, target, out.notes)

@@ -17,7 +17,7 @@ from .models import LM
 from .quality import Interval, paired
 from .temp_lora import TempLoRA, TemporaryAdapter, learn, temporary
 from .document import load_document, save_document
-from .cache_reuse import Marks, Reader, parse_rule
+from .cache_reuse import Marks, Reader, check_layers, parse_rule
 
 # %% ../nbs/14d_reading.ipynb #90415dd0
 def read_text(
@@ -143,7 +143,7 @@ def read_document(
 ) -> Reading:
     "Score a text chunk by chunk, learning each chunk after it was scored; Ctrl-C saves, the same call continues"
     ids = document_ids(lm, text)
-    check_lengths(settings, lm.context); check_useful(settings, len(ids))
+    check_lengths(settings, lm.context); check_layers(settings, lm.model.config); check_useful(settings, len(ids))
     with temporary(lm.model, settings, lm.adapter) as phi, ctrl_c() as asked:
         out, reader = Reading(settings, len(ids)), Reader(lm.model, settings)
         if file is not None and Path(file).exists(): _load(phi, ids, reader, out, file)

@@ -40,6 +40,10 @@ class Tree:
         require(self.scores is not None, 'the nodes of this tree are not in order of their worth', 'give scores')
         return self.filled(n)._replaced(lambda x: x[:, :n])
 
+    def within(self, n):
+        "Return the tree without the guesses more than `n` tokens after the root, which become fillers"
+        return self if self.size == 1 else replace(self, parents=self.parents.masked_fill(self.depths > n, -2))
+
     def filled(self, n):
         "Return the tree with fillers up to `n` nodes a sequence"
         short = max(n - self.size, 0)

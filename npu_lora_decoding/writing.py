@@ -13,7 +13,7 @@ from .core import require
 from .decode import Memory
 from .temp_lora import TempLoRA, TemporaryAdapter, learn
 from .document import load_document, save_document
-from .cache_reuse import Marks, due, key_drift, probe
+from .cache_reuse import Marks, check_layers, due, key_drift, probe
 from .reading import check_lengths
 
 # %% ../nbs/14e_writing.ipynb #58558f7b
@@ -51,6 +51,8 @@ class _Writing(Memory):
         seen = ids[:, self.marks.first:]
         self.marks.add(ids.shape[1], self.phi.version)
         return seen, torch.ones_like(seen)
+
+    def room(self, state): return self.learned + self.settings.chunk - len(state.text[0])
 
     def observe(self, state, rows):
         "Learn when a chunk is complete, and begin afresh where the rule says so"
@@ -95,6 +97,7 @@ def start(self:TempLoRA, model, bank, roles, ids, compile):
     require(not compile, 'compiled programs hold adapters as constants, and Temp-LoRA changes its adapter while it writes', 'decode with compile=False')
     check_lengths(self, model.config.max_position_embeddings)
     require(not self.recompute.startswith('slide'), 'the policy slide is for reading', 'write with chunk, window, every:K or drift:X')
+    check_layers(self, model.config)
     has_task = bank is not None and len(bank.adapters) > 0
     require(has_task or self.amateur == 'base' or 'base' not in roles, f'the amateur {self.amateur!r} needs a task adapter', "load one with adapter=, or use amateur='base'")
     return _Writing(self, model, bank, roles, ids)

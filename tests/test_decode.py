@@ -94,6 +94,13 @@ def test_lengths_of_transformers(model, kw):
     ids, mask = prompts()
     assert loop_is_transformers(model, ids, mask, **kw).shape[1] == (kw.get('max_length') or 8)
 
+@pytest.mark.parametrize('lengths', [(5,), (7, 3, 5)])
+def test_guidance_of_transformers(llama, bank, lengths):
+    "Its passes are its own, so it goes with plain decoding alone"
+    assert not torch.equal(loop_is_transformers(llama, *prompts(lengths), guidance_scale=1.5), generate(llama, *prompts(lengths)))
+    for decoder in (Decoder(CoLD(), bank=bank), Decoder(drafter=Drafter())):
+        with pytest.raises(DecodingError, match='passes of its own'): generate(llama, *prompts(lengths), decoder, guidance_scale=1.5)
+
 def test_several_answers_a_prompt(llama):
     assert len(loop_is_transformers(llama, *prompts(), num_return_sequences=2, **SAMPLED)) == 6
 
@@ -368,7 +375,7 @@ def test_guesses_change_nothing_for_any_attention(rows):
 
 def test_guesses_need_attention_that_reads_a_mask():
     model = toy(); model.config._attn_implementation = 'flash_attention_2'
-    with pytest.raises(DecodingError, match='load the model with attn_implementation'): rows_module.Rows(model, ('expert',), 1, 9)._added(torch.ones(1, 1, 1, 1).bool())
+    with pytest.raises(DecodingError, match='load the model with attn_implementation'): rows_module.Rows(model, ('expert',), 1, 9, spare=4)
 
 def test_a_text_that_has_ended_takes_no_columns(llama, rows):
     "Sequence 0 is over at once, and a lucky drafter goes on guessing for it: the static cache would be full before the others are done"
@@ -630,8 +637,17 @@ def test_seeds_of_text(lm):
     a, b, c = (said(lm.generate([5, 6, 7], do_sample=True, temperature=2., top_k=0, seed=s, max_new_tokens=N)) for s in (1, 1, 2))
     assert a == b != c
 
-def test_beams_of_text_are_named(lm):
-    with pytest.raises(DecodingError, match='does not search beams'): lm.generate('Hello', num_beams=2)
+def test_wishes_of_text_that_are_named(lm):
+    for what, kw in (('does not search beams', dict(num_beams=2)), ('bind it to a Decoder', dict(streamer=TextStreamer(lm.tokenizer))), ('give max_new_tokens', dict(max_length=9))):
+        with pytest.raises(DecodingError, match=what): lm.generate('Hello', **kw)
+
+def test_several_answers_to_each_text(lm):
+    "All of them, those of one prompt side by side"
+    how = dict(do_sample=True, temperature=2., top_k=0, max_new_tokens=N, eos_token_id=96)
+    out = lm.generate([[5, 6, 7], [8, 9]], num_return_sequences=2, seed=1, **how)
+    assert len(out.texts) == len(out.tokens) == 4 and len({tuple(said(out, b)) for b in range(4)}) == 4
+    again = lm.generate([[5, 6, 7]] * 2 + [[8, 9]] * 2, seed=1, **how)
+    assert [said(out, b) for b in range(4)] == [said(again, b) for b in range(4)]
 
 def test_the_embedded_model_is_transformers(tokenizer):
     "The one test on real weights: merged by PEFT and decoded by transformers, against our loop"

@@ -37,15 +37,25 @@ class Toy:
     folder:object
     bank:AdapterBank
 
-def toy(tmp, family='llama', v=23, context=256, seed=0, vocab=None):
-    model = toy_model(family, vocab=v, context=context, seed=seed)
-    for l in model.model.layers: l.self_attn.o_proj.weight.mul_(.07); l.mlp.down_proj.weight.mul_(.07)
+def calm_model(family='llama', by=.07, **config):
+    "A toy that mostly goes by its last token"
+    model = toy_model(family, **config)
+    for l in model.model.layers: l.self_attn.o_proj.weight.mul_(by); l.mlp.down_proj.weight.mul_(by)
+    return model
+
+def knowing_head(model, vocab=None, noise=1.):
+    "A head that knows what a calm model goes by, more or less"
     head, g = DraftHead(head_config(model.config)).requires_grad_(False), generator(0)
     for p in head.parameters(): p.copy_(torch.randn(p.shape, generator=g) * p.shape[-1]**-.5)
-    head.fc.weight.mul_(.2); head.fc.weight[:, :32] += 3 * torch.eye(32)
-    head.layers[0].self_attn.o_proj.weight.mul_(.1); head.layers[0].mlp.down_proj.weight.mul_(.1)
+    head.fc.weight.mul_(.2 * noise); head.fc.weight[:, :32] += 3 * torch.eye(32)
+    head.layers[0].self_attn.o_proj.weight.mul_(.1 * noise); head.layers[0].mlp.down_proj.weight.mul_(.1 * noise)
     for p in head.parameters(): p.copy_(p.bfloat16())  # what the file can hold
     if vocab is not None: head.vocab = torch.tensor(vocab)
+    return head
+
+def toy(tmp, family='llama', v=23, context=256, seed=0, vocab=None):
+    model = calm_model(family, vocab=v, context=context, seed=seed)
+    head = knowing_head(model, vocab)
     bank = AdapterBank(model, [load_adapter(toy_adapter(model, tmp/'adapter', lora_alpha=1), model)], ops.lora)
     return Toy(model, head, save_head(head, tmp/'head', model), bank)
 
@@ -427,8 +437,8 @@ def test_many_slots_beside_an_ended_sequence(llama, rows, ended):
 
 # --- sampling: the distribution of the target
 
-def exact(t, target, prompt, n):
-    "Probability of each continuation of `n` tokens `(v,) * n`"
+def exact(t, target, prompt, n, process=lambda texts, scores: scores):
+    "Probability of each continuation of `n` tokens `(v,) * n`; `process` is what is done to the scores before the draw"
     v, p = t.model.config.vocab_size, torch.ones((), dtype=torch.float64)
     for k in range(n):
         texts = torch.tensor([[*prompt, *c] for c in product(range(v), repeat=k)])
@@ -438,7 +448,7 @@ def exact(t, target, prompt, n):
                 with t.bank.attached([0] * len(texts)): e = t.model(texts).logits[:, -1]
                 with t.bank.attached([-1] * len(texts)): a = t.model(texts).logits[:, -1]
                 scores = target.combine(e, a)
-        p = p[..., None] * scores.double().softmax(-1).view(*[v] * k, v)
+        p = p[..., None] * process(texts, scores).double().softmax(-1).view(*[v] * k, v)
     return p
 
 def chi_square(counts, p, runs):
@@ -458,15 +468,15 @@ def small(tmp_path_factory):
     save_head(t.head, t.folder, t.model)  # the fingerprint of the model as it is now
     return t
 
-def sampled(t, target, drafter, runs, n=3, batch=250):
-    "Counts of the continuations of one prompt, and how many tokens were guessed"
+def sampled(t, target, drafter, runs, n=3, batch=250, process=lambda texts, scores: scores, rows={}, **kw):
+    "Counts of the continuations of one prompt, their probabilities, and how many tokens were guessed"
     v, prompt, counts, hits = t.model.config.vocab_size, [3, 1, 2], 0, 0
     ids = torch.tensor([prompt]).repeat(batch, 1)
     for i in range(runs // batch):
-        out = generate(t.model, ids, torch.ones_like(ids), Decoder(target, drafter, bank=None if target == PLAIN else t.bank, record=False), seed=i, max_new_tokens=n, do_sample=True, top_k=0, return_dict_in_generate=True)
+        out = generate(t.model, ids, torch.ones_like(ids), Decoder(target, drafter, bank=None if target == PLAIN else t.bank, record=False, **rows), seed=i, **dict(max_new_tokens=n, do_sample=True, top_k=0, return_dict_in_generate=True) | kw)
         code = (out.sequences[:, 3:] * v ** torch.arange(n - 1, -1, -1)).sum(-1)
         counts, hits = counts + torch.bincount(code, minlength=v**n), hits + guessed(out)
-    return counts, exact(t, target, prompt, n), hits
+    return counts, exact(t, target, prompt, n, process), hits
 
 TREE, CHAIN = dict(nodes=8, depth=2, top_k=3), dict(chain=True, depth=2)
 
