@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['frontier', 'pareto_svg', 'acceptance_svg', 'Looks', 'page', 'save_page']
 
-# %% ../nbs/16e_report.ipynb #63785cf5
+# %% ../nbs/16e_report.ipynb #29cb07db
 import html, math
 from pathlib import Path
 from .core import atomic_path
@@ -16,11 +16,11 @@ from .advise import recommendation, verdicts
 from .show import token_html
 from .show_draft import proposer_html, reached
 
-# %% ../nbs/16e_report.ipynb #02a17748
+# %% ../nbs/16e_report.ipynb #180ba560
 _HARMFUL = {c: 0x2400 + c for c in range(32) if c not in (9, 10)} | {127: 0x2421} | dict.fromkeys([*range(0x80, 0xa0), *range(0x202a, 0x202f), *range(0x2066, 0x206a), *range(0xd800, 0xe000)], 0xfffd)
 _E = lambda x: html.escape(str(x))
 
-# %% ../nbs/16e_report.ipynb #4f091e53
+# %% ../nbs/16e_report.ipynb #129db510
 def frontier(
     points:list,  # (speed, quality) of each method
 ) -> list:  # Indices, by rising speed
@@ -28,12 +28,12 @@ def frontier(
     beaten = lambda p: any(q[0] >= p[0] and q[1] >= p[1] and q != p for q in points)
     return sorted((i for i, p in enumerate(points) if not beaten(p)), key=lambda i: points[i])
 
-# %% ../nbs/16e_report.ipynb #b496c663
+# %% ../nbs/16e_report.ipynb #7c206dd1
 _W, _H, _L, _R, _T, _B = 460, 290, 44, 142, 12, 40  # The picture's size, and its margins: labels stand on the right
 
 def _scale(low, high, a, b): return lambda v: a + (v - low) / (high - low or 1) * (b - a)
 
-def _ticks(low, high, n=5):
+def _ticks(low, high, n=6):
     "Return about `n` round numbers from low to high"
     raw = (high - low) / n or 1
     unit = 10 ** math.floor(math.log10(raw))
@@ -57,7 +57,7 @@ def _chart(x, y, inside, labels, xlabel, ylabel, title):
     parts += [f'<polyline class="lead" points="{X(px):.1f},{Y(py):.1f} {_W-_R+6},{at:.1f} {_W-_R+12},{at:.1f}"/><text class="{kind}" x="{_W-_R+15}" y="{at+4:.1f}">{_E(text)}</text>' for (text, px, py, kind), at in zip(labels, places)]
     return f'<svg viewBox="0 0 {_W} {_H}" role="img" aria-label="{_E(title)}"><title>{_E(title)}</title>{"".join(parts)}</svg>'
 
-# %% ../nbs/16e_report.ipynb #994c8bc1
+# %% ../nbs/16e_report.ipynb #30aa5868
 def _measured(rows): return [r for r in rows if r['method'] != 'environment' and 'chunks' not in r]
 def _read(rows): return [r for r in rows if 'chunks' in r]
 
@@ -84,7 +84,7 @@ def _kind(r): return 'peer' if r['peer'] else 'ours'
 def _short(name, n=20): return str(name) if len(str(name)) <= n else str(name)[:n-1] + '…'
 def _about(r): return f'{r["method"]}: {r["quality"]:.2f} ({r["quality_interval"][0]:.2f} to {r["quality_interval"][1]:.2f}), {r["tokens_per_s"]:.1f} tokens/s'
 
-# %% ../nbs/16e_report.ipynb #786373f7
+# %% ../nbs/16e_report.ipynb #413f9b59
 _FEW = 5  # Tries below which a share says nothing
 
 def acceptance_svg(
@@ -103,7 +103,7 @@ def acceptance_svg(
     longest = max(line[-1][0] for line in lines.values())
     return _chart((.5, max(longest, 2) + .5), (0, 1), inside, labels, 'guess', 'right, given those before', 'Share of right guesses by position')
 
-# %% ../nbs/16e_report.ipynb #fcf49b2f
+# %% ../nbs/16e_report.ipynb #2fee7167
 class Looks:
     "Collects what each method writes to a few prompts: give `looks.add` to `compare` as `look`"
     def __init__(self,
@@ -135,7 +135,7 @@ class Looks:
         for j, (tried, right) in enumerate(new): mine[j] = (mine[j][0] + tried, mine[j][1] + right)
         return proposer_html(out) if new and 'base' not in out.target.roles else token_html(out)
 
-# %% ../nbs/16e_report.ipynb #bad2bae9
+# %% ../nbs/16e_report.ipynb #14d40be8
 _CSS = '''
 :root{color-scheme:light dark;--paper:#fdfdfb;--ink:#1d2126;--soft:#5c646d;--line:#d9dce0;--box:#f1f3f5;--good:#1a7f4b;--bad:#b3402e;--c0:#1660b8;--c1:#c8641e;--c2:#1a7f4b;--c3:#8a3fa0;--c4:#a8850c;--c5:#b3305f;--grey:#7d858d}
 @media(prefers-color-scheme:dark){:root{--paper:#15181c;--ink:#e4e7ea;--soft:#9aa3ac;--line:#343a41;--box:#1f2429;--good:#58c48d;--bad:#ef8a76;--c0:#6cb0f5;--c1:#f0a05f;--c2:#58c48d;--c3:#cf93e2;--c4:#dcc158;--c5:#f08bb0;--grey:#949ca5}}
@@ -144,7 +144,7 @@ h1{font-size:1.4rem;margin:.2em 0}h2{font-size:1.1rem;margin:1.8em 0 .4em}p{marg
 .advice{border-left:5px solid var(--c0);background:var(--box);padding:.8rem 1rem;border-radius:4px;font-size:1.05rem}
 ul.verdicts{list-style:none;padding:0;margin:.8em 0}ul.verdicts li{padding:.25em 0}.badge{display:inline-block;min-width:6.6em;padding:0 .5em;margin-right:.5em;border:1px solid;border-radius:1em;font-size:.8rem;text-align:center}.yes{color:var(--good)}.no{color:var(--bad)}.open{color:var(--soft)}
 .wide{overflow-x:auto;border:1px solid var(--line);border-radius:4px}table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums;width:100%}th,td{padding:.3em .7em;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap;overflow-wrap:normal}
-th{color:var(--soft);font-weight:600;vertical-align:bottom}tr:last-child td{border-bottom:0}th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper);max-width:11rem;overflow:hidden;text-overflow:ellipsis}td small{color:var(--soft)}td.better{color:var(--good);font-weight:600}td.worse{color:var(--bad);font-weight:600}
+th{color:var(--soft);font-weight:600;vertical-align:bottom}tr:last-child td{border-bottom:0}th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper);max-width:min(14rem,42vw);overflow:hidden;text-overflow:ellipsis}td small{color:var(--soft)}td.better{color:var(--good);font-weight:600}td.worse{color:var(--bad);font-weight:600}
 figure{margin:0}svg{display:block;width:100%;max-width:600px;font:12px system-ui,sans-serif}svg text{fill:var(--ink)}svg .grid{stroke:var(--line)}svg .lead{stroke:var(--grey);fill:none;stroke-width:.7}svg .front{stroke:var(--c1);fill:none;stroke-dasharray:5 3}
 svg .ours line,svg .ours circle{stroke:var(--c0);fill:var(--c0)}svg .peer line,svg .peer circle{stroke:var(--grey);fill:var(--grey)}svg text.peer{fill:var(--soft)}svg polyline{fill:none;stroke-width:1.6}
 svg .c0{stroke:var(--c0)}svg .c1{stroke:var(--c1)}svg .c2{stroke:var(--c2)}svg .c3{stroke:var(--c3)}svg .c4{stroke:var(--c4)}svg .c5{stroke:var(--c5)}svg .t0{fill:var(--c0)}svg .t1{fill:var(--c1)}svg .t2{fill:var(--c2)}svg .t3{fill:var(--c3)}svg .t4{fill:var(--c4)}svg .t5{fill:var(--c5)}svg circle{fill:currentColor}svg g[class^=c] circle{fill:var(--paper);stroke-width:2}
@@ -152,7 +152,7 @@ details{border:1px solid var(--line);border-radius:4px;padding:.5rem .8rem;margi
 @media(prefers-color-scheme:dark){.tokens span{filter:brightness(.88)}}
 '''
 
-# %% ../nbs/16e_report.ipynb #b07de3ee
+# %% ../nbs/16e_report.ipynb #d373ebff
 def _advice(rows):
     "Return the recommendation, and each verdict with its reason"
     found = verdicts(rows)
@@ -168,16 +168,17 @@ def _cell(x, f='{:.2f}', interval=None, zero=None):
     kind = '' if zero is None or low is None else ' class="better"' if low > zero else ' class="worse"' if high < zero else ''
     return f'<td{kind}>{f.format(x)}' + (f' <small>{f.format(low)} to {f.format(high)}</small>' if interval else '') + '</td>'
 
-_HEADS = ('method', 'tokens/s', 'times as fast, 95%', 'as', 'ms a step, spread', 'ms to first token', 'tokens a pass', 'GFLOPs a token', 'peak MB', 'same tokens as greedy', 'quality, 95%', 'gain over greedy, 95%')
+_HEADS = ('method', 'quality, 95%', 'gain, 95%', 'tokens/s', 'times as fast, 95%', 'as', 'tokens a pass', 'ms to first token', 'ms a step, spread', 'GFLOPs a token', 'peak MB', 'same tokens as greedy')
 
 def _table(rows):
     "Return all methods as a table"
     body = []
     for r in _measured(rows):
         notes = ', '.join(n for n, on in (('peer', r['peer']), ('compiled', r.get('compiled'))) if on)
-        work, of_batch = r.get('flops_per_token'), f'<td>{_E(r.get("speedup_over") or "–")}</td>'
-        body.append(f'<tr><td title="{_E(r["method"])}">{_E(r["method"])}{f" <small>{notes}</small>" if notes else ""}</td>' + _cell(r['tokens_per_s'], '{:.1f}') + _cell(r.get('speedup'), '{:.2f}', r.get('speedup_interval'), 1) + of_batch + _cell(r['ms_per_token'], '{:.1f}', r['ms_spread']) +
-                    _cell(r.get('ms_to_first'), '{:.0f}') + _cell(r.get('tau')) + _cell(work and work / 1e9, '{:.3f}') + _cell(r['peak_mb'], '{:.0f}') + _cell(r['equal_tokens'], '{:.0%}') + _cell(r['quality'], '{:.2f}', r['quality_interval']) + _cell(r.get('gain'), '{:+.2f}', r.get('gain_interval'), 0) + '</tr>')
+        work = r.get('flops_per_token')
+        body.append(f'<tr><td title="{_E(r["method"])}">{_E(r["method"])}{f" <small>{notes}</small>" if notes else ""}</td>' + _cell(r['quality'], '{:.2f}', r['quality_interval']) + _cell(r.get('gain'), '{:+.2f}', r.get('gain_interval'), 0) +
+                    _cell(r['tokens_per_s'], '{:.1f}') + _cell(r.get('speedup'), '{:.2f}', r.get('speedup_interval'), 1) + f'<td>{_E(r.get("speedup_over") or "–")}</td>' + _cell(r.get('tau')) + _cell(r.get('ms_to_first'), '{:.0f}') +
+                    _cell(r['ms_per_token'], '{:.1f}', r['ms_spread']) + _cell(work and work / 1e9, '{:.3f}') + _cell(r['peak_mb'], '{:.0f}') + _cell(r['equal_tokens'], '{:.0%}') + '</tr>')
     return f'<div class="wide"><table><thead><tr>{"".join(f"<th>{_E(h)}</th>" for h in _HEADS)}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 def _long_text(rows):
@@ -197,7 +198,7 @@ def _tokens(looks):
         out.append(f'<details{" open" if i == 0 else ""}><summary>{_E(_short(asked, 300))}</summary><dl>' + (f'<dt>reference</dt><dd class="text">{_E(answer)}</dd>' if answer else '') + said + '</dl></details>')
     return '<h2>What they wrote</h2><p class="soft">With contrast, green is what the adapter raised and red what it lowered; a frame marks a choice that contrast changed. With guesses, the colour says who proposed a token. Facts appear under the mouse.</p>' + ''.join(out)
 
-# %% ../nbs/16e_report.ipynb #9e2067c3
+# %% ../nbs/16e_report.ipynb #ecaafde4
 def page(
     rows:list,  # From `compare`, and of a long text from `reading_row`
     looks:Looks|None=None,  # What the methods wrote
@@ -209,8 +210,8 @@ def page(
     pareto, reach = pareto_svg(rows), acceptance_svg(looks.counts if looks else {})
     facts = [about, *([f'{seen[0]["model"]}, {seen[0]["dtype"]}, {seen[0]["device"]}, batch {seen[0]["batch"]}, {seen[0]["new_tokens"]} new tokens'] if seen else []), ', '.join(f'{k} {v}' for k, v in env.items() if k not in ('method', 'recommendation', 'verdicts') and v is not None)]
     body = [f'<h1>{_E(title)}</h1>', *(f'<p class="soft">{_E(f)}</p>' for f in facts if f), '<h2>What to use here</h2>', _advice(rows), '<h2>All methods</h2>', _table(rows),
-            '<p class="soft">Methods took turns in one process. A ratio compares two methods turn by turn; intervals are 95% and resample prompts. Green or red: the interval excludes "no difference". With many rows, one in forty looks better by chance.</p>',
-            '<h2>Quality against speed</h2>', f'<figure>{pareto}<figcaption>Dots are means, lines 95% intervals of the quality itself, blue ours and grey other libraries. The dashed line is the frontier: what lies below and left of it is beaten in both. Whether a difference is more than chance is said by the paired gain in the table.</figcaption></figure>' if pareto else '<p class="soft">No answers were judged: give prompts with answers, and a metric.</p>',
+            '<p class="soft">A gain is paired, item by item, with the reference (greedy, or else the first row). Methods took turns in one process. A ratio compares two methods turn by turn; intervals are 95% and resample prompts. Green or red: the interval excludes "no difference". With many rows, one in forty looks better by chance.</p>',
+            '<h2>Quality against speed</h2>', f'<figure>{pareto}<figcaption>Dots are means, lines 95% intervals of the quality itself, blue ours and grey other libraries. The dashed line is the frontier: it joins the methods that no other beats in both. Whether a difference is more than chance is said by the paired gain in the table.</figcaption></figure>' if pareto else '<p class="soft">No answers were judged: give prompts with answers, and a metric.</p>',
             *(['<h2>How far guesses reach</h2>', f'<figure>{reach}<figcaption>Share of right guesses by position, given those before, over the first prompts; positions tried fewer than {_FEW} times are left out.</figcaption></figure>'] if reach else []), _long_text(rows), _tokens(looks)]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><meta http-equiv="Content-Security-Policy" content="default-src \'none\';style-src \'unsafe-inline\'"><title>{_E(title)}</title><style>{_CSS}</style>'
     return f'<!DOCTYPE html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'.translate(_HARMFUL)
