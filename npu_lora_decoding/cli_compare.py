@@ -135,7 +135,7 @@ def demo(
     print(f'{items} verses of books the adapter has not seen, modern English to King James English.\n', flush=True)
     for item in its[:show]: _demo_verse(lm, item, CoLD(alpha, beta))
     print(f'Now every method in turns, a few minutes: {_SHOWN.replace(",", ", ")} ...\n', flush=True)
-    looks = Looks(lm, its, 48, counted=4)
+    looks = Looks(lm, its, 2 * new_tokens, counted=4)
     rows = compare(lm, folder, its, _SHOWN.split(','), new_tokens, 1, rounds, CoLD(alpha, beta), False, 'chrf', str(shipped_head('king_james')), None, timed, 64, look=looks.add)
     print(table(rows, full=True), flush=True)
     if text_tokens:

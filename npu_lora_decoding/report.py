@@ -12,6 +12,7 @@ from .core import atomic_path
 from .models import encode
 from .tasks import Item
 from .quality import prompt_of, until_end
+from .measure import BATCHES, ENOUGH
 from .advise import recommendation, verdicts
 from .show import token_html
 from .show_draft import proposer_html, reached
@@ -176,8 +177,8 @@ def _table(rows):
     for r in _measured(rows):
         notes = ', '.join(n for n, on in (('peer', r['peer']), ('compiled', r.get('compiled'))) if on)
         work = r.get('flops_per_token')
-        body.append(f'<tr><td title="{_E(r["method"])}">{_E(r["method"])}{f" <small>{notes}</small>" if notes else ""}</td>' + _cell(r['quality'], '{:.2f}', r['quality_interval']) + _cell(r.get('gain'), '{:+.2f}', r.get('gain_interval'), 0) +
-                    _cell(r['tokens_per_s'], '{:.1f}') + _cell(r.get('speedup'), '{:.2f}', r.get('speedup_interval'), 1) + f'<td>{_E(r.get("speedup_over") or "–")}</td>' + _cell(r.get('tau')) + _cell(r.get('ms_to_first'), '{:.0f}') +
+        body.append(f'<tr><td title="{_E(r["method"])}">{_E(r["method"])}{f" <small>{notes}</small>" if notes else ""}</td>' + _cell(r['quality'], '{:.2f}', r['quality_interval']) + _cell(r.get('gain'), '{:+.2f}', r.get('gain_interval'), 0 if (r.get('items') or 0) >= ENOUGH else None) +
+                    _cell(r['tokens_per_s'], '{:.1f}') + _cell(r.get('speedup'), '{:.2f}', r.get('speedup_interval'), 1 if len(r['ms_runs'][0]) >= BATCHES else None) + f'<td>{_E(r.get("speedup_over") or "–")}</td>' + _cell(r.get('tau')) + _cell(r.get('ms_to_first'), '{:.0f}') +
                     _cell(r['ms_per_token'], '{:.1f}', r['ms_spread']) + _cell(work and work / 1e9, '{:.3f}') + _cell(r['peak_mb'], '{:.0f}') + _cell(r['equal_tokens'], '{:.0%}') + '</tr>')
     return f'<div class="wide"><table><thead><tr>{"".join(f"<th>{_E(h)}</th>" for h in _HEADS)}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
@@ -210,7 +211,7 @@ def page(
     pareto, reach = pareto_svg(rows), acceptance_svg(looks.counts if looks else {})
     facts = [about, *([f'{seen[0]["model"]}, {seen[0]["dtype"]}, {seen[0]["device"]}, batch {seen[0]["batch"]}, {seen[0]["new_tokens"]} new tokens'] if seen else []), ', '.join(f'{k} {v}' for k, v in env.items() if k not in ('method', 'recommendation', 'verdicts') and v is not None)]
     body = [f'<h1>{_E(title)}</h1>', *(f'<p class="soft">{_E(f)}</p>' for f in facts if f), '<h2>What to use here</h2>', _advice(rows), '<h2>All methods</h2>', _table(rows),
-            '<p class="soft">A gain is paired, item by item, with the reference (greedy, or else the first row). Methods took turns in one process. A ratio compares two methods turn by turn; intervals are 95% and resample prompts. Green or red: the interval excludes "no difference". With many rows, one in forty looks better by chance.</p>',
+            f'<p class="soft">A gain is paired, item by item, with the reference (greedy, or else the first row). Methods took turns in one process. A ratio compares two methods turn by turn; intervals are 95% and resample prompts. Green or red: the interval excludes "no difference", on at least {ENOUGH} items or {BATCHES} timed batches. With many rows, one in forty looks better by chance.</p>',
             '<h2>Quality against speed</h2>', f'<figure>{pareto}<figcaption>Dots are means, lines 95% intervals of the quality itself, blue ours and grey other libraries. The dashed line is the frontier: it joins the methods that no other beats in both. Whether a difference is more than chance is said by the paired gain in the table.</figcaption></figure>' if pareto else '<p class="soft">No answers were judged: give prompts with answers, and a metric.</p>',
             *(['<h2>How far guesses reach</h2>', f'<figure>{reach}<figcaption>Share of right guesses by position, given those before, over the first prompts; positions tried fewer than {_FEW} times are left out.</figcaption></figure>'] if reach else []), _long_text(rows), _tokens(looks)]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><meta http-equiv="Content-Security-Policy" content="default-src \'none\';style-src \'unsafe-inline\'"><title>{_E(title)}</title><style>{_CSS}</style>'

@@ -141,6 +141,13 @@ def test_of_two_who_guess_the_faster_is_used():
     said = recommendation(verdicts([row('greedy'), row('hass_tree', 15., same_as='greedy'), row('lookup', 10., same_as='greedy')]))
     assert said.startswith('Use lookup: lookup is 3.00') and 'Hass_tree is 2.00 (2.00 to 2.00) times as fast as greedy too' in said
 
+def test_few_items_are_not_emphasised():
+    "An interval of two items excludes zero easily"
+    gain = lambda n: row('cold', scores=shifted(5, n), gain=5., gain_interval=[4., 6.], gain_over='greedy', ms_runs=[[60.] * (n // 5 or 1)] * 2)
+    for n, shown in ((2, False), (20, True)):
+        rows = [row('greedy', scores=shifted(0, n)), gain(n)]
+        assert ('class="better"' in page(rows)) is shown and ('class="worse"' in page(rows)) is shown and ('**+5.00' in table(rows, full=True)) is shown
+
 def test_a_ratio_resamples_prompts_not_turns():
     "Sixty turns on two prompts are two prompts"
     plain, half = [[10., 20.]] * 30, [[5., 40.]] * 30
