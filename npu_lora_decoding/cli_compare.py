@@ -113,19 +113,19 @@ def _speed(rows, relative_to, ax):
 COMMANDS['compare'] = COMMANDS.pop('compare-methods')
 
 # %% ../nbs/16f_cli_compare.ipynb #1bba9419
-_SHOWN = 'greedy,cold,beam,lookup,hass_chain,hass_tree,cold_hass_tree,transformers_greedy'
+_SHOWN = 'greedy,cold,beam,lookup,hass_chain,hass_tree,transformers_greedy'
 
 @command
 def demo(
-    items:int=24,  # Held-out verses to score
+    items:int=20,  # Held-out verses to score
     timed:int=4,  # Of these, so many are timed
-    show:int=2,  # Verses to print
-    new_tokens:int=24,  # Tokens each method writes while it is timed
+    show:int=1,  # Verses to print
+    new_tokens:int=16,  # Tokens each method writes while it is timed
     rounds:int=2,  # Turns on every timed verse
     alpha:float=.1,  # CoLD's plausibility
     beta:float=.1,  # CoLD's strength
     dtype:str='fp32',  # fp32, bf16 or fp16
-    text_tokens:int=3072,  # Of the King James Bible, read with and without Temp-LoRA; 0: none
+    text_tokens:int=2048,  # Of the King James Bible, read with and without Temp-LoRA; 0: none
     html:str='nld-demo.html',  # The page
 ):
     "A real model and adapter: all methods on held-out verses, one table and one page"
@@ -135,12 +135,12 @@ def demo(
     print(f'{items} verses of books the adapter has not seen, modern English to King James English.\n', flush=True)
     for item in its[:show]: _demo_verse(lm, item, CoLD(alpha, beta))
     print(f'Now every method in turns, a few minutes: {_SHOWN.replace(",", ", ")} ...\n', flush=True)
-    looks = Looks(lm, its, 2 * new_tokens, counted=4)
+    looks = Looks(lm, its, 40, counted=2)
     rows = compare(lm, folder, its, _SHOWN.split(','), new_tokens, 1, rounds, CoLD(alpha, beta), False, 'chrf', str(shipped_head('king_james')), None, timed, 64, look=looks.add)
     print(table(rows, full=True), flush=True)
     if text_tokens:
-        print(f'\nA long text with and without a memory: {text_tokens:,} tokens of the King James Bible, in a window of 512.', flush=True)
-        settings = TempLoRA(chunk=128, window=512, train_context=64, epochs=1, lr=5e-4)
+        print(f'\nA long text with and without a memory: {text_tokens:,} tokens of the King James Bible, in a window of 384.', flush=True)
+        settings = TempLoRA(chunk=96, window=384, train_context=64, epochs=1, lr=5e-4)
         rows = _long_text(LM(lm.model, lm.tokenizer, None, lm.name), 'king_james', text_tokens, settings, rows)
     _finish(rows, looks, None, html, f'{items} held-out verses, {timed} of them timed in {rounds} rounds; adapter {Path(folder).name}; CoLD alpha {alpha:g}, beta {beta:g}')
     print(f'Open {Path(html).absolute()} in a browser.\nA few verses show how it works, not which method is better: the README has results on hundreds of items.')

@@ -93,6 +93,7 @@ def test_a_page_without_answers_guesses_or_methods_says_so():
     assert '80% of 5' in acceptance_svg(dict(a=[(5, 4)]))
 
 def test_the_frontier():
+    assert frontier([(1, 60), (1, 59), (.5, 60), (2, 50), (2, 50)]) == [0, 3, 4]  # a tie in one number is lost in the other; equals stay
     points = [(x, y) for x, y in zip(noise(30), noise(30, seed=1))]
     on = frontier(points)
     beats = lambda p, q: p[0] >= q[0] and p[1] >= q[1] and p != q
@@ -135,7 +136,8 @@ def test_guesses_are_compared_with_their_own_target():
     v = verdicts(rows)[1]
     assert v.helps and v.effect.mean == pytest.approx(2) and 'as fast as cold' in v.reason
     assert verdicts([rows[0], rows[2]])[1].helps is None  # without it there is nothing to say
-    assert verdicts([row('greedy'), row('transformers_lookup', 9., same_as='transformers_greedy', peer=True)])[1].helps is None  # a peer is no idea of ours
+    peers = [row('greedy'), row('transformers_greedy', peer=True), row('transformers_lookup', 9., same_as='transformers_greedy', peer=True, over='transformers_greedy')]
+    assert [v.idea for v in verdicts(peers)] == ['CoLD', 'HASS', 'Temp-LoRA']  # a peer is no idea of ours
 
 def test_of_two_who_guess_the_faster_is_used():
     said = recommendation(verdicts([row('greedy'), row('hass_tree', 15., same_as='greedy'), row('lookup', 10., same_as='greedy')]))
@@ -143,7 +145,7 @@ def test_of_two_who_guess_the_faster_is_used():
 
 def test_few_items_are_not_emphasised():
     "An interval of two items excludes zero easily"
-    gain = lambda n: row('cold', scores=shifted(5, n), gain=5., gain_interval=[4., 6.], gain_over='greedy', ms_runs=[[60.] * (n // 5 or 1)] * 2)
+    gain = lambda n: row('cold', 60., scores=shifted(5, n), gain=5., gain_interval=[4., 6.], gain_over='greedy', ms_runs=[[60.] * (n // 5 or 1)] * 2)
     for n, shown in ((2, False), (20, True)):
         rows = [row('greedy', scores=shifted(0, n)), gain(n)]
         assert ('class="better"' in page(rows)) is shown and ('class="worse"' in page(rows)) is shown and ('**+5.00' in table(rows, full=True)) is shown
