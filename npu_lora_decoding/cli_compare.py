@@ -71,7 +71,7 @@ def compare_methods(
     torch.manual_seed(seed)
     verses, (prompt, answer) = str(prompts).isdigit(), _fields(fields)
     if verses and html and metric is None: metric = 'chrf'
-    settings = TempLoRA(chunk=chunk, window=window, train_context=min(chunk, window - chunk)) if text else None
+    settings = TempLoRA(chunk=chunk, window=window, train_context=max(1, min(chunk, window - chunk))) if text else None
     items = prompts_of(prompts, answer=answer if metric else None, prompt=prompt)  # a mistake in the prompts is named before the model is loaded
     lm, folder = load_target(model, adapter, dtype, device)
     looks = Looks(lm, items, new_tokens, shown) if html else None
