@@ -8,6 +8,8 @@ cfg = ConfigParser(delimiters=['='])
 cfg.read(here/'settings.ini', encoding='utf-8')
 cfg = cfg['DEFAULT']
 lib, kernels = cfg['lib_path'], 'npu_lora_kernels'
+# What `shipped_adapter` and `shipped_head` return: in a clone under results, in a wheel inside the package, as data
+shipped = dict(adapters=['king_james'], heads=['smollm2-135m', 'king_james'])
 
 def reqs(key): return cfg.get(key, '').split()
 
@@ -17,8 +19,9 @@ setup(
     license='Apache-2.0', keywords=cfg['keywords'],
     classifiers=['Programming Language :: Python :: 3', 'Intended Audience :: Developers'],
     # Named one by one, so that no folder beside them (nbs, tests, results) can slip into the wheel
-    packages=find_packages(include=[lib, f'{lib}.*']) + find_packages('kernels', include=[kernels, f'{kernels}.*']),
-    package_dir={kernels: f'kernels/{kernels}'}, include_package_data=True,
+    packages=find_packages(include=[lib, f'{lib}.*']) + find_packages('kernels', include=[kernels, f'{kernels}.*']) + [f'{lib}.shipped.{kind}' for kind in shipped],
+    package_dir={kernels: f'kernels/{kernels}'} | {f'{lib}.shipped.{kind}': f'results/{kind}' for kind in shipped}, include_package_data=True,
+    package_data={f'{lib}.shipped.{kind}': [f'{name}/*' for name in names] for kind, names in shipped.items()},
     python_requires=f">={cfg['min_python']}",
     install_requires=reqs('requirements'),
     extras_require={'dev': reqs('dev_requirements'), 'eval': reqs('eval_requirements'), 'npu': reqs('npu_requirements')},

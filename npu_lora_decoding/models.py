@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'FAMILIES', 'file_hash', 'embedded_gguf', 'repair_tokenizer', 'embedded_folder', 'load_model', 'LM',
-           'load', 'load_tokenizer', 'shipped_adapter', 'encode_one', 'encode']
+           'load', 'load_tokenizer', 'shipped_adapter', 'shipped_head', 'encode_one', 'encode']
 
 # %% ../nbs/01_models.ipynb #0989663a
 import hashlib, importlib, importlib.util, json, warnings
@@ -189,13 +189,24 @@ def load_tokenizer(
     try: return AutoTokenizer.from_pretrained(name, padding_side='left', trust_remote_code=False)
     except Exception as e: raise _missing_model(str(name), f'no tokenizer: {str(e)[:120]}') from e  # a broken tokenizer.json is an error of no particular type
 
+def _shipped(kind, name):
+    "Return a folder of weights that comes with the package: `results` in a clone, `shipped` in a wheel (see setup.py)"
+    package = Path(npu_lora_decoding.__file__).parent
+    found = [f for root in (package/'shipped', package.parent/'results') if (f := root/f'{kind}s'/name).is_dir()]
+    require(len(found) > 0, f'the {kind} {name} is not installed with the package', f'install the wheel or run from a clone of the repository, or give a folder of your own with --{kind}')
+    return found[0]
+
 def shipped_adapter(
     name:str='king_james',  # Folder under `results/adapters`
 ) -> Path:  # A PEFT folder
-    "Return an adapter for the embedded model, shipped with the repository"
-    folder = Path(npu_lora_decoding.__file__).parent.parent/'results'/'adapters'/name
-    require(folder.exists(), f'the adapter {name} is not installed with the package', 'run from a clone of the repository, or give an adapter of your own')
-    return folder
+    "Return an adapter for the embedded model that comes with the package"
+    return _shipped('adapter', name)
+
+def shipped_head(
+    name:str='smollm2-135m',  # Folder under `results/heads`: smollm2-135m for the embedded model, king_james for the model with that adapter
+) -> Path:  # A head's folder, see `load_head`
+    "Return a draft head for the embedded model that comes with the package"
+    return _shipped('head', name)
 
 # %% ../nbs/01_models.ipynb #5024670b
 def _kind(prompt):

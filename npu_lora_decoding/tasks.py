@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'TASKS', 'Item', 'Task', 'exact_match', 'last_number', 'final_number', 'chrf', 'get_metric', 'read_bible',
-           'king_james', 'read_jsonl', 'wikisql', 'gsm8k', 'get_task']
+           'king_james', 'read_jsonl', 'read_items', 'wikisql', 'gsm8k', 'get_task']
 
 # %% ../nbs/14a_tasks.ipynb #d766da7e
-import gzip, importlib, json, random, re
+import csv, gzip, importlib, json, random, re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -138,13 +138,56 @@ def read_jsonl(
     "Return the items of a JSON-lines file; raises `DecodingError` for a missing file or field"
     path = Path(path)
     require(path.exists(), f'no file {path}', 'give a .jsonl or .jsonl.gz file')
-    rows = _json_lines(path)
+    return _items(path, _json_lines(path), prompt, answer, system, edit)
+
+def _items(path, rows, prompt, answer, system, edit=None):
+    "Return rows as `Item`s; raises `DecodingError` for a missing field, or one that is no text"
     require(len(rows) > 0, f'{path} is empty', 'give a file with one JSON object a line')
     for k in filter(None, (prompt, answer)):
         require(all(k in r for r in rows), f'{path} has lines without the field {k!r}', f'name the field; the first line has {", ".join(rows[0])}')
     for k in filter(None, (prompt, answer, 'system')): require(all(isinstance(r.get(k, ''), str) for r in rows), f'{path} has lines whose field {k!r} is no text', 'write it as a JSON string')
     edit = edit or (lambda s: s)
     return [Item(r[prompt].strip(), edit(r[answer].strip()) if answer else '', r.get('system', system)) for r in rows]
+
+def _as_text(path):
+    "Return the options under which a CSV file holds text: 007 stays 007"
+    import datasets
+    with open(path, newline='', encoding='utf-8') as f: names = next(csv.reader(f), [])
+    return dict(features=datasets.Features({n: datasets.Value('string') for n in names}), keep_default_na=False)
+
+def _dataset_rows(path):
+    "Return the rows that `datasets` reads of a file or folder, without a network and without leaving a cache behind"
+    import datasets, tempfile
+    kind = {'.csv': 'csv', '.parquet': 'parquet', '.json': 'json'}.get(path.suffix)
+    require(path.is_dir() or kind is not None, f'{path} is no kind of file that we read', 'give .jsonl, .json, .csv or .parquet, or a folder of them')
+    shown = datasets.is_progress_bar_enabled(); datasets.disable_progress_bars()
+    try:
+        with tempfile.TemporaryDirectory() as cache:
+            if (path/'state.json').exists() or (path/'dataset_dict.json').exists(): data = datasets.load_from_disk(str(path))
+            elif path.is_dir(): data = datasets.load_dataset(str(path.absolute()), cache_dir=cache)
+            else: data = datasets.load_dataset(kind, data_files=str(path.absolute()), cache_dir=cache, **(_as_text(path) if kind == 'csv' else {}))
+            if isinstance(data, dict):
+                part = next((p for p in ('test', 'validation') if p in data), None) or (list(data)[0] if len(data) == 1 else None)
+                require(part is not None, f'{path} has the parts {", ".join(data)}', 'give the file of one of them')
+                data = data[part]
+            return data.to_list()
+    except DecodingError: raise
+    except Exception as e: raise DecodingError(f'datasets cannot read {path} ({str(e).splitlines()[0][:160] if str(e) else type(e).__name__}): give .jsonl, .json, .csv or .parquet, or a folder of them.') from e  # it raises whatever its readers raise
+    finally:
+        if shown: datasets.enable_progress_bars()
+
+def read_items(
+    path:str|Path,  # `.jsonl`, `.jsonl.gz`, `.json`, `.csv` or `.parquet` file, or a folder that `datasets` reads: of its parts test, else validation, else the only one
+    prompt:str='prompt',  # Field with the prompt
+    answer:str|None='answer',  # Field with the reference answer; None: there is none
+    system:str='',  # Instruction put before each prompt that has none of its own in the field `system`
+) -> list:  # `Item`s in their order
+    "Return the items of a data set on disk; raises `DecodingError` for what cannot be read, and for a missing field"
+    path = Path(path)
+    require(path.exists(), f'no file {path}', 'give a .jsonl, .json, .csv or .parquet file, or a folder of them')
+    if path.name.endswith(('.jsonl', '.jsonl.gz')): return read_jsonl(path, prompt, answer, system)
+    number = lambda x: str(x) if isinstance(x, (int, float)) and not isinstance(x, bool) else x
+    return _items(path, [{k: number(v) for k, v in r.items() if v is not None} for r in _dataset_rows(path)], prompt, answer, system)
 
 # %% ../nbs/14a_tasks.ipynb #d6de2e00
 def wikisql(

@@ -17,6 +17,15 @@ files = [f for f in importlib.metadata.files('npu_lora_decoding') if f.suffix !=
 strays = [str(f) for f in files if f.parts[0] not in sources and not f.parts[0].endswith('.dist-info') and f.name != 'nld']
 assert not strays, f'the wheel installs files outside its two packages: {strays}'
 
+# The demo's adapter and heads, and of results nothing else
+from npu_lora_decoding.models import shipped_adapter, shipped_head
+for shipped in (shipped_adapter(), shipped_head(), shipped_head('king_james')):
+    assert shipped.is_relative_to(sys.prefix), f'{shipped} lies outside the wheel'
+    here, there = ({f.name: f.read_bytes() for f in o.iterdir()} for o in (root/'results'/shipped.parent.name/shipped.name, shipped))
+    assert here == there, f'the wheel holds {sorted(there)} of {shipped.name}, and the checkout {sorted(here)}'
+extra = {f.parts[2:4] for f in files if f.parts[:2] == ('npu_lora_decoding', 'shipped')} - {('adapters', 'king_james'), ('heads', 'smollm2-135m'), ('heads', 'king_james')}
+assert not extra, f'the wheel holds more of results than it should: {sorted(extra)}'
+
 for name, folder in sources.items():
     wanted = {str(Path(name)/f.relative_to(folder)) for f in folder.rglob('*') if f.is_file() and not {'__pycache__', '.ipynb_checkpoints'} & {*f.parts}}
     missing = wanted - {str(f) for f in files}
