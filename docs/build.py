@@ -208,9 +208,14 @@ def opened(url, chromium):
 
 def browse(site, chromium):
     "Open pages from disk; return what does not work there: formulas, search, staying on this computer"
-    (control := OUT/'control.html').write_text('<script src="https://example.org/a.js"></script>')
-    out = [] if opened(control.as_uri(), chromium)[1] else ['a script from elsewhere went unnoticed, so that this check shows nothing']
-    for page, wanted in {'index.html': '<mjx-container', 'lessons/05_cold.html': '<mjx-container', 'api/cold.html': 'id="CoLD"', 'index.html?q=plausible': 'md-search-result__item'}.items():
+    control, formulas = OUT/'control.html', [m[0] for p in sorted(site.rglob('*.html')) for m in re.finditer(r'(?s)<(span|div) class="arithmatex">.*?</\1>', p.read_text(encoding='utf-8'))]
+    set_up = re.search(r'<script>window\.MathJax.*?</script>', (site/'index.html').read_text(encoding='utf-8'))[0]
+    control.write_text('\n'.join(['<script src="https://example.org/a.js"></script>', set_up, '<script src="site/assets/mathjax.js"></script>', *formulas]), encoding='utf-8')
+    dom, asks = opened(control.as_uri(), chromium)
+    out = [] if asks == {'https://example.org/a.js'} else ['a script from elsewhere went unnoticed, so that this check shows nothing']
+    drawn, wrong = dom.count('<mjx-container'), dom.count('<g data-mml-node="merror"')
+    if drawn < len(formulas) or wrong: out.append(f'{drawn} of {len(formulas)} formulas are drawn, {wrong} of them as errors')
+    for page, wanted in {'index.html': '<mjx-container', 'api/cold.html': 'id="CoLD"', 'index.html?q=plausible': 'md-search-result__item'}.items():
         dom, asks = opened(f'{site.as_uri()}/{page}', chromium)
         out += [f'{page}: Chromium shows no {wanted}'] * (wanted not in dom) + [f'{page}: asked {u}' for u in sorted(asks)]
     return out
