@@ -2,7 +2,7 @@
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lab notebooks readme results kernels vllm clean
+.PHONY: help venv demo test lab notebooks readme site results kernels vllm clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -27,6 +27,9 @@ notebooks: $(READY) ## Run every notebook in place and store its outputs
 readme: $(READY) ## Write README.md from nbs/index.ipynb
 	.venv/bin/python tests/readme.py > README.md.new && mv README.md.new README.md
 
+site: $(READY) ## Build the documentation site into docs/_build/site, offline, and check it
+	PATH="$(CURDIR)/.venv/bin:$$PATH" bash docs/run
+
 results: $(READY) ## Make the files under results/ again (DATA=folder adds the tasks that need files)
 	bash results/make.sh $(DATA)
 
@@ -37,5 +40,5 @@ vllm: ## Serve the shipped draft head in vLLM on a CPU and compare, in an enviro
 	bash tests/vllm-cpu/run
 
 clean: ## Remove .venv and everything else that was built
-	rm -rf .venv kernels/verify/.venv tests/vllm-cpu/.venv .check.* build dist *.egg-info .pytest_cache .hypothesis README.md.new
+	rm -rf .venv kernels/verify/.venv tests/vllm-cpu/.venv docs/.venv docs/_build .check.* build dist *.egg-info .pytest_cache .hypothesis README.md.new
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -59,7 +59,7 @@ def best_tokens(
 # %% ../nbs/10d_acceptance.ipynb #302296fb
 @torch.no_grad()
 def chain_lengths(
-    head:DraftHead,
+    head:DraftHead,  # The head that guesses
     embed:torch.Tensor,  # `(v, d)`
     lm_head:torch.Tensor,  # `(w, d)`
     ids:torch.Tensor,  # Tokens `(b, t)`; padding may be any token
@@ -135,7 +135,7 @@ def _right(tree, ids, slot):
 
 @torch.no_grad()
 def tree_acceptance(
-    head:DraftHead,
+    head:DraftHead,  # The head that guesses
     embed:torch.Tensor,  # `(v, d)`
     lm_head:torch.Tensor,  # `(w, d)`
     ids:torch.Tensor,  # Tokens `(b, t)`, padded right
@@ -144,8 +144,8 @@ def tree_acceptance(
     end:torch.Tensor,  # Tokens of the text `(b,)`
     vocab:torch.Tensor|None=None,  # Draft vocabulary `(w,)`
     depth:int=6,  # See `draft_tree`
-    top_k:int=10,
-    nodes:int=60,
+    top_k:int=10,  # See `draft_tree`
+    nodes:int=60,  # Size of the tree, its root included
 ) -> Replay:
     "Return what decoding these texts with dynamic trees would count"
     out, cache, rows = Replay.empty(len(ids), depth + 1, ids.device), HeadCache(len(ids), ids.device), torch.arange(len(ids), device=ids.device)
@@ -205,7 +205,7 @@ def _join(parts, order):
 
 @torch.no_grad()
 def measure_acceptance(
-    head:DraftHead,
+    head:DraftHead,  # The head that guesses
     embed:torch.Tensor,  # `(v, d)`
     lm_head:torch.Tensor,  # `(w, d)`
     texts:list,  # `Text`s, as `target_texts` writes them

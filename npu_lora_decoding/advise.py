@@ -20,8 +20,8 @@ BETAS = (-.2, .05, .1, .2, .3, .5, 1.)
 @dataclass(frozen=True)
 class Setting:
     "One point of the sweep"
-    alpha:float
-    beta:float
+    alpha:float  # Plausibility, in (0, 1]
+    beta:float  # Strength of the contrast
     scores:tuple  # One number an item
 
 def sweep(
@@ -50,7 +50,7 @@ def sweep(
 class Advice:
     "What the sweep says"
     alpha:float  # The setting that was best on the choosing half
-    beta:float
+    beta:float  # Strength of the contrast, of the same setting
     gain:Interval  # Its gain over greedy on the other half
     use:bool  # Whether that gain is shown
     items:int  # On the judging half

@@ -54,7 +54,7 @@ def parse_rule(
     return name, x
 
 def due(
-    settings:TempLoRA,
+    settings:TempLoRA,  # Window, and when to recompute
     marks:Marks,  # What is cached
     start:int,  # Where the next chunk begins
     drift=None,  # Function that measures how far cached keys have moved; asked only by that policy
@@ -67,7 +67,7 @@ def due(
     return name == 'every' and marks.chunks >= x or name == 'drift' and drift() > x
 
 def surplus(
-    settings:TempLoRA,
+    settings:TempLoRA,  # Window, and what stays in it
     marks:Marks,  # What is cached
     start:int,  # Where the next chunk begins
 ) -> tuple:  # Tokens, sinks
@@ -131,7 +131,7 @@ class Reader:
     "A model reading one text chunk by chunk on a cache that may be older than its adapter"
     def __init__(self,
         model:torch.nn.Module,  # Causal LM; its adapter is attached by whoever calls
-        settings:TempLoRA,
+        settings:TempLoRA,  # Window, and when to recompute
     ): self.model, self.settings, self.cache, self.marks = model, settings, None, Marks()
 
     def losses(self,

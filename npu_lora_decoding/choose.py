@@ -18,7 +18,7 @@ class Rules:
     "Processors before and after the contrast, stopping criteria, and how a token is drawn"
     hard:list=field(default_factory=list)  # Constraints on the expert's logits
     soft:list=field(default_factory=list)  # Processors of the combined scores
-    stop:StoppingCriteriaList=field(default_factory=StoppingCriteriaList)
+    stop:StoppingCriteriaList=field(default_factory=StoppingCriteriaList)  # transformers' stopping criteria
     sample:bool=False  # Draw from the distribution instead of taking its best
     generator:torch.Generator|None=None  # None uses torch's global one, as transformers does
     vocab:int|None=None  # Columns of the logits that are tokens; None: all

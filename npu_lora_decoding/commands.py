@@ -14,7 +14,7 @@ from .models import load, shipped_adapter
 # %% ../nbs/16a_commands.ipynb #55e9ceb5
 COMMANDS = {}
 
-def command(f):
+def command(f):  # Its parameters become options
     "Register `f` as a command of `nld`"
     COMMANDS[f.__name__.replace('_', '-')] = f
     return f

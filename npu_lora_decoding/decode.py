@@ -26,7 +26,7 @@ from .choose import Rules, State, choose
 @dataclass(frozen=True)
 class Token:
     "One emitted token and what was known when it was chosen"
-    id:int
+    id:int  # In the target's vocabulary
     proposer:str  # `target`, or the drafter that guessed it
     logp:float|None=None  # Expert's log-probability
     base_logp:float|None=None  # Base's log-probability (CoLD)
@@ -249,8 +249,8 @@ class Result:
     texts:list  # One a prompt; with `num_return_sequences=n` n a prompt, side by side
     tokens:list  # A list of `Token` a text
     steps:list=field(repr=False)  # One a forward pass; the first is the prefill
-    lm:LM=field(repr=False)
-    target:object=field(default=Plain(), repr=False)
+    lm:LM=field(repr=False)  # The model that wrote it; its tokenizer turns tokens into text
+    target:object=field(default=Plain(), repr=False)  # Whose distribution was decoded
     notes:list=field(default_factory=list)  # What drafter and memory say about how it went
     @property
     def text(self): return self.texts[0]

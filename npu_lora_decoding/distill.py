@@ -120,7 +120,7 @@ def feature_loss(
 @dataclass(frozen=True)
 class Objective:
     "Weights of the losses: a sum, position by position"
-    feature:float=.05
+    feature:float=.05  # Weight of the feature loss
     tokens:tuple=(('soft_ce', 1.), ('topk', 1.))  # Names of losses and their weights
     k:int=10  # Of the Top-K losses
     chunk:int=512  # Positions whose logits exist at once
@@ -251,7 +251,7 @@ def teach(
     feature:torch.Tensor,  # The target's features at the places to be guessed `(b, t, d)`
     keep:torch.Tensor,  # Which places count `(b, t)` bool
     head:torch.Tensor,  # Rows of the LM head `(v, d)`
-    objective:Objective=Objective(),
+    objective:Objective=Objective(),  # Says which losses need what
     rarity:torch.Tensor|None=None,  # For `frequency_topk`
 ) -> list|None:  # A `Taught` for each loss, of the places that count; None where a loss is not linear
     "Return what `distill` needs of the target, for several guesses at the same places"

@@ -25,9 +25,9 @@ from .verify import check, check_rows
 @dataclass(frozen=True)
 class Outcome:
     "What one case gave in one dtype"
-    family:str
-    case:str
-    dtype:str
+    family:str  # Of kernels: lora, cold, commit or distill
+    case:str  # Name of the configuration
+    dtype:str  # Name of torch's dtype
     problem:str|None  # How the results differ; None when they agree
 
 def _moved(x, device):
@@ -68,14 +68,14 @@ def check_cases(
     return outcomes
 
 # %% ../nbs/15c_doctor.ipynb #28d9a3bd
-def lora_loop(y, x, A, B, scale, ranks, ids):
+def lora_loop(y, x, A, B, scale, ranks, ids):  # As for `lora`, with one slice
     "One row after the other: what a first version would do"
     y = y[0].clone()
     for i, k in enumerate(ids.tolist()):
         if k >= 0: y[i] += (x[i] @ A[0, k].T @ B[0][k]) * scale[0, k].to(x.dtype)
     return [y]
 
-def lora_gather(y, x, A, B, scale, ranks, ids):
+def lora_gather(y, x, A, B, scale, ranks, ids):  # As for `lora`, with one slice
     "Each row's adapter gathered into a batch of matrices"
     i = ids.clamp(min=0)
     h = torch.einsum('btd,brd->btr', x, A[0, i]) * torch.where(ids >= 0, scale[0, i], 0).to(x.dtype)[:, None, None]
@@ -102,15 +102,15 @@ def lora_problem(
     rows:int,  # Rows, each with an adapter of its own
     d:int,  # Width of the layer, in and out
     r:int,  # Rank
-    dtype:torch.dtype,
-    device:torch.device,
+    dtype:torch.dtype,  # Of weights and input
+    device:torch.device,  # Where they lie
 ) -> tuple:  # Base weight `(d, d)`, and the arguments of `lora` without `y`: x, A, B, scale, ranks, ids
     "Return one decoding step of one layer"
     make = lambda *shape: torch.randn(*shape, device=device, dtype=torch.float32).div(d**.5).to(dtype)
     s = stack_slices([[LoraWeights(make(r, d), make(d, r), 1.) for _ in range(rows)]])
     return make(d, d), make(rows, 1, d), s.A, s.B, s.scale, s.ranks, torch.arange(rows, device=device)
 
-def lora_contestants(weight, x, A, B, scale, ranks, ids):
+def lora_contestants(weight, x, A, B, scale, ranks, ids):  # From `lora_problem`
     "Return the ways to apply the layer, each a function without arguments"
     peft, names = peft_layer(weight, A, B, scale), [str(k) for k in ids.tolist()]
     ways = dict(ours=ops.lora, loop=lora_loop, gather=lora_gather)
@@ -124,14 +124,14 @@ def _many(f, times):
     return call
 
 def copy_bandwidth(
-    device:torch.device,
+    device:torch.device,  # Where the copy runs
     mb:int=512,  # Size of what is copied
 ) -> float:  # Bytes a second, read and written
     "Return the device's bandwidth for a plain copy"
     x = torch.empty(mb << 20, dtype=torch.uint8, device=device); y = torch.empty_like(x)
     return 2 * x.numel() / time_interleaved(dict(copy=lambda: y.copy_(x)), 10, 3, device)['copy'].median
 
-def lora_floor(x, A, B, y):
+def lora_floor(x, A, B, y):  # As for `lora`, with one slice
     "Return the least bytes of one `lora`: each operand read once, each result written once"
     return sum(t.numel() * t.element_size() for t in (x, A, B[0], y, y))
 
@@ -149,14 +149,14 @@ def cold_calls(
 
 @torch.no_grad()
 def measure_lora(
-    device:torch.device,
+    device:torch.device,  # Where the operators run
     widths:tuple=(576, 2048, 4096, 8192),  # Of the layer
-    ranks:tuple=(8, 16, 64, 128),
-    rows:tuple=(1, 2, 8, 64),
-    dtype:torch.dtype=torch.bfloat16,
+    ranks:tuple=(8, 16, 64, 128),  # Of the adapters
+    rows:tuple=(1, 2, 8, 64),  # Rows of a batch
+    dtype:torch.dtype=torch.bfloat16,  # Of weights and input
     times:int=20,  # Calls a measurement
     rounds:int=10,  # Measurements of each, in turns
-    log=print,
+    log=print,  # Called with a line for each size
 ) -> list:  # Rows: sizes, each way's time against ours, and ours' share of the copy bandwidth
     "Return what adding LoRA costs, side by side"
     copy, table = copy_bandwidth(device), []
@@ -177,7 +177,10 @@ def _recorded(run, batches, n):
 
 class Guesses(Drafter):
     "A drafter for tests: trees of four nodes from answers that are known, right and wrong in turn"
-    def __init__(self, answers, first): self.answers, self.first, self.steps = answers, first, 0
+    def __init__(self,
+        answers,  # Known answers `(b, n)`
+        first,  # Tokens of the prompt, padding included
+    ): self.answers, self.first, self.steps = answers, first, 0
 
     def propose(self, state, rows):
         self.steps += 1
@@ -200,8 +203,8 @@ def _over_trees(lm, target, known):
 def check_tokens(
     lm,  # Model with an adapter, in fp32, on the device
     prompts:list,  # Texts, messages or `Item`s
-    new_tokens:int=32,
-    target:CoLD=CoLD(),
+    new_tokens:int=32,  # Length of every answer
+    target:CoLD=CoLD(),  # Contrast to check, beside greedy decoding
 ) -> list:  # `Check`s
     "Compare decoding with kernels and with references; CoLD also over trees, whose guesses are the references' own answers, right and wrong in turn"
     require(lm.dtype == torch.float32, f'in {lm.dtype} roundings change tokens, and no equality can be expected', 'use fp32')
@@ -230,7 +233,7 @@ def kernel_report(
     lm,  # A model with an adapter, in fp32, on that device
     prompts:list,  # What it shall answer
     save=lambda report: None,  # Called with the report after each section
-    log=print,
+    log=print,  # Called with a line of progress
 ) -> dict:  # Device, operators, and the sections `cases`, `tokens` and `lora`
     "Return everything that one run on a device can tell; a section that stops says why, and the others follow"
     served = {op: ops.backend(op, device) for op in ops._OPERATORS}

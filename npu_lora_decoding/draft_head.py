@@ -52,7 +52,7 @@ def _head_width(config): return getattr(config, 'head_dim', None) or config.hidd
 
 class HeadAttention(nn.Module):
     "Projections of the head's attention; who attends to what is decided elsewhere"
-    def __init__(self, config):
+    def __init__(self, config):  # From `head_config`
         super().__init__()
         d, h, g, k, (qkv, out, _) = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, _head_width(config), _biases(config)
         self.q_proj, self.o_proj = nn.Linear(d, h*k, bias=qkv), nn.Linear(h*k, d, bias=out)
@@ -61,7 +61,7 @@ class HeadAttention(nn.Module):
 
 class HeadMLP(nn.Module):
     "The gated MLP of the Llama family"
-    def __init__(self, config):
+    def __init__(self, config):  # From `head_config`
         super().__init__()
         d, m, (_, _, bias) = config.hidden_size, config.intermediate_size, _biases(config)
         self.gate_proj, self.up_proj, self.down_proj = nn.Linear(d, m, bias=bias), nn.Linear(d, m, bias=bias), nn.Linear(m, d, bias=bias)
@@ -69,7 +69,7 @@ class HeadMLP(nn.Module):
 
 class HeadLayer(nn.Module):
     "A decoder layer without its input norm"
-    def __init__(self, config):
+    def __init__(self, config):  # From `head_config`
         super().__init__()
         self.self_attn, self.mlp = HeadAttention(config), HeadMLP(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -164,7 +164,7 @@ def frozen_of(
     return Frozen(embed.weight.detach(), out.weight.detach())
 
 def draft_rows(
-    head:'DraftHead',
+    head:'DraftHead',  # The head
     frozen:Frozen,  # From `frozen_of`
 ) -> torch.Tensor:  # `(w, d)`: row i scores the token `head.vocab[i]`, or token i where there is no draft vocabulary
     "Return the rows of the LM head that the draft uses"
@@ -205,7 +205,7 @@ def _head_tensors(head, target, dtype, embed, fc_bias):
     return out
 
 def save_head(
-    head:DraftHead,
+    head:DraftHead,  # The head
     folder:str|Path,  # To appear; only an earlier head there is replaced
     target,  # The model it drafts for
     dtype:torch.dtype=torch.bfloat16,  # Of the file

@@ -92,7 +92,7 @@ def _children(outputs, scores, lm_head, vocab, k):
 
 @torch.no_grad()
 def draft_chain(
-    head:DraftHead,
+    head:DraftHead,  # The head
     cache:HeadCache,  # Certain slots; left as it is
     tokens:torch.Tensor,  # Last certain token of each sequence `(b,)`
     outputs:torch.Tensor,  # Output of the last certain slot `(b, d)`, from `HeadCache.extend`
@@ -143,7 +143,7 @@ def _choose(root, tokens, scores, parents, nodes):
 
 @torch.no_grad()
 def draft_tree(
-    head:DraftHead,
+    head:DraftHead,  # The head
     cache:HeadCache,  # Certain slots; left as it is
     tokens:torch.Tensor,  # Last certain token of each sequence `(b,)`
     outputs:torch.Tensor,  # Output of the last certain slot `(b, d)`, from `HeadCache.extend`

@@ -52,7 +52,7 @@ def _rope(config):
     return dict(getattr(config, 'rope_parameters', None) or {})
 
 def check_engine(
-    head:DraftHead,
+    head:DraftHead,  # The head
     engine:str,  # vllm or sglang
 ):
     "Raise `DecodingError` where the engine could not serve `head`, or would serve another one"
@@ -67,7 +67,7 @@ def check_engine(
 _COPIED = ('hidden_act', 'hidden_size', 'intermediate_size', 'num_attention_heads', 'num_key_value_heads', 'vocab_size', 'max_position_embeddings', 'rms_norm_eps', 'bos_token_id', 'eos_token_id', 'pad_token_id')
 
 def engine_config(
-    head:DraftHead,
+    head:DraftHead,  # The head
     engine:str,  # vllm or sglang
     dtype:torch.dtype,  # Of the weights
 ) -> dict:  # For `config.json`
@@ -81,7 +81,7 @@ def engine_config(
 
 # %% ../nbs/12d_export_head.ipynb #29e6a65b
 def engine_tensors(
-    head:DraftHead,
+    head:DraftHead,  # The head
     engine:str,  # vllm or sglang
     dtype:torch.dtype,  # Of the weights
 ) -> dict:  # Name -> tensor, on the CPU

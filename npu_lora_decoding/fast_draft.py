@@ -33,7 +33,7 @@ class StaticHeadCache(HeadCache):
         self.keys.scatter_(2, where, new[0]); self.values.scatter_(2, where, new[1])
 
 def static_head_cache(
-    head:DraftHead,
+    head:DraftHead,  # The head; its config says how wide keys are
     b:int,  # Sequences
     columns:int,  # More than the longest text has
 ) -> StaticHeadCache:
@@ -46,7 +46,7 @@ def static_head_cache(
 class DraftProgram(nn.Module):
     "From newly certain slots to the next tree, with shapes that never change"
     def __init__(self,
-        head:DraftHead,
+        head:DraftHead,  # The head
         embed:torch.Tensor,  # `(v, d)`
         lm_head:torch.Tensor,  # `(w, d)`
         depth:int,  # Farthest guess
@@ -81,7 +81,7 @@ class DraftProgram(nn.Module):
 class FastDraft:
     "A `DraftProgram`, compiled"
     def __init__(self,
-        program:DraftProgram,
+        program:DraftProgram,  # Compiled when it first runs
     ):
         device = program.embed.device
         require(ops.compiles(device), 'torch.compile finds no compiler', 'install a C++ compiler (g++), or decode with compile=False')

@@ -30,7 +30,7 @@ def paths(
     guesses:list,  # Of each sequence `(k,)`, k may be 0
     roots:torch.Tensor,  # `(b,)`
     trust:list,  # Probability that the next guess of each sequence is right, given those before it
-    proposer:str,
+    proposer:str,  # Name of who guessed
 ) -> Tree:  # Paths; shorter ones end in fillers
     "Return guesses that follow one another as a tree"
     n = max(map(len, guesses)) + 1

@@ -75,7 +75,7 @@ def segments(
     stops = list(accumulate(m for _, m in runs))
     return tuple((stop - m, stop, k) for (k, m), stop in zip(runs, stops) if k >= 0)
 
-def lora_segments(y, x, A, B, scale, ids):
+def lora_segments(y, x, A, B, scale, ids):  # As for `lora_stacked`
     "`lora_stacked` for ids that can be read at once: two products a segment"
     y, scale, rank = y.clone(memory_format=torch.contiguous_format), scale.tolist(), A.shape[1]
     for start, stop, k in segments(tuple(ids.expand(len(x)).tolist())):

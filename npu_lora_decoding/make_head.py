@@ -43,7 +43,7 @@ def _said(report, what, dropped):
 def gather(
     lm:LM,  # The target
     folder:Path,  # Of the whole job
-    source:Source,
+    source:Source,  # Where conversations come from
     report=print,  # Called with sentences for the user
 ) -> tuple:  # Conversations to train on, conversations held out; the target wrote the answers of the latter greedily
     "Return the conversations of a job, written first where they are not there yet"
@@ -102,15 +102,15 @@ def head_name(
 def make_head(
     lm:LM,  # The target, with its adapter
     folder:str|Path,  # Everything goes here; what is there already is used
-    config:HeadTraining=HeadTraining(),
-    source:Source=Source(),
+    config:HeadTraining=HeadTraining(),  # How the head is trained
+    source:Source=Source(),  # Where conversations come from
     name:str='.',  # Of the run inside `folder`: several runs share its conversations and features
     online:bool=False,  # Compute features as needed instead of storing them
     tree:dict|None=None,  # Also measure trees: `depth`, `top_k`, `nodes`
     init:str|None=None,  # Folder of a head to go on from
     stop_after:int|None=None,  # Leave, saved, after this many updates in this call
     track:str|None=None,  # Also tell tensorboard, trackio, wandb, ...
-    report=print,
+    report=print,  # Called with a line for each stage
 ):  # The `Run`
     "Train a draft head for `lm`, from nothing or from conversations or prompts; the same command goes on after a stop"
     folder, acc = Path(folder), new_accelerator(lm, config, track, Path(folder)/name)
@@ -149,8 +149,8 @@ def acceptance_rows(
     lm:LM,  # The target
     heads:list,  # Folders
     sets:dict,  # Name -> `Text`s
-    chain:tuple=(3, 5),
-    tree:dict|None=None,
+    chain:tuple=(3, 5),  # Lengths of the chains to replay
+    tree:dict|None=None,  # Options of `tree_acceptance`
     full:bool=False,  # Draft from the whole vocabulary, also where the head has a draft vocabulary
 ) -> list:  # Dictionaries: head, set, draft, tau, interval, rates, taus
     "Return how well every head is accepted on every set of texts"
@@ -177,7 +177,7 @@ def acceptance_gain(
     rows:list,  # From `acceptance_rows`
     head:str,  # Its name
     base:str,  # The head it is compared with
-    resamples:int=2000,
+    resamples:int=2000,  # Of the bootstrap
 ) -> list:  # Dictionaries: set, draft, gain, interval
     "Return how much longer the accepted runs of `head` are than those of `base`, for every set of texts and way of drafting"
     taus = {(r['head'], r['set'], r['draft']): r['taus'] for r in rows if r['method'] == 'acceptance'}

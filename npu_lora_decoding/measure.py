@@ -159,7 +159,7 @@ class Method:
     "A contestant: how to build it, and whether it is somebody else's"
     build:object  # `(lm, adapter folder) -> run`
     peer:bool=False  # Of another library
-    needs_adapter:bool=False
+    needs_adapter:bool=False  # Cannot run on a model without one
     single:bool=False  # Decodes one sequence at a time
     guesses:bool=False  # Emits several tokens a pass, and does not say how many
     same_as:str|None=None  # The method that writes the same without guessing

@@ -10,7 +10,7 @@ __all__ = ['ALIGN', 'lora_shrink', 'lora_expand', 'lora', 'cold_scores', 'cold_s
            'topk_loss_backward_torch', 'topk_loss']
 
 # %% ../nbs/04_ops.ipynb #6fae8f00
-import contextlib, ctypes, hashlib, importlib.util, warnings, weakref
+import contextlib, ctypes, functools, hashlib, importlib.util, warnings, weakref
 import torch
 from .core import DecodingError, require
 from .lora import lora_torch
@@ -36,7 +36,7 @@ def define_op(
         torch.library.register_fake(f'npu_lora::{name}', fake, lib=_LIBRARY)
     _OPERATORS[name], operator = differentiable, getattr(torch.ops.npu_lora, name)
     def op(*args): return operator(*args) if served(name, args) else reference(*args)
-    op.__name__, op.__doc__ = name, reference.__doc__
+    functools.update_wrapper(op, reference, ('__doc__',)).__name__ = op.__qualname__ = name  # help and documentation show the reference's parameters
     return op
 
 def _tensors(args): return [x for a in args for x in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(x, torch.Tensor)]

@@ -46,7 +46,7 @@ def shape_of(
                  2 * c.num_hidden_layers * c.num_key_value_heads * k * size, c.num_hidden_layers * kept * size, sum(w.numel() * w.element_size() for w in model.parameters()))
 
 def read_flops(
-    shape:Shape,
+    shape:Shape,  # Counts of the model
     r:int,  # Rank; 0 without an adapter
     t:int,  # New tokens
     s:int,  # Columns seen, themselves included
@@ -56,7 +56,7 @@ def read_flops(
     return 2 * t * (shape.P + r * shape.adapted) + 2 * n * shape.head + 4 * shape.mixing * t * s
 
 def learn_flops(
-    shape:Shape,
+    shape:Shape,  # Counts of the model
     r:int,  # Rank
     m:int,  # Tokens of prefix and chunk, less one
     n:int,  # Tokens of the chunk
@@ -76,8 +76,8 @@ class Cost:
     def flops(self): return self.read + self.learn
 
 def cost_of(
-    shape:Shape,
-    settings:TempLoRA,
+    shape:Shape,  # Counts of the model
+    settings:TempLoRA,  # Of the memory
     length:int,  # Tokens of the text
 ) -> Cost:
     "Return what reading a text costs, learning included"
@@ -94,8 +94,8 @@ def cost_of(
     return Cost(read, learned, memory_of(shape, s))
 
 def memory_of(
-    shape:Shape,
-    settings:TempLoRA,
+    shape:Shape,  # Counts of the model
+    settings:TempLoRA,  # Of the memory
 ) -> int:  # Bytes
     "Return an estimate of the peak: weights, cache, and while learning the adapter five times (itself, its gradient or copy, two moments, the bank's) with all activations"
     s = settings
@@ -108,7 +108,7 @@ BUDGETS = dict(quality=1.2, latency=.6, memory=3.)
 @dataclass(frozen=True)
 class Plan:
     "Recommended settings, and what they cost beside the full context"
-    settings:TempLoRA
+    settings:TempLoRA  # Of the memory
     work:float  # FLOPs, as a share of reading with the full context
     memory:float  # Bytes, as a share of reading with the full context
     def __str__(self):

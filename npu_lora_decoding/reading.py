@@ -44,7 +44,7 @@ def document_ids(
     return text.to(lm.device)
 
 def check_lengths(
-    settings:TempLoRA,
+    settings:TempLoRA,  # Of the memory
     context:int,  # Longest input of the model
 ):
     "Raise `DecodingError` unless the model can see what the settings ask"
@@ -55,7 +55,7 @@ def check_lengths(
     require(not settings.epochs or learned <= context, f'training reads {settings.train_context} + {settings.chunk} tokens at once, more than the model\'s context of {context}', 'choose a smaller chunk or train_context')
 
 def check_useful(
-    settings:TempLoRA,
+    settings:TempLoRA,  # Of the memory
     tokens:int,  # Of the text
 ):
     "Raise `DecodingError` where the text fits into the window"
@@ -68,24 +68,24 @@ SEGMENTS = (0, 50_000, 100_000, 200_000, 500_000)  # Tokens so far at which segm
 @dataclass(frozen=True)
 class Chunk:
     "One chunk of a text that was scored"
-    start:int
-    stop:int
+    start:int  # Its first token
+    stop:int  # The token after its last
     nll:float  # Nats, summed
     tokens:int  # That were predicted
     version:int  # Of the adapter that predicted it
     first:int  # First token in sight
     learn_loss:float  # Before the first update, dropout included; nan where nothing was learned
-    read_s:float
-    learn_s:float
+    read_s:float  # Seconds of scoring it
+    learn_s:float  # Seconds of learning it
 
 @dataclass
 class Reading:
     "A text's scores, chunk by chunk"
-    settings:TempLoRA
+    settings:TempLoRA  # Of the memory
     total:int  # Tokens of the text
-    chunks:list=field(default_factory=list, repr=False)
-    notes:list=field(default_factory=list)
-    finished:bool=False
+    chunks:list=field(default_factory=list, repr=False)  # One `Chunk` for each part read
+    notes:list=field(default_factory=list)  # What the memory says about how it went
+    finished:bool=False  # Whether the whole text was read
 
     def of(self, low=0, high=None): return [c for c in self.chunks if low <= c.start and (high is None or c.start < high)]
     def perplexity(self,
@@ -205,7 +205,7 @@ class Progress:
         return f'{self.name}{at:>9,} of {reading.total:,} tokens  perplexity {reading.perplexity():.3f}, of late {math.exp(sum(c.nll for c in recent) / sum(c.tokens for c in recent)):.3f}{left}'
 
 def clock(
-    seconds:float,
+    seconds:float,  # A span of time
 ) -> str:  # h:mm:ss
     "Return a duration as people write it"
     s = round(seconds)

@@ -72,8 +72,8 @@ def learning_rate(
     return config.lr * min((step+1) / rise, (config.steps - step) / max(1, config.steps - rise))
 
 def make_optimizers(
-    head:DraftHead,
-    config:HeadTraining,
+    head:DraftHead,  # Whose weights they change
+    config:HeadTraining,  # Optimiser, rate and betas
 ) -> list:
     "Return the optimisers: Muon turns each matrix's update into one with equal singular values; vectors go to AdamW"
     params = [p for p in head.parameters() if p.requires_grad]
@@ -84,7 +84,7 @@ def make_optimizers(
 
 # %% ../nbs/10f_recipe.ipynb #a8d585b6
 def free_memory(
-    device:torch.device,
+    device:torch.device,  # CPU, CUDA device or NPU
 ) -> int:  # Bytes
     "Return how much memory is free on `device`"
     if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]
@@ -93,8 +93,8 @@ def free_memory(
     return psutil.virtual_memory().available
 
 def training_bytes(
-    head:DraftHead,
-    config:HeadTraining,
+    head:DraftHead,  # The head to train
+    config:HeadTraining,  # Tokens a batch, steps and losses
     rows:int,  # Of the LM head: the draft vocabulary, or all
     longest:int,  # Tokens of the longest row
     processes:int=1,  # That share a batch
@@ -113,7 +113,7 @@ def training_bytes(
 
 def check_memory(
     needed:int,  # Bytes
-    device:torch.device,
+    device:torch.device,  # Where training would run
 ):
     "Raise `DecodingError` where training would not fit into the memory that is free"
     free = free_memory(device)

@@ -14,7 +14,7 @@ from .decode import Result, Step
 COLOURS = dict(target='#ffffff', head='#bfe3bf', lookup='#bcd6f2')  # others are yellow
 
 def proposer_html(
-    result:Result,
+    result:Result,  # From `lm.generate`, with a drafter
     i:int=0,  # Which of its prompts
 ) -> str:  # HTML
     "Return one answer, each token in the colour of who proposed it, with a legend of their shares"

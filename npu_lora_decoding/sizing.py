@@ -18,7 +18,7 @@ from .decode import Drafter
 def tree_sizes(
     b:int,  # Sequences
     nodes:int,  # Largest tree, the root included
-    device:torch.device,
+    device:torch.device,  # Where the target runs
     few:bool=False,  # Whether each size costs a compilation
 ) -> tuple:  # Rising, the first is 1
     "Return the sizes that a step may choose from"
@@ -52,7 +52,7 @@ class Calibration:
     edges = (.02, .05, .1, .2, .3, .4, .5, .6, .7, .8, .9, .97)
 
     def __init__(self,
-        device:torch.device,
+        device:torch.device,  # Where its counts lie
         proposers:int=1,  # Kinds of nodes
         prior:float=8.,  # Observations that the score itself counts for
     ):
@@ -208,7 +208,10 @@ class Sizing(Drafter):
 # %% ../nbs/12_sizing.ipynb #d597a0de
 class OneSize(Drafter):
     "A drafter whose trees are all filled up to one size, for a program that knows no other"
-    def __init__(self, inner, nodes): self.inner, self.nodes, self.reads_hidden = inner, nodes, inner.reads_hidden
+    def __init__(self,
+        inner,  # Drafter
+        nodes,  # Size of every tree, its root included
+    ): self.inner, self.nodes, self.reads_hidden = inner, nodes, inner.reads_hidden
     @property
     def notes(self): return self.inner.notes
     def skip(self, state, rows): self.inner.skip(state, rows)

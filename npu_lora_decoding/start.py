@@ -36,7 +36,7 @@ def measure_scales(
 # %% ../nbs/10e_start.ipynb #f603e8d0
 class Scaled(nn.Module):
     "A weight that is kept as `w / scale`: all entries are of one size for the optimiser, whatever they multiply"
-    def __init__(self, scale):
+    def __init__(self, scale):  # Broadcasts over the weight
         super().__init__()
         self.register_buffer('scale', scale, persistent=False)
     def forward(self, w): return w * self.scale
@@ -70,7 +70,7 @@ def plain_copy(
 # %% ../nbs/10e_start.ipynb #909dd408
 def random_start(
     head:DraftHead,  # Changed in place
-    seed:int=0,
+    seed:int=0,  # Of the weights
 ) -> DraftHead:  # `head`
     "Fill the head with small random weights: each layer keeps the size of what it reads, and what is added to the residual stream begins small"
     g, layer = torch.Generator().manual_seed(seed), head.layers[0]
@@ -111,7 +111,7 @@ def least_squares_start(
     head:DraftHead,  # Changed in place
     examples:list,  # (ids, response, features) of some texts
     embed:torch.Tensor,  # `(v, d)`
-    scales:Scales,
+    scales:Scales,  # Inputs and outputs are measured in these units
 ) -> DraftHead:  # `head`
     "Let `fc` begin as the best linear guess of the next feature"
     w = least_squares(examples, embed, scales) * scales.feature.float().cpu()[:, None] / torch.cat([scales.embed, scales.feature]).float().cpu()

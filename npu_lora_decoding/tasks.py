@@ -30,8 +30,8 @@ class Item:
 @dataclass(frozen=True)
 class Task:
     "Items in three disjoint parts, and how to judge an answer"
-    name:str
-    train:list=field(repr=False)
+    name:str  # As in `TASKS`
+    train:list=field(repr=False)  # For learning
     dev:list=field(repr=False)  # For choosing settings
     test:list=field(repr=False)  # For reporting, once
     metric:str='exact_match'  # Name in `METRICS`

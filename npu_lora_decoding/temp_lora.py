@@ -32,8 +32,8 @@ class TempLoRA:
     dropout:float=.05  # On the adapter's input, in training
     targets:str='all'  # Linear layers to adapt: all (but the LM head), attention, q or down
     lr:float=5e-5  # AdamW's rate after the warm-up
-    betas:tuple=(.9, .999)
-    eps:float=1e-7
+    betas:tuple=(.9, .999)  # Of AdamW
+    eps:float=1e-7  # Of AdamW
     clip:float=1.  # Largest norm of the gradient
     warmup:int=2  # Chunks in which the rate rises
     recompute:str='window'  # When cached keys are computed anew: chunk, window, every:K, drift:X, or in reading slide:S
@@ -157,7 +157,7 @@ class TemporaryAdapter:
     "A LoRA adapter that learns one document, with its optimiser"
     def __init__(self,
         model:torch.nn.Module,  # Causal LM; never changed
-        settings:TempLoRA=TempLoRA(),
+        settings:TempLoRA=TempLoRA(),  # Rank, targets, rate and the rest
         under:Adapter|None=None,  # Task adapter that stays active below
         names:tuple=('expert',),  # What the bank holds: expert (task adapter and what was learned), task, phi (what was learned alone)
     ):
@@ -190,14 +190,14 @@ class TemporaryAdapter:
         "Let go of everything"
         self.A, self.B, self.opt, self.bank, self.under = {}, {}, None, None, None
 
-def base_weight(layer):
+def base_weight(layer):  # Linear layer of the model
     "Return the weight of a linear layer, PEFT's wrapper or not"
     return getattr(layer, 'base_layer', layer).weight
 
 @contextlib.contextmanager
 def temporary(
     model:torch.nn.Module,  # Causal LM
-    settings:TempLoRA=TempLoRA(),
+    settings:TempLoRA=TempLoRA(),  # Rank, targets, rate and the rest
     under:Adapter|None=None,  # Task adapter that stays active below
     names:tuple=('expert',),  # What the bank holds
 ):
@@ -234,7 +234,7 @@ def _training_forward(phi, run, path, under):
     return forward
 
 def copy_state(
-    phi:TemporaryAdapter,
+    phi:TemporaryAdapter,  # Adapter to copy
 ) -> tuple:  # Weights, moments of the optimiser, state of dropout's generator
     "Return a copy of everything that learning changes"
     return [w.detach().clone() for w in phi.parameters()], [{k: v.clone() for k, v in phi.opt.state[w].items()} for w in phi.parameters()], phi.noise.get_state()

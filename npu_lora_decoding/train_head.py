@@ -31,7 +31,13 @@ from .start import Scales, least_squares_start, measure_scales, plain_copy, prec
 # %% ../nbs/11_train_head.ipynb #07a5e44e
 class AlignedLoss(torch.nn.Module):
     "The head with its loss: one alignment step, so that data parallelism can wrap it"
-    def __init__(self, head, rows, objective, spread, rarity=None):
+    def __init__(self,
+        head,  # `DraftHead`
+        rows,  # Rows of the LM head `(w, d)`
+        objective,  # `Objective`
+        spread,  # Size of each feature `(d,)`, the unit of the feature loss
+        rarity=None,  # For `frequency_topk`
+    ):
         super().__init__()
         self.head = head
         self.given = rows, objective, spread, rarity  # a tuple, so that no tensor in it is taken for a weight or a buffer
@@ -57,7 +63,7 @@ class AlignedLoss(torch.nn.Module):
         return teach(features, keep, rows, objective, rarity)
 
 def add_noise(
-    batch:Batch,
+    batch:Batch,  # Texts with their features
     size:float,  # Half the width of the noise, in units of `spread`
     spread:torch.Tensor,  # Of each feature `(d,)`
     seed:str,  # The same on any number of devices, because each text has noise of its own
@@ -68,7 +74,7 @@ def add_noise(
     u = torch.stack([row(n) for n in batch.numbers]).to(spread)
     return (batch.features + size * spread * u).to(batch.features.dtype)
 
-def hash_of(text):
+def hash_of(text):  # Any string
     "Return a number below 2**63 that depends on `text` only"
     import hashlib
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big') >> 1
@@ -77,19 +83,19 @@ def hash_of(text):
 @dataclass
 class Run:
     "A training run: what it learns, from what, and how far it is"
-    lm:LM
-    head:DraftHead
+    lm:LM  # The target
+    head:DraftHead  # The head that learns
     frozen:Frozen  # In the precision of training, on the device
     store:object  # `OnlineFeatures` or `StoredFeatures`
-    config:HeadTraining
-    folder:Path
-    scales:Scales
-    accelerator:Accelerator
+    config:HeadTraining  # How it learns
+    folder:Path  # Where the run is kept
+    scales:Scales  # Units of inputs and outputs
+    accelerator:Accelerator  # Which device, and which of several processes
     data:str=''  # Hash of target and conversations
-    done:int=0
+    done:int=0  # Steps made so far
     losses:list=field(default_factory=list)  # Of every step, a list of alignment steps' losses
     history:list=field(default_factory=list)  # Measurements of acceptance
-    best:float=0.
+    best:float=0.  # Best acceptance measured so far, in tokens a pass
     sizes:list=field(default_factory=list)  # Batches of every epoch so far
     memory:dict=field(default_factory=dict)  # What the target says about each example, where it is remembered
 
@@ -132,7 +138,7 @@ class Run:
 
 # %% ../nbs/11_train_head.ipynb #66485d52
 def drawn_steps(
-    config:HeadTraining,
+    config:HeadTraining,  # Steps, tokens a batch and seed
     step:int,  # Counted from 0
 ) -> list:  # Alignment steps, counted from 0
     "Return the alignment steps whose losses this update sees"
@@ -142,7 +148,7 @@ def drawn_steps(
 
 # %% ../nbs/11_train_head.ipynb #aada43d4
 def train_step(
-    run:Run,
+    run:Run,  # A run between two steps
     step:int,  # Counted from 0
 ) -> list:  # Loss of each alignment step that counts, mean over the whole batch
     "Make one update: the losses of the alignment steps, each with its own backward pass, whose gradients add up"
@@ -178,7 +184,7 @@ def _not_finite(batch, values, step):
     return f'the loss is {values}, or its gradient is no number, at step {step}, and {texts}: leave them out, or train again with a lower learning rate.'
 
 # %% ../nbs/11_train_head.ipynb #7902bb17
-def save_state(run:Run):
+def save_state(run:Run):  # A run between two steps
     "Write the training state atomically, as safetensors: weights, optimisers, losses and measurements; order and noise are functions of the step"
     state = {f'weight/{n}': p.detach() for n, p in run.head.named_parameters()}
     names = {id(p): n for n, p in run.head.named_parameters()}
@@ -188,7 +194,7 @@ def save_state(run:Run):
     meta = dict(step=str(run.done), config=json.dumps(asdict(run.config)), data=run.data, history=json.dumps(run.history), best=str(run.best))
     with atomic_path(run.folder/'state.safetensors') as tmp: save_tensors(state, tmp, meta)
 
-def load_state(run:Run):
+def load_state(run:Run):  # Changed in place
     "Restore the training state; raises `DecodingError` when the run had other settings, another target or other conversations"
     file = run.folder/'state.safetensors'
     damaged = lambda e: DecodingError(f'{file} is damaged ({e}): remove it to begin again.')
@@ -214,7 +220,7 @@ def load_state(run:Run):
 
 # %% ../nbs/11_train_head.ipynb #bf579628
 def evaluate(
-    run:Run,
+    run:Run,  # A run between two steps
     texts:list,  # Held-out `Text`s that the target wrote
     tree:dict|None,  # Of `measure_acceptance`; None: chains only
     learnt:list=(),  # `Text`s that the head is trained on
@@ -228,7 +234,7 @@ def evaluate(
     return row | (dict(learnt_chain_5=replay(learnt, (5,))['chain 5'].tau) if learnt else {})
 
 def card(
-    run:Run,
+    run:Run,  # A run between two steps
     about:str='',  # Where the conversations come from
 ) -> str:  # Markdown
     "Return the card of a head"
@@ -245,7 +251,7 @@ def card(
 def _of_learnt(row): return f'; on text it learns from, chain of 5 {row["learnt_chain_5"]:.2f}' if 'learnt_chain_5' in row else ''
 
 def save_checkpoint(
-    run:Run,
+    run:Run,  # A run between two steps
     name:str,  # `last` or `best`
     about:str='',  # For the card
 ):
@@ -257,7 +263,7 @@ def save_checkpoint(
 # %% ../nbs/11_train_head.ipynb #168323ac
 def new_accelerator(
     lm:LM,  # The target
-    config:HeadTraining,
+    config:HeadTraining,  # Precision of training
     track=None,  # Also tell tensorboard, trackio, wandb, ...; a name that accelerate knows, or a `GeneralTracker`
     folder:str|Path='.',  # Where trackers write
 ) -> Accelerator:
@@ -276,10 +282,10 @@ def start_run(
     lm:LM,  # The target
     store,  # `OnlineFeatures` or `StoredFeatures` of the conversations
     folder:str|Path,  # Of the run
-    config:HeadTraining,
+    config:HeadTraining,  # How the head is trained
     vocab:tuple|None=None,  # Draft vocabulary: ids and counts
     data:str='',  # Hash of target and conversations
-    accelerator:Accelerator|None=None,
+    accelerator:Accelerator|None=None,  # None makes one
     init:DraftHead|None=None,  # Go on from this head instead of beginning anew
 ) -> Run:
     "Return a run before its first step, or where the last call left it"
@@ -302,7 +308,7 @@ def start_run(
 
 def sample_numbers(
     store,  # `OnlineFeatures` or `StoredFeatures`
-    seed:int=0,
+    seed:int=0,  # Of the sample
     tokens:int=200_000,  # In the sample, about
 ) -> list:  # Numbers of examples
     "Return a random sample of examples, from which scales and the least-squares start are computed"
@@ -312,7 +318,7 @@ def sample_numbers(
 
 # %% ../nbs/11_train_head.ipynb #aed55eeb
 def train(
-    run:Run,
+    run:Run,  # From `start_run`
     texts:list=(),  # Held-out `Text`s for measuring acceptance; none: no measuring
     tree:dict|None=None,  # Of `measure_acceptance`
     about:str='',  # For the card

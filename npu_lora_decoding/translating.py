@@ -65,7 +65,7 @@ MODES = ('own', 'gold', 'source')
 @dataclass(frozen=True)
 class Sentence:
     "A translation, and what the model knew when it wrote it"
-    text:str
+    text:str  # What was written
     first:int  # First token of the document in sight
     stop:int  # Tokens of the document so far
     learned:int  # How many of these had been learned, or passed over by the guard
@@ -75,7 +75,7 @@ class Sentence:
 @dataclass
 class Translation:
     "A translated document"
-    settings:TempLoRA
+    settings:TempLoRA  # Of the memory
     mode:str  # One of `MODES`
     sentences:list=field(default_factory=list, repr=False)  # A `Sentence` for each source
     chunks:list=field(default_factory=list, repr=False)  # Tokens and loss (nats a token, before the first update) of each chunk given to learning

@@ -67,8 +67,8 @@ def first_difference(
 @dataclass(frozen=True)
 class Check:
     "One promise, and how often it was kept"
-    name:str
-    prompts:int
+    name:str  # What must equal what
+    prompts:int  # How many were compared
     tokens:int  # Compared, up to the first difference
     differences:tuple=()  # `Difference`s
     @property

@@ -19,7 +19,7 @@ from .reading import check_lengths
 # %% ../nbs/14e_writing.ipynb #58558f7b
 def repetition(
     ids:torch.Tensor,  # Tokens `(t,)`
-    n:int=4,
+    n:int=4,  # Length of the n-grams
 ) -> float:  # 0 to 1
     "Return the share of n-grams that stood before among the same tokens"
     if len(ids) < n: return 0.
