@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save
 
 # %% ../nbs/00_core.ipynb #dc2191ce
 class DecodingError(ValueError):
@@ -237,30 +238,27 @@ def cache_dir() -> Path:
     return Path(os.environ.get('NLD_CACHE') or Path(base)/'npu_lora_decoding')
 
 # %% ../nbs/00_core.ipynb #b2aee78a
-_NAMES = {torch.float64: 'F64', torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16', torch.int64: 'I64', torch.int32: 'I32', torch.int16: 'I16', torch.int8: 'I8', torch.uint8: 'U8', torch.bool: 'BOOL'}
-
 def save_tensors(
     tensors:dict,  # Name -> tensor, on any device
     file:str|Path,  # To be written
     metadata:dict,  # Name -> text
 ):
     "Write a safetensors file, equal bytes for equal content; raises `DecodingError` where the disk is full"
-    header, names = _header(tensors, metadata)
+    # a clone each: tensors that share memory cannot be written; and not by save_file, which has a temporary file of its own that a kill would leave behind
+    raw = save({k: x.detach().cpu().contiguous().clone() for k, x in tensors.items()}, metadata)
+    header, tail = _ordered_header(raw)
     try:
-        with open(file, 'wb') as f:
-            f.write(header)
-            for k in names: f.write(tensors[k].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        with open(file, 'wb') as f: f.write(header); f.write(tail)
     except OSError as e: raise DecodingError(f'cannot write {Path(file).name} ({e.strerror or e}): make room or choose another folder, then give the same command again.') from e
 
-def _header(tensors, metadata):
-    "Return the header of a safetensors file, and the order of the tensors behind it: the widest numbers first, so that each lies at a multiple of its size"
-    names, head, at = sorted(tensors, key=lambda k: (-tensors[k].element_size(), k)), dict(__metadata__=dict(sorted(metadata.items()))), 0
-    for k in names:
-        x = tensors[k]
-        head[k] = dict(dtype=_NAMES[x.dtype], shape=list(x.shape), data_offsets=[at, at := at + x.numel() * x.element_size()])
+def _ordered_header(raw):
+    "Return the header of a safetensors file with its metadata in order, and the rest as a view: it may be large"
+    n = int.from_bytes(raw[:8], 'little')
+    head = json.loads(raw[8:8+n])
+    if '__metadata__' in head: head['__metadata__'] = dict(sorted(head['__metadata__'].items()))
     text = json.dumps(head, separators=(',', ':'), ensure_ascii=False).encode()
     text = text.ljust(-(-len(text) // 8) * 8)  # the tensors behind it begin at a multiple of 8
-    return len(text).to_bytes(8, 'little') + text, names
+    return len(text).to_bytes(8, 'little') + text, memoryview(raw)[8+n:]
 
 # %% ../nbs/00_core.ipynb #bd274eb2
 @contextlib.contextmanager

@@ -173,7 +173,7 @@ def test_saving_replaces_a_head_and_nothing_else(tmp_path, target):
 def test_a_failed_save_leaves_the_old_head(tmp_path, target, monkeypatch):
     folder = save_head(toy_head(target, seed=1), tmp_path/'head', target)
     def stop(*_, **__): raise KeyboardInterrupt
-    monkeypatch.setattr('npu_lora_decoding.core._header', stop)
+    monkeypatch.setattr('npu_lora_decoding.core._ordered_header', stop)
     with pytest.raises(KeyboardInterrupt): save_head(toy_head(target, seed=2), folder, target)
     assert same(load_head(folder, target), toy_head(target, seed=1)) and sorted(f.name for f in tmp_path.iterdir()) == ['head']
 
