@@ -8,6 +8,7 @@ __all__ = ['unmasked_logits', 'target_of', 'register', 'main']
 # %% ../nbs/15e_harness.ipynb #ee6e7398
 import functools
 import torch
+from transformers import StopStringCriteria
 from .core import DecodingError, require
 from .commands import load_target
 from .cold import CoLD, Plain
@@ -75,8 +76,10 @@ def register() -> type:
             self.lm, self.target = lm, target
             self.decoder = Decoder(target, guess, bank=bank_of(lm), compile=compile, record=False, vocab=lm.vocab if 'base' in target.roles else None)
 
-        def _model_generate(self, context, max_length, stop, **generation_kwargs):
-            return super()._model_generate(context, max_length, stop, custom_generate=self.decoder, **generation_kwargs)
+        def _model_generate(self, context, max_length, stop, **how):
+            # transformers' own criterion for strings: the harness's counts the rows of a batch, and with guesses each text grows at its own pace
+            if not how.get('do_sample'): how = {k: v for k, v in how.items() if k != 'temperature'} | dict(do_sample=False)
+            return self.model.generate(context, max_length=max_length, stopping_criteria=[StopStringCriteria(self.tokenizer, stop)], pad_token_id=self.tokenizer.pad_token_id, custom_generate=self.decoder, **how)
 
         def _model_call(self, inps, attn_mask=None, labels=None): return unmasked_logits(self.lm, self.target, inps)
     return NpuLora
