@@ -22,7 +22,8 @@ make_venv() {
     "$python" -m venv --clear .venv
 }
 
-pip_install() { .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt "$@"; }
+# Most of what is installed is never imported; Python compiles what is, when it is.
+pip_install() { .venv/bin/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt "$@"; }
 
 rm -f .venv/.ready
 .venv/bin/python -m pip --version >/dev/null 2>&1 || make_venv
