@@ -20,6 +20,7 @@ from npu_lora_decoding.measure import compare
 from npu_lora_decoding.models import load
 from npu_lora_decoding.quality import json_rows, save_rows
 from npu_lora_decoding.reading import read_document
+from npu_lora_decoding.report import save_page
 from npu_lora_decoding.ring import WriteConfig
 from npu_lora_decoding.speculate import HASS
 from npu_lora_decoding.temp_lora import TempLoRA
@@ -27,6 +28,7 @@ from npu_lora_decoding.translating import Form, translate_document
 from npu_lora_decoding.write import write_conversations
 from test_export_head import random_head
 from test_features import examples_of
+from test_report import row as measured
 from test_train_head import CONFIG as HEAD, TEXTS, begin
 from test_write import chat_lm
 from test_writing import STILL, write as write_on
@@ -72,6 +74,9 @@ def _sealed(folder):
 def _book(folder, **options):
     with mock.patch.object(reading, 'stopwatch', lambda device: contextlib.nullcontext(dict(s=0.))): return read_document(LM, TEXT, READING, folder/'book.safetensors', 99, **options)  # the file holds times
 
+def _page(file):
+    if not file.read_text().endswith('</html>\n'): raise DecodingError('the page is cut short: make it again.')
+
 def _talks(folder, v): write_conversations(chat_lm(), folder/'talks', WriteConfig(shards=1 + v, per_shard=2, batch=2, user_tokens=60, new_tokens=4, openers=('',), min_p=0.), quiet=True)
 def _memory(folder, v): return write_on(replace(STILL, lr=.01, file=str(folder/'story.safetensors')), 1, (21, 40)[v])
 
@@ -87,6 +92,7 @@ WRITERS = {
     'writing with a memory': Writer(_memory, lambda f: _memory(f, 0)),
     'result rows': Writer(lambda f, v: save_rows([dict(method='x', v=v)] * 9, f/'rows.json'), lambda f: json_rows(f/'rows.json')),
     'picture': Writer(lambda f, v: save_plot(lambda ax: ax.plot([0, 1 + v]), f/'a.png'), lambda f: matplotlib.image.imread(f/'a.png')),
+    'page of a comparison': Writer(lambda f, v: save_page(f/'page.html', [measured('greedy', 30. + v)]), lambda f: _page(f/'page.html')),
     'cached model': Writer(_embedded, _sealed)}
 
 WRITES = {'atomic_path', 'save_tensors', 'save_file', 'save_pretrained', 'write_text', 'write_bytes', 'savefig', 'to_json', 'tofile', 'dump', 'touch', 'symlink_to', 'rename', 'mkdir', 'rmtree'}

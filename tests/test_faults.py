@@ -141,7 +141,7 @@ def model_folder(tmp_path_factory): return toy_folder(tmp_path_factory.mktemp('m
 def files_of(folder, needs): return sorted(f for f in folder.glob(needs) if f.suffix in ('.json', '.safetensors', '.jsonl', '.pt') and f.name not in ('generation_config.json', 'tokenizer_config.json', 'adapter_model.json'))
 BROKEN = ('empty', 'half', 'seven bytes', 'header only', 'last byte gone', 'garbage', 'deep', 'digits')  # nothing that could be read
 
-@fault('damaged file: cut off, flipped bytes, wrong JSON, a missing or misshapen part', [n for n in WRITERS if n != 'picture'] + ['model and tokenizer'], 'refused in one sentence that says what to do, or read where it does not matter')
+@fault('damaged file: cut off, flipped bytes, wrong JSON, a missing or misshapen part', [n for n in WRITERS if n not in ('picture', 'page of a comparison')] + ['model and tokenizer'], 'refused in one sentence that says what to do, or read where it does not matter')
 def test_damaged(case, written, model_folder, tmp_path):
     start, w = (model_folder, Writer(None, load)) if case == 'model and tokenizer' else (written[case][0], WRITERS[case])
     refused = tried = 0
