@@ -94,7 +94,7 @@ def key_drift(
     return sum(shares) / len(shares)
 
 def check_layers(
-    settings:TempLoRA,
+    settings:TempLoRA,  # Window and policy
     config,  # Of the model
 ):
     "Raise `DecodingError` where the policy needs keys that layers with a sliding window have forgotten"

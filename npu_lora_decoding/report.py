@@ -203,7 +203,7 @@ def _tokens(looks):
 def page(
     rows:list,  # From `compare`, and of a long text from `reading_row`
     looks:Looks|None=None,  # What the methods wrote
-    title:str='A comparison of decoding methods',
+    title:str='A comparison of decoding methods',  # Of the page
     about:str='',  # One line: which prompts, which adapter, which command
 ) -> str:  # HTML
     "Return a comparison as one self-contained page"
@@ -220,7 +220,7 @@ def page(
 def save_page(
     path:str|Path,  # HTML file
     *args,  # As for `page`
-    **kwargs,
+    **kwargs,  # As for `page`
 ):
     "Write the page of a comparison, atomically"
     with atomic_path(path) as tmp: tmp.write_text(page(*args, **kwargs), encoding='utf-8')

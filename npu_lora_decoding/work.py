@@ -16,7 +16,7 @@ from .plan import Shape, read_flops
 class Pass:
     "One forward pass, the prompt's own tokens left out"
     part:str  # target, draft or assistant
-    rows:int
+    rows:int  # Texts at once
     new:int  # Tokens a row
     seen:int  # Columns that the last of them sees, itself included
     asked:int  # Positions a row at which the LM head is asked

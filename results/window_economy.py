@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from npu_lora_decoding.cache_reuse import Reader
 from npu_lora_decoding.core import stopwatch
-from npu_lora_decoding.measure import environment, memory_mb
+from npu_lora_decoding.measure import environment
 from npu_lora_decoding.models import load
 from npu_lora_decoding.plan import learn_flops, memory_of, read_flops, shape_of
 from npu_lora_decoding.quality import save_rows
@@ -45,16 +45,14 @@ def main(text, reading, out, every=20):
         times['small window'].append(fresh(lm, ids, replace(small, epochs=0), s)[1])
         times['small window, learning'].append(learning(lm, ids, small, s))
         print(f'{s:>9,}  full window {math.exp(sum(nats) / (len(nats) * small.chunk)):.3f}', flush=True)
-    at, device = starts[-1], lm.device
-    peak = {'full window': memory_mb(lambda: fresh(lm, ids, full, at), device), 'small window': memory_mb(lambda: fresh(lm, ids, replace(small, epochs=0), at), device), 'small window, learning': memory_mb(lambda: learning(lm, ids, small, at), device)}
     found = {'full window': (full, nats), 'small window': (replace(small, epochs=0), [old[s] for s in starts]), 'small window, learning': (small, [learned[s] for s in starts])}
     shape, tokens, rows = shape_of(lm.model, small.targets), [small.chunk] * len(starts), []
     for name, (s, loss) in found.items():
         ratios = sorted(a / b for a, b in zip(times[name], times['full window']))
         by = change(loss, nats, tokens)
         rows.append(dict(method='window economy', arm=name, text=Path(text).name, chunks=len(starts), perplexity=math.exp(sum(loss) / sum(tokens)), change=by.mean, interval=[by.low, by.high], flops=work(shape, s) / work(shape, full),
-                         time=statistics.median(ratios), time_spread=[ratios[0], ratios[-1]], memory=memory_of(shape, s) / memory_of(shape, full), peak_mb=peak[name], settings=asdict(s)))
-        r = rows[-1]; print(f'{name:<24} perplexity {r["perplexity"]:.3f} ({by.mean:+.1f}%, {by.low:+.1f} to {by.high:+.1f})  work {r["flops"]:.2f}  time {r["time"]:.2f}  peak {r["peak_mb"]:.0f} MB')
+                         time=statistics.median(ratios), time_spread=[ratios[0], ratios[-1]], memory=memory_of(shape, s) / memory_of(shape, full), settings=asdict(s)))
+        r = rows[-1]; print(f'{name:<24} perplexity {r["perplexity"]:.3f} ({by.mean:+.1f}%, {by.low:+.1f} to {by.high:+.1f})  work {r["flops"]:.2f}  time {r["time"]:.2f}  memory {r["memory"]:.2f}')
     save_rows(rows + [environment()], out)
 
 if __name__ == '__main__': main(*sys.argv[1:])

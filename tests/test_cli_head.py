@@ -131,7 +131,7 @@ def test_gains_are_ratios_of_means_over_the_texts_both_have():
 def test_a_full_disk_leaves_no_half_of_a_shard(model, tmp_path, monkeypatch):
     data, out = lines(tmp_path/'rows.jsonl', [talk(i) for i in range(20)]), tmp_path/'out'
     argv = ['train-head', str(out), '--model', model, '--data', data, *SMALL]
-    def full(tensors, path, **_): path.write_bytes(b'half'); raise OSError(28, 'No space left on device')
+    def full(tensors, path, *_): path.write_bytes(b'half'); raise OSError(28, 'No space left on device')
     with monkeypatch.context() as m:
         m.setattr(features, 'save_tensors', full)
         with pytest.raises(DecodingError, match='make room or choose another folder, then give the same command again'): run(argv)

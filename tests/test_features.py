@@ -108,7 +108,7 @@ def test_a_read_touches_its_own_pages_only(tmp_path):
     "A shard of 64 MB is opened, and some of it read, within a few MB of memory"
     about = dict(data='x', lengths=[250] * 500)
     features.save_tensors(dict(ids=torch.zeros(125_000, dtype=torch.int32), response=torch.ones(125_000, dtype=torch.bool), features=torch.ones(125_000, 128)), tmp_path/'features-0000.safetensors', dict(about=json.dumps(about)))
-    (tmp_path/'features.json').write_text(json.dumps(dict(files=['x'])))
+    (tmp_path/'features.json').write_text(json.dumps(dict(target='x', per_shard=500, dtype='float32', count=500, files=['x'])))
     rss = lambda: psutil.Process().memory_info().rss
     before = rss()
     stored = StoredFeatures(tmp_path)
