@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file, save_file
-from npu_lora_decoding import recipe, train_head as th
+from npu_lora_decoding import core, recipe, train_head as th
 from npu_lora_decoding.acceptance import Text, measure_acceptance, target_texts
 from npu_lora_decoding.align import aligned_step
 from npu_lora_decoding.conversations import Example
@@ -159,20 +159,20 @@ def server():
     return context.Process
 
 def child(folder, config, die=None, before=False):
-    "Train; at the `die`th rename be gone, as kill -9 does it: nothing is tidied up"
+    "Train; before or after the `die`th write comes into its place be gone, as kill -9 does it: nothing is tidied up"
     torch.set_num_threads(1)
     sys.stdout = open(os.devnull, 'w')
-    real, count = os.replace, []
-    def replaced(*args):
+    real, count = core._publish, []
+    def published(*args):
         count.append(args)
         if len(count) == die and before: os._exit(77)
         real(*args)
         if len(count) == die: os._exit(77)
-    if die: os.replace = replaced
+    if die: core._publish = published
     train(begin(folder, config), TEXTS)
 
 def test_death_at_every_write(tmp_path, server):
-    "Before and after each rename of a short run: the next call begins, finishes, and leaves what an undisturbed run leaves"
+    "Before and after each write of a short run: the next call begins, finishes, and leaves what an undisturbed run leaves"
     config = replace(CONFIG, steps=2, save_every=1, eval_every=1)
     train(begin(tmp_path/'whole', config), TEXTS)
     for die in range(1, 20):
