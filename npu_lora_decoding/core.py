@@ -196,7 +196,7 @@ def _is_dead(writer):
 def _clear(path):
     "Remove a file, a folder or a link, not what the link points to"
     import shutil
-    if os.path.lexists(path): shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()  # nothing can lie below a file
+    if os.path.lexists(path): shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)  # nothing can lie below a file
 
 def _exchange(a, b):
     "Exchange two paths in one step; return whether the system could"
