@@ -113,7 +113,7 @@ def _speed(rows, relative_to, ax):
 COMMANDS['compare'] = COMMANDS.pop('compare-methods')
 
 # %% ../nbs/16f_cli_compare.ipynb #1bba9419
-_SHOWN = 'greedy,cold,beam,lookup,hass_chain,hass_tree,transformers_greedy'
+_SHOWN = 'greedy,cold,lookup,hass_chain,hass_tree,transformers_greedy'
 
 @command
 def demo(
