@@ -16,7 +16,8 @@ from .cold import CoLD, Plain
 from .tasks import get_task, king_james, read_jsonl
 from .finetune import FinetuneConfig, card, finetune
 from .quality import json_rows, paired, parse_arm, save_rows, score_arms
-from .measure import drafters, environment
+from .contestants import drafters
+from .measure import environment
 from .verify import check_rows, verify as verify_ways
 from .doctor import kernel_device, kernel_report, wrong
 from .advise import BETAS, advise, plot_sweep, sweep

@@ -136,7 +136,7 @@ def demo(
     for item in its[:show]: _demo_verse(lm, item, CoLD(alpha, beta))
     print(f'Now every method in turns, a few minutes: {_SHOWN.replace(",", ", ")} ...\n', flush=True)
     looks = Looks(lm, its, 40, counted=2)
-    rows = compare(lm, folder, its, _SHOWN.split(','), new_tokens, 1, rounds, CoLD(alpha, beta), False, 'chrf', str(shipped_head('king_james')), None, timed, 64, look=looks.add)
+    rows = compare(lm, folder, its, _SHOWN.split(','), new_tokens, 1, rounds, CoLD(alpha, beta), False, 'chrf', str(shipped_head('king_james')), None, timed, 64, look=looks.add, once=True)
     print(table(rows, full=True), flush=True)
     if text_tokens:
         print(f'\nA long text with and without a memory: {text_tokens:,} tokens of the King James Bible, in a window of 384.', flush=True)

@@ -18,7 +18,7 @@ from .cold import CoLD, Plain
 from .tree import Tree
 from .decode import Decoder, Drafter, bank_of
 from .quality import batches_of
-from .measure import methods
+from .contestants import methods
 from .verify import check, check_rows
 
 # %% ../nbs/15c_doctor.ipynb #90031733

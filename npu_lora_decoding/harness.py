@@ -13,7 +13,7 @@ from .core import DecodingError, require
 from .commands import load_target
 from .cold import CoLD, Plain
 from .decode import Decoder, bank_of
-from .measure import drafters
+from .contestants import drafters
 
 # %% ../nbs/15e_harness.ipynb #923d5ced
 @torch.no_grad()

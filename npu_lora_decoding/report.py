@@ -175,7 +175,7 @@ def _table(rows):
     "Return all methods as a table"
     body = []
     for r in _measured(rows):
-        notes = ', '.join(n for n, on in (('peer', r['peer']), ('compiled', r.get('compiled'))) if on)
+        notes = ', '.join(n for n, on in (('peer', r['peer']), ('compiled', r.get('compiled')), (f'judged as {_E(r.get("judged_as"))}, whose tokens it wrote', r.get('judged_as'))) if on)
         work = r.get('flops_per_token')
         body.append(f'<tr><td title="{_E(r["method"])}">{_E(r["method"])}{f" <small>{notes}</small>" if notes else ""}</td>' + _cell(r['quality'], '{:.2f}', r['quality_interval']) + _cell(r.get('gain'), '{:+.2f}', r.get('gain_interval'), 0 if (r.get('items') or 0) >= ENOUGH else None) +
                     _cell(r['tokens_per_s'], '{:.1f}') + _cell(r.get('speedup'), '{:.2f}', r.get('speedup_interval'), 1 if len(r['ms_runs'][0]) >= BATCHES else None) + f'<td>{_E(r.get("speedup_over") or "–")}</td>' + _cell(r.get('tau')) + _cell(r.get('ms_to_first'), '{:.0f}') +

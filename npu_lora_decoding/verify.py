@@ -14,7 +14,7 @@ from .models import LM
 from .cold import CoLD, Plain
 from .decode import bank_of
 from .quality import batches_of
-from .measure import drafters, guessing, methods
+from .contestants import drafters, guessing, methods
 from .rows import Rows
 
 # %% ../nbs/15b_verify.ipynb #ef6fb8e9

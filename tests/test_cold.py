@@ -65,7 +65,7 @@ def test_dials_matter(pair):
 
 @pytest.mark.parametrize('target', DIALS, ids=str)
 def test_one_pass_is_pefts_mixed_batch(pair, target):
-    from npu_lora_decoding.measure import _peft_mixed
+    from npu_lora_decoding.contestants import _peft_mixed
     model, bank, path = pair
     ids, mask = prompts()
     theirs = _peft_mixed(target)(LM(model, toy_tokenizer(extra=21)), path)(ids, mask, N)

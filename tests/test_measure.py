@@ -5,7 +5,8 @@ from npu_lora_decoding.baseline import beam_search
 from npu_lora_decoding.cold import CoLD, Plain
 from npu_lora_decoding.core import DecodingError
 from npu_lora_decoding.lora import AdapterBank
-from npu_lora_decoding.measure import memory_mb, merged_model, methods
+from npu_lora_decoding.contestants import merged_model, methods
+from npu_lora_decoding.measure import memory_mb
 from npu_lora_decoding.quality import ARMS, answers
 from npu_lora_decoding.models import encode
 from npu_lora_decoding.verify import TIE, Difference, check, first_difference, gap, scores_at, verify
@@ -113,3 +114,17 @@ def test_only_a_close_race_is_excused():
 def test_equality_is_promised_for_fp32_only(lm, folder):
     lm.model.bfloat16()
     with pytest.raises(DecodingError, match='use --dtype fp32'): verify(lm, folder, toy_items(2))
+
+# --- judging once
+
+def test_a_method_that_guesses_is_judged_once_with_the_one_it_equals(lm, folder, monkeypatch):
+    "...unless what it wrote differs: then it is judged for itself"
+    import npu_lora_decoding.measure as measure
+    judged = []
+    monkeypatch.setattr(measure, 'judge', lambda answers, *_: judged.append(answers) or [float(len(a)) for a in answers])
+    rows = measure.compare(lm, folder, toy_items(2), ['greedy', 'lookup', 'cold'], 6, rounds=1, metric='chrf', once=True)
+    assert len(judged) == 2 and [r['judged_as'] for r in rows[:-1]] == [None, 'greedy', None] and rows[1]['scores'] == rows[0]['scores']
+    other = {'other': methods(CoLD(0.1, 5.))['cold_lookup']}  # says that it writes what `cold` writes, and does not
+    judged.clear()
+    rows = measure.compare(lm, folder, toy_items(2), ['cold', 'other'], 6, rounds=1, metric='chrf', once=True, others=other)
+    assert len(judged) == 2 and rows[1]['judged_as'] is None

@@ -8,7 +8,8 @@ from npu_lora_decoding.advise import Verdict, recommendation, verdicts
 from npu_lora_decoding.commands import run
 from npu_lora_decoding.core import DecodingError, generator
 from npu_lora_decoding.draft_head import DraftHead, head_config, save_head
-from npu_lora_decoding.measure import compare, methods, speed_ratio, table
+from npu_lora_decoding.contestants import methods
+from npu_lora_decoding.measure import compare, speed_ratio, table
 from npu_lora_decoding.quality import json_rows
 from npu_lora_decoding.report import Looks, acceptance_svg, frontier, page, pareto_svg
 from npu_lora_decoding.tasks import Item

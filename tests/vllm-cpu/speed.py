@@ -33,7 +33,8 @@ def speed(options):
     "Return the rows of a comparison"
     import torch, vllm
     from npu_lora_decoding.export_head import export_head
-    from npu_lora_decoding.measure import Method, compare
+    from npu_lora_decoding.contestants import Method
+    from npu_lora_decoding.measure import compare
     from npu_lora_decoding.models import embedded_folder, load
     from npu_lora_decoding.tasks import read_jsonl
     lm, target = load(device='cpu', dtype='bf16'), str(embedded_folder())
