@@ -18,7 +18,7 @@ import npu_lora_decoding.cli  # registers every command
 
 HOSTILE = '</td></title></style>"\'><script src="https://evil.example/x.js">alert(1)</script><img src=x onerror=alert(2)>&amp;\x00\x1b\u202e'
 OLD = 'method peer model device dtype batch new_tokens ms_per_token ms_spread tokens_per_s tau quality quality_interval peak_mb equal_tokens'.split()
-NEW = 'ms_to_first ms_runs speedup speedup_interval speedup_over flops_per_token metric items gain gain_interval gain_over scores same_as compiled'.split()
+NEW = 'ms_to_first ms_runs speedup speedup_interval speedup_over flops_per_token metric items gain gain_interval gain_over scores same_as judged_as compiled'.split()
 
 class Strict(HTMLParser):
     "Every tag is closed in order; attributes are quoted and known; what could run or load is noted"
