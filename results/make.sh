@@ -140,7 +140,7 @@ P
     cp -r $job/king_james/last/. $out/heads/king_james/
 }
 
-# A long book, base against Temp-LoRA: settings chosen on the World English Bible (the last two fifths of it), reported on Les Misérables. Stop it with Ctrl-C and give the command again. LENGTH says how many tokens of the book are read.
+# A long book, base against Temp-LoRA: settings chosen on the World English Bible (the last two fifths of it), reported on Les Misérables. Stop it with Ctrl-C and give the command again. LENGTH says how many tokens of the book are read (all of them take hours).
 books() {
     book=$data/les_miserables.txt; mkdir -p $runs/books
     .venv/bin/python - $runs/books/web.txt <<'P'
@@ -152,17 +152,26 @@ P
     for lr in 3e-4 1e-3; do $nld perplexity $runs/books/web.txt --out $runs/books/lr_$lr --methods temp_lora --chunk 1024 --window 2048 --train-context 256 --epochs 1 --lr $lr --max-tokens 24576 --dtype bf16 --segments 0,8192,16384 --json $runs/books/lr_$lr.json; done
     joined $out/reading_dev.json $runs/books/lr_{3e-4,1e-3}.json
     read_book() { $nld perplexity "$book" --out $runs/books/$1 --chunk $1 --window $(($1 + 512)) --train-context 128 --epochs 1 --dropout 0 --dtype bf16 --lr 1e-3 --max-tokens $2 --json $out/reading_$1.json; }
-    read_book 1024 ${LENGTH:-217088}
+    read_book 1024 ${LENGTH:-10000000}
+    read_book 512 51200; read_book 2048 51200
     .venv/bin/python results/window_economy.py "$book" $out/reading_1024.json $out/window_economy.json
 }
 
-# Prepared, not run yet: other chunk sizes, stale keys against fresh ones, changes to the method, long writing.
-more_books() {
-    book=$data/les_miserables.txt
-    read_book 512 51200; read_book 2048 51200
-    .venv/bin/python results/memory_ablation.py "$book" $out/cache_reuse.json 16384 "$(printf '%s: fresh keys,%s: stale keys,' all all queries queries down down | sed 's/,$//')"
-    .venv/bin/python results/memory_ablation.py $runs/books/web.txt $out/memory_ablation.json 16384 "base,chosen,two updates,long prefix,published rate,lower rate,dropout,gated,decay,replay,delayed,attention only,queries only,down only"
-    .venv/bin/python results/long_writing.py "$book" $out/long_writing.json
+# The same book without learning, on windows that slide: with nothing kept of the beginning, and with four sinks, as StreamingLLM does
+sliding() {
+    parts=()
+    for window in 1536 8192; do for sinks in 0 4; do
+        parts+=("$runs/books/slide_${window}_$sinks.json")
+        $nld perplexity "$data/les_miserables.txt" --out $runs/books/slide_${window}_$sinks --methods base --chunk 1024 --window $window --recompute slide:$sinks --dtype bf16 --max-tokens 102400 --json "${parts[-1]}"
+    done; done
+    joined $out/sliding.json "${parts[@]}"
+}
+
+# Stale keys against fresh ones, long writing, changes to the method
+memory() {
+    .venv/bin/python results/cache_reuse.py "$data/les_miserables.txt" $out/cache_reuse.json
+    .venv/bin/python results/long_writing.py "$data/les_miserables.txt" $out/long_writing.json
+    .venv/bin/python results/memory_ablation.py $runs/books/web.txt $out/memory_ablation.json 16384
 }
 
 alignment() { .venv/bin/python results/alignment.py $out/heads/alignment.json; }
@@ -175,7 +184,7 @@ adapted_head
 speculation
 speculation_equality
 king_james
-if [ -n "$data" ]; then wikisql; gsm8k; books; fi
+if [ -n "$data" ]; then wikisql; gsm8k; books; sliding; memory; fi
 
 # The shipped adapter's card carries its scores.
 .venv/bin/python - <<'P'

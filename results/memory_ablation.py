@@ -13,18 +13,8 @@ from npu_lora_decoding.models import load
 from npu_lora_decoding.quality import save_rows
 from npu_lora_decoding.reading import document_ids, read_text
 from npu_lora_decoding.temp_lora import TempLoRA, learn, temporary
-from transformers import DynamicCache
 
 CHOSEN = TempLoRA(chunk=1024, window=1536, train_context=128, epochs=1, lr=1e-3, dropout=0.)
-REUSE = replace(CHOSEN, chunk=512, window=2560, context=512)  # a prefill serves four chunks: where stale keys matter
-
-class Fresh(Reader):
-    "The same tokens in sight as the policy gives, and no stale key"
-    def losses(self, text, start, stop, version=0):
-        if self.marks.spans and start + self.settings.chunk - self.marks.first <= self.settings.window:
-            self.cache = DynamicCache(config=self.model.config)
-            with torch.no_grad(): self.model.base_model(text[None, self.marks.first:self.marks.stop], past_key_values=self.cache, use_cache=True)
-        return super().losses(text, start, stop, version)
 
 class Learner:
     "Learns every chunk after it was scored"
@@ -63,28 +53,27 @@ class Delayed(Learner):
         self.waits = start
 
 VARIANTS = {
-    'base': (replace(CHOSEN, epochs=0), Learner, Reader),
-    'chosen': (CHOSEN, Learner, Reader),
-    'two updates': (replace(CHOSEN, epochs=2), Learner, Reader),
-    'long prefix': (replace(CHOSEN, train_context=1024), Learner, Reader),
-    'published rate': (replace(CHOSEN, lr=5e-5), Learner, Reader),
-    'lower rate': (replace(CHOSEN, lr=3e-4), Learner, Reader),
-    'dropout': (replace(CHOSEN, dropout=.05), Learner, Reader),
-    'gated': (CHOSEN, Gated, Reader),
-    'decay': (CHOSEN, Decayed, Reader),
-    'replay': (CHOSEN, Replayed, Reader),
-    'delayed': (CHOSEN, Delayed, Reader),
-    'attention only': (replace(CHOSEN, targets='attention'), Learner, Reader),
-    'queries only': (replace(CHOSEN, targets='q'), Learner, Reader),
-    'down only': (replace(CHOSEN, targets='down'), Learner, Reader),
-    **{f'{name}: {kind} keys': (replace(REUSE, targets=t), Learner, reader) for t, name in (('all', 'all'), ('q', 'queries'), ('down', 'down')) for kind, reader in (('fresh', Fresh), ('stale', Reader))},
+    'base': (replace(CHOSEN, epochs=0), Learner),
+    'chosen': (CHOSEN, Learner),
+    'two updates': (replace(CHOSEN, epochs=2), Learner),
+    'long prefix': (replace(CHOSEN, train_context=1024), Learner),
+    'published rate': (replace(CHOSEN, lr=5e-5), Learner),
+    'lower rate': (replace(CHOSEN, lr=3e-4), Learner),
+    'dropout': (replace(CHOSEN, dropout=.05), Learner),
+    'gated': (CHOSEN, Gated),
+    'decay': (CHOSEN, Decayed),
+    'replay': (CHOSEN, Replayed),
+    'delayed': (CHOSEN, Delayed),
+    'attention only': (replace(CHOSEN, targets='attention'), Learner),
+    'queries only': (replace(CHOSEN, targets='q'), Learner),
+    'down only': (replace(CHOSEN, targets='down'), Learner),
 }
 
-def read(lm, text, settings, learner, reader):
+def read(lm, text, settings, learner):
     "Return the loss of every chunk, and the seconds of reading and of learning"
     losses, read_s, learn_s = [], 0., 0.
     with temporary(lm.model, settings) as phi:
-        reader, learner = reader(lm.model, settings), learner(phi, text)
+        reader, learner = Reader(lm.model, settings), learner(phi, text)
         for start in range(0, len(text) - settings.chunk + 1, settings.chunk):
             with stopwatch(text.device) as clock, phi.bank.attached([0]): found = reader.losses(text, start, start + settings.chunk, phi.version)
             read_s += clock['s']
@@ -99,8 +88,8 @@ def main(path, out, tokens=65536, only=None):
     text = document_ids(lm, read_text(path))[:int(tokens)]
     for name in only.split(',') if only else VARIANTS:
         if any(r['variant'] == name for r in rows): continue
-        settings, learner, reader = VARIANTS[name]
-        losses, read_s, learn_s = read(lm, text, settings, learner, reader)
+        settings, learner = VARIANTS[name]
+        losses, read_s, learn_s = read(lm, text, settings, learner)
         rows.append(dict(method='memory ablation', variant=name, text=Path(path).name, tokens=len(text), perplexity=math.exp(sum(losses) / len(losses)), losses=losses, read_s=read_s, learn_s=learn_s, settings=asdict(settings)))
         print(f'{name:<22} perplexity {rows[-1]["perplexity"]:.3f}  learning {learn_s / (read_s + learn_s):.0%} of the time', flush=True)
         save_rows(rows + [environment()], out)
