@@ -186,6 +186,8 @@ speculation_equality
 king_james
 if [ -n "$data" ]; then wikisql; gsm8k; books; sliding; memory; fi
 
+.venv/bin/python results/overview.py $out/overview.png
+
 # The shipped adapter's card carries its scores.
 .venv/bin/python - <<'P'
 from pathlib import Path

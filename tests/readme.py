@@ -14,25 +14,27 @@ def fenced(
 
 def output_md(
     out:dict,  # One stored output
-) -> str:  # Markdown, empty for an image
-    "Return the text of an output; images are left out, because README.md has no folder to keep them in"
+    image:str='',  # What to write for a picture
+) -> str:  # Markdown
+    "Return the text of an output"
     if out['output_type'] == 'stream': return fenced(''.join(out['text']))
     if out['output_type'] == 'error': sys.exit(f'readme: a cell of {INDEX.name} stored an error: run make notebooks.')
     data = out['data']
     if 'text/markdown' in data: return ''.join(data['text/markdown'])
-    if any(o.startswith('image/') for o in data): return ''
+    if any(o.startswith('image/') for o in data): return image
     return fenced(''.join(data['text/plain']))
 
 def cell_md(
     cell:dict,  # One notebook cell
 ) -> list:  # Its pieces of Markdown
-    "Return the Markdown of a cell; `#| hide` leaves all of it out, `#| echo: false` its code, and directives go"
+    "Return the Markdown of a cell; `#| hide` leaves all of it out, `#| echo: false` its code, and directives go; `#| image: PATH TEXT` names the file of the picture that it shows"
     source = ''.join(cell['source'])
     if cell['cell_type'] != 'code': return [source]
     flags = re.findall(r'^#\| *(\w+)', source, re.M)
     if 'hide' in flags: return []
     code = '' if re.search(r'^#\| *echo: *false', source, re.M) else re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
-    return [fenced(code, 'python')] * bool(code) + [output_md(o) for o in cell['outputs']]
+    image = ''.join(f'![{text}]({path})' for path, text in re.findall(r'^#\| *image: *(\S+) *(.*)', source, re.M))
+    return [fenced(code, 'python')] * bool(code) + [output_md(o, image) for o in cell['outputs']]
 
 def notebook_md(
     nb:dict,  # Parsed notebook

@@ -1,5 +1,5 @@
 "The two scripts that turn notebooks into what readers see: readme.py and run_notebooks.py"
-import json
+import json, re
 from pathlib import Path
 import pytest
 from readme import cell_md, fenced, notebook_md
@@ -17,6 +17,12 @@ def test_readme_leaves_out_hidden_cells_directives_and_images():
     assert cell_md(code('#| hide\nsecret()')) == []
     assert cell_md(code('#| eval: false\nx')) == ['```python\nx\n```']
     assert notebook_md(dict(cells=[code('plot()', shown(image_png='aaaa', text_plain=['<Figure>']))])) == '```python\nplot()\n```\n'
+
+def test_readme_links_a_picture_that_has_a_file():
+    picture = code('#| echo: false\n#| image: results/a.png What it shows\nImage("a.png")', shown(image_png='aaaa', text_plain=['<Image>']))
+    assert notebook_md(dict(cells=[picture])) == '![What it shows](results/a.png)\n'
+    import readme
+    for path in re.findall(r'!\[.*\]\((.+)\)', notebook_md(json.loads(readme.INDEX.read_text(encoding='utf-8')))): assert (readme.INDEX.parent.parent/path).exists(), path
 
 def test_readme_refuses_a_stored_error():
     with pytest.raises(SystemExit, match='stored an error'): cell_md(code('x', dict(output_type='error')))
