@@ -93,6 +93,8 @@ class Drafter:
         raise NotImplementedError
     def skip(self, state, rows):
         "Take note of a pass after which nobody asks for a proposal"
+    def judge(self, state, live, rate):
+        "Take note of what the last proposal was worth, `live` of the sequences still being written, at `rate` tokens a second in the long run"
 
 class Memory:
     "Learns while a text is written; subclasses have `start`, and what it returns has the rest"

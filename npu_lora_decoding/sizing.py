@@ -176,6 +176,7 @@ class Sizing(Drafter):
         emitted = state.accepted.sum(-1)[self.live].tolist()
         if self.tree.size > 1: self.reached.observe([n - 1 for n in emitted], self.inner.depth)
         self.rate.add(sum(emitted), self.costs[self.tree.size] + self._draft_seconds(self.inner.depth))
+        self.inner.judge(state, self.live, self._long_run())
         if self.rate.passes >= self.patience and float(self.rate) < self._plain(): self.pause, self.wait, self.rate = self.wait, 2 * self.wait, _Rate()
 
     def _plain(self): return int(self.live.sum()) / self.costs[1]

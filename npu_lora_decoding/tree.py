@@ -60,9 +60,11 @@ class Tree:
 
 def root_tree(
     tokens:torch.Tensor,  # Last certain token of each sequence `(b,)`
+    proposer:str='target',  # Who made no guess
 ) -> Tree:  # One node a sequence
     "Return the trees of plain decoding: roots without guesses"
-    return Tree(tokens[:, None], torch.full_like(tokens[:, None], -1))
+    roots = tokens[:, None]
+    return Tree(roots, torch.full_like(roots, -1), proposer, scores=torch.ones_like(roots, dtype=torch.float))
 
 # %% ../nbs/06_tree.ipynb #c1b1a5d5
 def ancestors(

@@ -1,5 +1,6 @@
 "Copies and joined trees: against loops over every place and every path, and the properties a tree must keep"
 from types import SimpleNamespace
+import time
 import pytest, torch
 from hypothesis import given, strategies as st
 from npu_lora_decoding.adapters import toy_model
@@ -167,3 +168,58 @@ def test_copies_change_nothing(monkeypatch, adaptive):
         assert out.sequences.equal(plain.sequences) and len(out.steps) <= passes < len(plain.steps) and isinstance(d._last, Sizing) == adaptive
         assert d.notes == () or list(d.notes) == []
         assert {t.proposer for s in out.steps for r in s.tokens for t in r} == {'lookup', 'target'}
+
+# --- who does not pay rests
+
+def passes(joined, state, rate, n, seconds):
+    "Propose and judge `n` times with drafts of the given seconds; return who was asked each time"
+    asked = []
+    for _ in range(n):
+        before = [len(w.seconds) for w in joined._worth] or [0] * len(joined.drafters)
+        joined.propose(state, None)
+        asked.append([len(w.seconds) > k for w, k in zip(joined._worth, before)])
+        for w, a, s in zip(joined._worth, asked[-1], seconds):
+            if a: w.seconds[-1] = s
+        joined.judge(state, T([True] * len(state.last)), rate)
+    return asked
+
+def accepts(*tokens, b=2):
+    "A state after a pass that accepted `tokens` and drew one more"
+    drawn = T([[*tokens, 8, 0]] * b)
+    return SimpleNamespace(last=T([7] * b), drawn=drawn, accepted=(torch.arange(drawn.shape[1]) <= len(tokens)).expand(b, -1))
+
+def test_a_drafter_that_adds_nothing_rests():
+    right, wrong = Stub((1,), 1, token=3), Stub((1,), 1, token=4)
+    j = Joined((right, wrong)).bind(None)
+    asked = passes(j, accepts(3), 10., 100, (.01, .01))
+    assert all(a for a, _ in asked)
+    rests = [i for i, (_, b) in enumerate(asked) if not b]
+    assert rests == [*range(8, 24), *range(32, 64), *range(72, 100)]  # asked again, less and less often
+    assert j.drafters[1].skipped == len(rests) and j.notes == [f'guesses of stub 4 did not pay beside the others: left out of {len(rests)} of 100 proposals']
+    tree = j.propose(accepts(3), None).checked()
+    assert tree.proposer == ('stub 3', 'stub 4') and tree.who(0, [1]) == ['stub 3']  # names keep their places while one rests
+
+def test_a_drafter_that_is_right_and_dear_rests():
+    "One guess of two sequences a pass, for time in which three tokens would have come"
+    j = Joined((Stub((1,), 1, token=3), Stub((1,), 1, token=4))).bind(None)
+    asked = passes(j, accepts(4), 10., 12, (.001, .3))
+    assert asked[7] == [True, True] and asked[8:] == [[True, False]] * 4
+    j = Joined((Stub((1,), 1, token=3), Stub((1,), 1, token=4))).bind(None)
+    assert passes(j, accepts(4), 10., 12, (.0, .19)) == [[True, True]] * 12
+
+def test_of_two_that_say_the_same_one_stays():
+    j = Joined((Stub((1,), 1), Stub((1,), 1))).bind(None)
+    asked = passes(j, accepts(3), 10., 30, (.02, .05))
+    assert asked[7] == [True, True] and asked[8:24] == [[True, False]] * 16  # the dearer one rests, and then the other one is worth all
+
+def test_a_resting_drafter_changes_no_token(monkeypatch):
+    monkeypatch.setattr('npu_lora_decoding.sizing.pass_seconds', lambda rows, sizes: {n: 1 + n / 1e3 for n in sizes})  # guessing always pays
+    class Slow(Stub):
+        def bind(self, rows): return Slow(self.depths, self.reach, token=self.token)
+        def propose(self, state, rows): time.sleep(.01); return super().propose(state, rows)
+    model, ids = toy_model(vocab=9), torch.randint(3, 9, (3, 6))
+    said = lambda d: model.generate(input_ids=ids, custom_generate=Decoder(drafter=d), max_new_tokens=60, do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True)
+    plain = said(None)
+    monkeypatch.setattr('npu_lora_decoding.sizing.Sizing._long_run', lambda self: 1e4)
+    out = said(Joined((Lookup(corpus=tuple(plain.sequences[:, 6:])), Slow((1,), 1, token=2))))
+    assert out.sequences.equal(plain.sequences) and 'guesses of stub 2 did not pay' in ' '.join(out.notes)
