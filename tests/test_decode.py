@@ -260,10 +260,10 @@ def test_what_transformers_keeps_back_is_refused(llama, peft, what, kw):
     generate(llama, *prompts((5,)), Decoder(), synced_gpus=False)
 
 def test_somebody_elses_call_is_not_ours(llama):
-    "A decoder asked from inside another model's generate, and one that nobody's generate called"
+    "A decoder called directly, inside the generate of another model"
     ids, mask = prompts((5,))
     seen = Collects()
-    inner = lambda model, input_ids, **kw: generate(llama, ids, mask, Decoder())
+    inner = lambda model, input_ids, generation_config=None, stopping_criteria=None, **kw: Decoder()(llama, ids, None, stopping_criteria, generation_config)
     same(generate(toy(), ids, mask, inner, streamer=seen), generate(llama, ids, mask)); assert seen.got == [ids.flatten().tolist()]
 
 def test_output_has_sequences_and_steps(llama, bank):
