@@ -8,11 +8,13 @@ __all__ = ['Rules', 'State', 'choose']
 # %% ../nbs/06b_choose.ipynb #85df7541
 from dataclasses import dataclass, field
 import torch
-from transformers import StoppingCriteriaList
+from transformers import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 from .core import require
 from .tree import Tree
 
 # %% ../nbs/06b_choose.ipynb #50e62f18
+_ALONE = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)  # these very classes: one derived from them may do anything
+
 @dataclass
 class Rules:
     "Processors before and after the contrast, stopping criteria, and how a token is drawn"
@@ -22,6 +24,10 @@ class Rules:
     sample:bool=False  # Draw from the distribution instead of taking its best
     generator:torch.Generator|None=None  # None uses torch's global one, as transformers does
     vocab:int|None=None  # Columns of the logits that are tokens; None: all
+    @property
+    def alone(self):
+        "Whether every criterion judges each text by itself, so that sequences may differ in length"
+        return all(type(c) in _ALONE for c in self.stop)
 
 @dataclass
 class State:

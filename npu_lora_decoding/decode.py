@@ -10,17 +10,17 @@ import contextlib, math, sys, time, weakref
 from dataclasses import dataclass, field
 import torch
 from fastcore.basics import patch
-from transformers import StopStringCriteria, StoppingCriteriaList, TextStreamer
+from transformers import StopStringCriteria, TextStreamer
 from transformers.generation import GenerateDecoderOnlyOutput
 from .core import generator, require, visible
 from .models import LM, encode
 from . import ops
-from .baseline import positions_of
 from .lora import AdapterBank, adapter_from_peft
 from .cold import CoLD, Plain, split_processors
-from .tree import Tree, accept, root_tree
+from .tree import Tree, accept, in_step, root_tree
 from .rows import Rows, StaticRows
 from .choose import Rules, State, choose
+from .handed_over import refuse, stream, streamer_of, told_to_generate
 
 # %% ../nbs/07_decode.ipynb #e1a63cee
 @dataclass(frozen=True)
@@ -67,10 +67,11 @@ def _advance(state, gained, rules):
         live = [b for b, g in enumerate(gained) if j < len(g) and not state.done[b]]
         for b, g in enumerate(gained):
             if b in live: kept[b].append(g[j])
-            if b in live or longest == 1:
+            if b in live or longest == 1 or not rules.alone:
                 token = g[j].id if b in live else state.pad_id
                 state.text[b] = torch.cat([state.text[b], state.text[b].new_tensor([token])])
         _stop(state, live, rules)
+        if state.done.all(): break  # nobody asks a criterion about what lies beyond
     return kept
 
 def _stop(state, live, rules):
@@ -130,6 +131,7 @@ def decode(
     while True:
         drawn, logits = choose(target, tree, logits, state, rules)
         accepted, final = accept(tree, drawn) if tree.size > 1 else (torch.ones_like(drawn, dtype=torch.bool), drawn[:, 0])
+        if tree.size > 1 and not rules.alone: accepted, final = in_step(tree, accepted, drawn, state.done)
         gained = _emitted(tree, accepted, final, _measure(target, logits, drawn) if record else {})
         kept = _advance(state, gained, rules)
         state.accepted, state.drawn = accepted, drawn
@@ -143,13 +145,16 @@ def decode(
         logits = rows.forward(tree)
 
 # %% ../nbs/07_decode.ipynb #9e3508e1
-def _collect(steps):
-    "Return what a generator yields, and what it returns"
+def _collect(steps, streamer):
+    "Return the steps that a generator yields, streamed, and what it returns"
     out = []
     with contextlib.closing(steps):  # a Ctrl-C between two steps must not leave adapters on the model until the generator is collected
         while True:
             try: out.append(next(steps))
-            except StopIteration as end: return out, end.value
+            except StopIteration as end: notes = end.value; break
+            if streamer is not None: stream(streamer, [[t.id for t in row] for row in out[-1].tokens])
+    if streamer is not None: streamer.end()
+    return out, notes
 
 @dataclass
 class Output(GenerateDecoderOnlyOutput):
@@ -164,7 +169,7 @@ class Decoder:
     drafter:Drafter|None=None  # Who guesses several tokens at once
     memory:Memory|None=None  # What learns while writing
     bank:AdapterBank|None=None  # Adapters; None reads the model's own PEFT adapter, if it has one
-    streamer:object=None  # transformers streamer; `generate(streamer=...)` does not reach a callable, so bind it here
+    streamer:object=None  # transformers streamer of every call; or give one to `generate`
     compile:bool=False  # Static cache and `torch.compile`
     seed:int|None=None  # Of sampling; None uses torch's global state, as transformers does
     record:bool=True  # Whether tokens carry log-probabilities
@@ -173,30 +178,16 @@ class Decoder:
 
     def __call__(self, model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **model_kwargs):
         "Decode as transformers' generation methods do: returns ids `(b, t + n)`, or `Output` with `return_dict_in_generate`"
-        self._refuse(generation_config, model_kwargs)
-        mask = model_kwargs.get('attention_mask')
+        mask, told = model_kwargs.get('attention_mask'), told_to_generate(model)
         mask = torch.ones_like(input_ids) if mask is None else mask
-        positions = model_kwargs.get('position_ids')
-        require(positions is None or torch.equal(positions * mask, positions_of(mask) * mask), 'a Decoder counts positions itself', 'leave position_ids out')
+        refuse(generation_config, model_kwargs, told, mask, self.drafter is None and self.memory is None and 'base' not in self.target.roles)
         rules = Rules(*split_processors(logits_processor or []), stopping_criteria, generation_config.do_sample, self._generator(input_ids.device), self.vocab)
-        steps, notes = _collect(self.steps(model, input_ids, mask, rules, generation_config.max_length, int(generation_config.pad_token_id or 0)))
-        sequences = _sequences(input_ids, steps, int(generation_config.pad_token_id or 0))
+        pad_id = int(generation_config.pad_token_id or 0)
+        steps, notes = _collect(self.steps(model, input_ids, mask, rules, generation_config.max_length, pad_id), streamer_of(self.streamer, told, input_ids))
+        sequences = _sequences(input_ids, steps, pad_id)
         return Output(sequences=sequences, steps=steps, notes=notes) if generation_config.return_dict_in_generate else sequences
 
     def _generator(self, device): return None if self.seed is None else generator(self.seed, device)
-
-    def _refuse(self, config, kwargs):
-        "Name what we cannot do, instead of doing something else"
-        require(config.num_beams == 1, 'beam search cannot be combined with a Decoder', 'set num_beams=1, or generate without custom_generate')
-        require(not (config.output_attentions or config.output_hidden_states or config.output_scores or config.output_logits),
-                'a Decoder does not return scores, logits, attentions or hidden states', 'read the log-probabilities from output.steps')
-        require(kwargs.get('inputs_embeds') is None, 'a Decoder reads token ids, not embeddings', 'give input_ids')
-        require(config.prompt_lookup_num_tokens is None, 'transformers\' prompt lookup cannot be combined with a Decoder', 'leave prompt_lookup_num_tokens out')
-        require(config.penalty_alpha is None and config.dola_layers is None, 'contrastive search and DoLa are decoding methods of their own', 'leave penalty_alpha and dola_layers out, or generate without custom_generate')
-        alone = self.drafter is None and self.memory is None and 'base' not in self.target.roles
-        require(alone or config.guidance_scale in (None, 1), 'classifier-free guidance makes passes of its own, which know no contrast, no guesses and no memory', 'leave guidance_scale out, or decode with Plain() alone')
-        cache = kwargs.get('past_key_values')
-        require(cache is None or cache.get_seq_length() == 0, 'a Decoder cannot continue from a filled cache', 'give the whole prompt instead')
 
     def _bank_of_peft(self, model):
         "Return the bank of the adapter PEFT put into `model`: the last one while its weights still hold, because a new one is compiled anew"
@@ -207,7 +198,6 @@ class Decoder:
 
     def steps(self, model, ids, mask, rules, max_length, pad_id):
         "Yield the `Step`s of decoding `ids`; the generator returns the notes of drafter and memory"
-        require(len(ids) == 1 or not isinstance(self.streamer, TextStreamer), 'only one answer can be streamed as text', 'give one prompt, or no streamer')
         self.target.check(len(ids))
         bank, reach = self.bank or self._bank_of_peft(model), 0 if self.drafter is None else self.drafter.reach
         memory = None if self.memory is None else self.memory.start(model, bank, self.target.roles, ids, self.compile)
@@ -218,16 +208,9 @@ class Decoder:
         spare, keeps = (0, False) if self.drafter is None else (self.drafter.spare, self.drafter.reads_hidden)
         rows = (StaticRows if self.compile else Rows)(model, self.target.roles, len(ids), max_length, spare, keeps, reach)
         drafter = None if self.drafter is None else self.drafter.start(rows)
-        if self.streamer is not None: self.streamer.put(ids.cpu())
         with memory or contextlib.nullcontext(), (bank or AdapterBank(model, [])).attached(roles):
-            for step in decode(rows, ids, mask, self.target, rules, drafter, memory, pad_id, self.record):
-                if self.streamer is not None: self._stream(step)
-                yield step
-        if self.streamer is not None: self.streamer.end()
+            yield from decode(rows, ids, mask, self.target, rules, drafter, memory, pad_id, self.record)
         return [note for o in (drafter, memory) if o is not None for note in o.notes]
-
-    def _stream(self, step):
-        for i in range(max(map(len, step.tokens))): self.streamer.put(torch.tensor([t[i].id for t in step.tokens if i < len(t)]))
 
 # %% ../nbs/07_decode.ipynb #27b1296c
 _BANKS = weakref.WeakKeyDictionary()  # LM -> its AdapterBank, so that compiled programs find the same shadows again
@@ -309,7 +292,7 @@ def generate(self:LM,
     "Write answers to `prompts`"
     ids, mask = encode(self, prompts, chat, None if memory is None else math.inf)
     require(not (stream and len(ids) > 1), 'only one answer can be streamed', 'give one prompt, or stream=False')
-    require('streamer' not in options, 'transformers does not hand a streamer on to our loop', 'use stream=True, or bind it to a Decoder: Decoder(streamer=...)')
+    require(not (stream and options.get('streamer')), 'there are two streamers', 'give stream=True or streamer=')
     require('max_length' not in options, 'lm.generate counts the tokens that it adds', 'give max_new_tokens')
     require('num_beams' not in options, 'lm.generate does not search beams', 'use beam_search of npu_lora_decoding.baseline')
     decoder = Decoder(target, drafter, memory, bank_of(self), _Printed(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,

@@ -77,7 +77,7 @@ def register() -> type:
             self.decoder = Decoder(target, guess, bank=bank_of(lm), compile=compile, record=False, vocab=lm.vocab if 'base' in target.roles else None)
 
         def _model_generate(self, context, max_length, stop, **how):
-            # transformers' own criterion for strings: the harness's counts the rows of a batch, and with guesses each text grows at its own pace
+            # transformers' own criterion for strings: it judges each text by itself, so that with guesses each grows at its own pace; for the harness's all would wait for the slowest
             if not how.get('do_sample'): how = {k: v for k, v in how.items() if k != 'temperature'} | dict(do_sample=False)
             return self.model.generate(context, max_length=max_length, stopping_criteria=[StopStringCriteria(self.tokenizer, stop)], pad_token_id=self.tokenizer.pad_token_id, custom_generate=self.decoder, **how)
 

@@ -226,6 +226,46 @@ def test_streamed_text_is_the_answer(speaker, tokenizer, capsys, guess):
     generate(speaker, ids, mask, Decoder(drafter=drafter, streamer=TextStreamer(tokenizer, skip_prompt=True)))
     assert capsys.readouterr().out == tokenizer.decode(answer[0, 5:]) + '\n'
 
+class Collects:
+    "A streamer that keeps what it is given"
+    def __init__(self): self.got = []
+    def put(self, x): self.got.append(x.flatten().tolist())
+    def end(self): self.got.append('end')
+
+@pytest.mark.parametrize('lengths', [(5,), (7, 3, 5)])
+@pytest.mark.parametrize('where', ['bound', 'given', 'both', 'peft', 'wrapped'])
+def test_a_streamer_gets_what_transformers_gives_it(llama, peft, where, lengths):
+    "The prompt once, then the tokens one by one, then the end: wherever it was given, and on a model in PEFT's wrapper"
+    model, (ids, mask) = peft if where == 'peft' else llama, prompts(lengths)
+    answer = generate(model, ids, mask, streamer=(theirs := Collects()))
+    assert theirs.got == [ids.flatten().tolist(), *answer.T[ids.shape[1]:].tolist(), 'end']
+    for drafter in (None, *([Guesser(answer, 5, .9)] if len(ids) == 1 else [])):
+        ours = Collects()
+        decoder = Decoder(drafter=drafter, streamer=ours if where in ('bound', 'both') else None)
+        called = (lambda *args, **kw: decoder(*args, **kw)) if where == 'wrapped' else decoder
+        same(generate(model, ids, mask, called, **(dict(streamer=ours) if where != 'bound' else {})), answer)
+        assert ours.got == theirs.got
+
+def test_one_streamer_a_call(llama):
+    with pytest.raises(DecodingError, match='two streamers'): generate(llama, *prompts((5,)), Decoder(streamer=Collects()), streamer=Collects())
+    decoder, first = Decoder(), Collects()
+    generate(llama, *prompts((5,)), decoder, streamer=first)
+    n = len(first.got)
+    generate(llama, *prompts((5,)), decoder); assert len(first.got) == n  # nothing is kept from call to call
+
+@pytest.mark.parametrize('what,kw', [('let a drafter guess', lambda m: dict(assistant_model=m)), ('leave synced_gpus out', lambda m: dict(synced_gpus=True)), ('leave use_mtp out', lambda m: dict(use_mtp=True))])
+def test_what_transformers_keeps_back_is_refused(llama, peft, what, kw):
+    for model in (llama, peft):
+        with pytest.raises(DecodingError, match=what): generate(model, *prompts((5,)), Decoder(), **kw(llama))
+    generate(llama, *prompts((5,)), Decoder(), synced_gpus=False)
+
+def test_somebody_elses_call_is_not_ours(llama):
+    "A decoder called directly, inside the generate of another model"
+    ids, mask = prompts((5,))
+    seen = Collects()
+    inner = lambda model, input_ids, generation_config=None, stopping_criteria=None, **kw: Decoder()(llama, ids, None, stopping_criteria, generation_config)
+    same(generate(toy(), ids, mask, inner, streamer=seen), generate(llama, ids, mask)); assert seen.got == [ids.flatten().tolist()]
+
 def test_output_has_sequences_and_steps(llama, bank):
     ids, mask = prompts()
     out = generate(llama, ids, mask, Decoder(CoLD(0.05, 1.), bank=bank), return_dict_in_generate=True)
@@ -440,6 +480,51 @@ def test_a_criterion_across_accepted_tokens(llama, rows, lengths):
         for b in range(len(ids)): inside += [t.proposer for s in fast.steps for t in s.tokens[b]][-2:] == ['guess', 'guess']
     assert inside > 0
 
+class Counts(StoppingCriteria):
+    "Keeps notes for each row and for the batch: row b ends after about five odd or ten even tokens and `b` more, later the more calls there were"
+    def __init__(self): self.seen, self.hits = [], None
+    def __call__(self, ids, scores, **kw):
+        self.seen.append(ids.tolist())
+        self.hits = (torch.zeros(len(ids)) if self.hits is None else self.hits) + 1 + ids[:, -1] % 2
+        return self.hits >= 10 + torch.arange(len(ids)) + len(self.seen) // 8
+
+@pytest.mark.parametrize('ends', [False, True])
+@pytest.mark.parametrize('target', [Plain(), CoLD(0.05, 1.)], ids=str)
+@pytest.mark.parametrize('lengths', [(5,), (7, 3, 5)])
+def test_a_criterion_that_keeps_notes(llama, bank, rows, target, lengths, ends):
+    "It is called as often as in plain decoding, with the same texts; sequences that are done are padded"
+    ids, mask = prompts(lengths)
+    free = generate(llama, ids, mask, Decoder(target, bank=bank), max_new_tokens=24)
+    def run(guesser=None):
+        decoder = Decoder(target, guesser, bank=bank, **(rows if guesser else {}))
+        out = generate(llama, ids, mask, decoder, max_new_tokens=24, return_dict_in_generate=True, stopping_criteria=StoppingCriteriaList([stop := Counts()]), eos_token_id=free[0, -20].item() if ends else None)
+        return out, stop.seen
+    (plain, seen), guessed = run(), 0
+    assert plain.sequences.shape[1] < free.shape[1] and (len(ids) == 1 or (plain.sequences[:, 7:] == 0).any())
+    for seed in range(3):
+        fast, shown = run(Guesser(free, ids.shape[1], .8, seed))
+        same(fast.sequences, plain.sequences); assert shown == seen
+        guessed += sum(t.proposer == 'guess' for s in fast.steps for row in s.tokens for t in row)
+    assert ends or guessed > 3
+
+def test_criteria_of_transformers_leave_each_text_its_own_pace(llama, tokenizer):
+    ids, mask = prompts()
+    free = generate(llama, ids, mask, Decoder(), max_new_tokens=24)
+    run = lambda stop: generate(llama, ids, mask, Decoder(drafter=Guesser(free, 7, .7)), max_new_tokens=24, return_dict_in_generate=True, stopping_criteria=StoppingCriteriaList([stop]))
+    own, waits = run(StopStringCriteria(tokenizer, ['<|im_end|>'])), run(Sees())
+    same(own.sequences, waits.sequences)
+    gains = lambda out: [{len(row) for row in s.tokens if row} for s in out.steps]
+    assert max(map(len, gains(own))) > 1 and max(map(len, gains(waits))) == 1 and len(own.steps) < len(waits.steps)
+
+def test_the_criterion_of_the_harness(speaker, tokenizer, rows):
+    utils = pytest.importorskip('lm_eval.models.utils_hf')
+    ids, mask = prompts()
+    free = generate(speaker, ids, mask, Decoder(), max_new_tokens=24)
+    words = tokenizer.decode(free[0, 12:13]), tokenizer.decode(free[2, 15:16])
+    outs = [generate(speaker, ids, mask, Decoder(drafter=d, **(rows if d else {})), max_new_tokens=24, stopping_criteria=utils.stop_sequences_criteria(tokenizer, [*words], 7, 3))
+            for d in (None, Guesser(free, 7, .8), Guesser(free, 7, .95))]
+    for out in outs[1:]: same(out, outs[0])
+
 @pytest.mark.parametrize('kw', [dict(logits_processor='penalty'), dict(no_repeat_ngram_size=2), dict(min_new_tokens=12, eos_token_id=[5, 8, 37, 20, 61])], ids=str)
 @pytest.mark.parametrize('lengths', [(5,), (7, 3, 5)])
 @pytest.mark.parametrize('target', [Plain(), CoLD(0.05, 1.)], ids=str)
@@ -638,7 +723,7 @@ def test_seeds_of_text(lm):
     assert a == b != c
 
 def test_wishes_of_text_that_are_named(lm):
-    for what, kw in (('does not search beams', dict(num_beams=2)), ('bind it to a Decoder', dict(streamer=TextStreamer(lm.tokenizer))), ('give max_new_tokens', dict(max_length=9))):
+    for what, kw in (('does not search beams', dict(num_beams=2)), ('there are two streamers', dict(stream=True, streamer=TextStreamer(lm.tokenizer))), ('give max_new_tokens', dict(max_length=9))):
         with pytest.raises(DecodingError, match=what): lm.generate('Hello', **kw)
 
 def test_several_answers_to_each_text(lm):

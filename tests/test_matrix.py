@@ -64,7 +64,6 @@ def outside(c):
     return of_lm(c) and c.batch == 'padded' or c.ask == 'max_length' and not of_lm(c) or c.ask == 'flex attention' and c.drafter == 'none' or c.ask == 'guidance' and not cold(c) and c.drafter == c.memory == 'none'
 
 REFUSED = {  # a part of the sentence -> when it, or another that holds as well, is said
-    'bind it to a Decoder': lambda c: of_lm(c) and c.stream == 'tokens',
     'only one answer can be streamed': lambda c: c.stream == 'text' and c.batch == 'three',
     'give max_new_tokens': lambda c: c.ask == 'max_length',
     'use beam_search of': lambda c: c.ask == 'beams' and of_lm(c),
