@@ -18,7 +18,7 @@ from .lora import AdapterBank
 from .handed_over import told_to_generate
 from .decode import Decoder
 from .draft_head import read_checkpoint
-from .measure import drafters
+from .contestants import drafters
 from .harness import target_of
 
 # %% ../nbs/15f_custom_generate.ipynb #a0086335
