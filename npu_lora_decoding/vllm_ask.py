@@ -88,7 +88,7 @@ def probe(
     require(lone.outputs[0].stop_reason == refusal, 'vLLM answered a twin that came alone, so nothing contrasts', 'start it with what `engine_options` returns')
     (expert, base), alone = _first(llm, prompt, loras, logprobs=20)[0], [_first(llm, prompt, [x], logprobs=20)[0][0] for x in loras]
     apart = _apart(expert, base)
-    for who, row, own in (('expert', expert, alone[0]), ('base', base, alone[1])):
+    for who, row, own in (('base', base, alone[1]), ('expert', expert, alone[0])):
         require(_apart(row, own) < apart, f'beside its twin, vLLM gives the {who} other logits than alone, as if one adapter served both rows', 'give the base twin an adapter of zeros (`nld null-adapter`)')
     return apart
 

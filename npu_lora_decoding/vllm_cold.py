@@ -161,7 +161,7 @@ def room_for(
     size, every = scheduler.block_size, [*others, *twins]
     tokens = sum(1 if r in scheduler.running else r.num_tokens for r in others) + sum(r.num_tokens for r in twins)
     adapters = {r.lora_request.lora_int_id for r in every if r.lora_request}
-    blocks = sum(math.ceil(min(r.num_prompt_tokens + r.max_tokens, scheduler.max_model_len) / size) - r.num_computed_tokens // size for r in every)
+    blocks = sum(math.ceil(min(r.num_prompt_tokens + r.max_tokens, scheduler.max_model_len) / size) - math.ceil(r.num_computed_tokens / size) for r in every)
     return (len(every) <= scheduler.max_num_active_reqs and tokens <= scheduler.max_num_scheduled_tokens and len(adapters) <= scheduler.lora_config.max_loras
             and blocks <= scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
 

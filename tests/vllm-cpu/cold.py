@@ -1,7 +1,7 @@
 """CoLD inside vLLM on a CPU, with the shipped King James adapter: `bash tests/vllm-cpu/run cold [--prompts 50] [--batches 1,4,16] [--new-tokens 24] [--skip speed,server] [--json FILE]`
 
 Prompts are held-out verses, as `nld verify` takes them; everything in fp32 and eager. In one engine that is started as `engine_options` says: the probe must pass, and fail for a base twin without an adapter; twins that do not belong together must be refused, rows of other requests left alone; sampled twins must
-write the same; and greedy answers must be those of our own loop, prompts one by one, with 1, 4 and 16 pairs at once (where our scores of the two tokens lie within 1e-4, a difference is a tie and is listed). Then contrast, the adapter alone and the model alone (in an engine without LoRA) take turns, and a server on
+write the same; and greedy answers must be those of our own loop, with 1, 4 and 16 pairs at once (where our scores of the two tokens lie within 1e-4, a difference is a tie and is listed). Then contrast, the adapter alone and the model alone (in an engine without LoRA) take turns, and a server on
 this machine is asked. The exit code is 1 where something disagrees.
 """
 import argparse, contextlib, multiprocessing, os, shlex, socket, statistics, subprocess, sys, tempfile, time
@@ -68,9 +68,9 @@ def engine(*args):
 
 # --- in ours
 
-def ours(lm, prompts, n, target):
-    "Return our own answers, one by one"
-    return [[t.id for t in lm.generate(p, target, max_new_tokens=n, record=False).tokens[0]] for p in prompts]
+def ours(lm, prompts, n, target, batch=10):
+    "Return our own answers, in padded batches: that these write what one prompt alone writes is `nld verify`'s to show"
+    return [[t.id for t in row] for i in range(0, len(prompts), batch) for row in lm.generate(prompts[i:i+batch], target, max_new_tokens=n, record=False).tokens]
 
 def compared(lm, target, prompts, want, got, refusal):
     "Return a row of equality: ties, and what is no tie"
@@ -93,8 +93,8 @@ def speed(lora, alone, prompts, batch, n, rounds, how):
     per_token = {f'{name}_ms_per_token': 1000 * statistics.median(r) / (len(prompts) * n) for name, r in runs.items()}
     return dict(method='vllm_cold_speed', batch=batch, prompts=len(prompts), new_tokens=n, rounds=rounds, throughput_to_plain=1 / ratio('cold', 'plain'), throughput_to_lora=1 / ratio('cold', 'lora'), lora_to_plain=1 / ratio('lora', 'plain')) | per_token
 
-def ask_server(target, how, prompts, n, pairs, context):
-    "Return what a server on this machine answers to pairs, and what its probe says"
+def ask_server(target, how, prompts, messages, n, pairs, context):
+    "Return what a server on this machine answers to pairs of ids, and to one of messages, after its probe"
     from npu_lora_decoding.vllm_ask import ask, probe_server, server_bodies
     from npu_lora_decoding.vllm_cold import serve_command
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
@@ -105,7 +105,8 @@ def ask_server(target, how, prompts, n, pairs, context):
     try:
         wait_for(server, url)
         probe_server(url, bodies[0])
-        return [ask(url, b)['choices'][0]['token_ids'] for b in bodies]
+        chat = ask(url, server_bodies(messages, how['refusal'], how['target'], how['vocab'], max_tokens=n))
+        return [ask(url, b)['choices'][0]['token_ids'] for b in bodies], chat['choices'][0]['message']['content']
     finally: server.terminate(); server.wait(60)
 
 def wait_for(server, url, seconds=1800):
@@ -142,7 +143,8 @@ def check(options):
     from npu_lora_decoding.vllm_cold import engine_options, null_adapter
     torch.set_num_threads(1)
     lm, target = load(adapter=ADAPTER, device='cpu', dtype='fp32'), str(embedded_folder())
-    prompts = [encode_one(lm, i.messages).tolist() for i in king_james().test[:options.prompts]]
+    items = king_james().test[:options.prompts]
+    prompts = [encode_one(lm, i.messages).tolist() for i in items]
     how = dict(adapter=str(ADAPTER), refusal=refusal_token(lm.tokenizer, lm.eos_ids), target=CoLD(options.alpha, options.beta), vocab=lm.vocab)
     pairs, context = max(options.batches), max(map(len, prompts)) + options.new_tokens + 16
     with tempfile.TemporaryDirectory() as work:
@@ -154,9 +156,11 @@ def check(options):
             rows, failures = check_answers(lm, lora, prompts, options, how, want)
             if 'speed' not in options.skip: rows += speeds(lora, target, context, prompts, options, how)
         if 'server' not in options.skip:
-            rows.append(dict(method='vllm_cold_server') | compared(lm, how['target'], prompts[:4], want[:4], ask_server(target, how, prompts[:4], options.new_tokens, pairs, context), how['refusal']))
-            say(f'server: {rows[-1]["equal"]} of {rows[-1]["prompts"]} answers equal, ties {rows[-1]["ties"]}')
-            if rows[-1]['broken']: failures.append(f'server: answers differ: {rows[-1]["broken"]}')
+            got, chat = ask_server(target, how, prompts[:4], items[0].messages, options.new_tokens, pairs, context)
+            said = lm.tokenizer.decode(want[0], skip_special_tokens=True)
+            rows.append(dict(method='vllm_cold_server') | compared(lm, how['target'], prompts[:4], want[:4], got, how['refusal']) | dict(chat_equal=chat == said))
+            say(f'server: {rows[-1]["equal"]} of {rows[-1]["prompts"]} answers equal, ties {rows[-1]["ties"]}; as messages {"equal" if chat == said else f"{chat!r} and not {said!r}"}')
+            if rows[-1]['broken'] or chat != said: failures.append(f'server: answers differ: {rows[-1]["broken"] or chat}')
     return [r | dict(dtype='float32') for r in rows] + [environment() | dict(vllm=vllm.__version__, contrast_changed=changed)], failures
 
 def speeds(lora, target, context, prompts, options, how):
