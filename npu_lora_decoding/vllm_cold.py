@@ -146,9 +146,10 @@ def _scheduler():
             running, waiting = super().get_request_counts()
             return running, waiting + len(self.room)
         def finish_requests(self, request_ids, finished_status):
-            gone = self.room.remove(lambda r: request_ids is None or r.request_id in ({request_ids} if isinstance(request_ids, str) else request_ids))
+            ids = {request_ids} if isinstance(request_ids, str) else request_ids and set(request_ids)
+            gone = self.room.remove(lambda r: ids is None or r.request_id in ids)
             for r in gone: r.status = finished_status
-            return super().finish_requests(request_ids, finished_status) + gone
+            return super().finish_requests(ids, finished_status) + gone
     return PairScheduler
 
 def room_for(
