@@ -134,6 +134,14 @@ def test_a_twin_that_goes_on_alone_is_refused():
     rows.seats[0].output.append(REFUSAL)
     rows.update(removed=[0], added=[(2, late)]); x = logits(seed=2); contrast(x, rows); assert refused(rows, x) == {2}
 
+@pytest.mark.parametrize('wrote', [([5], [6]), ([5], []), ([], [5])])
+def test_twins_that_part_later_are_refused(wrote):
+    rows = PairRows()
+    rows.update(added=[(0, seat('a', 'expert')), (1, seat('a', 'base'))])
+    x = logits(); assert contrast(x, rows) == {}
+    for row, ids in enumerate(wrote): rows.seats[row].output += ids
+    x = logits(seed=1); assert 'different tokens' in contrast(x, rows)['a'] and refused(rows, x) == {0, 1}
+
 @pytest.mark.parametrize('args,message', [(dict(cold_pair=''), 'give each pair a name'), (dict(cold_alpha='x'), 'cold_alpha'), (dict(cold_beta=float('nan')), 'beta is nan'), (dict(cold_refusal=-1), 'cold_refusal'),
                                           (dict(cold_refusal=True), 'cold_refusal'), (dict(cold_vocab=0), 'cold_vocab'), (dict(cold_role=None), 'cold_role'), (dict(cold_pair=3), 'cold_pair')])
 def test_arguments_from_the_network_are_checked(args, message):
