@@ -1,6 +1,6 @@
 """Keys that older versions of the adapter made, against keys computed anew: perplexity and time on the same chunks of a book
 
-python results/cache_reuse.py TEXT OUT.json [TOKENS] [TARGETS,...]   (targets that OUT.json holds already are left out)
+python results/cache_reuse.py TEXT OUT.json [TOKENS] [TARGETS,...] [WINDOW]   (what OUT.json holds already is left out)
 
 Learning does not look at the cache, so one adapter serves both ways of reading: each chunk is read twice, in turns, and learned once.
 """
@@ -17,7 +17,7 @@ from npu_lora_decoding.quality import save_rows
 from npu_lora_decoding.reading import change, document_ids, read_text
 from npu_lora_decoding.temp_lora import TempLoRA, learn, temporary
 
-SETTINGS = TempLoRA(chunk=512, window=2560, context=512, train_context=128, epochs=1, lr=1e-3, dropout=0.)  # a prefill serves four chunks: keys are up to three versions old
+SETTINGS = TempLoRA(chunk=512, window=2560, context=512, train_context=128, epochs=1, lr=1e-3, dropout=0.)  # a prefill serves four chunks; in a window of 1,536 it serves two
 
 class Fresh(Reader):
     "The same tokens in sight as the policy gives, and no stale key"
@@ -45,19 +45,20 @@ def row(name, nats, seconds, learned, ages, settings):
     "Return what reuse costs in perplexity and saves in time"
     tokens = [settings.chunk - (i == 0) for i in range(len(learned))]
     by, ppl = change(nats['stale'], nats['fresh'], tokens), {k: math.exp(sum(v) / sum(tokens)) for k, v in nats.items()}
-    turns = range(4, len(learned), 4)  # rounds of one prefill and the chunks that it serves
-    ratio = lambda extra: sorted(sum(s + extra * l for s, l in zip(seconds['stale'][a:a+4], learned[a:a+4])) / sum(f + extra * l for f, l in zip(seconds['fresh'][a:a+4], learned[a:a+4])) for a in turns)
+    n = (settings.window - settings.latest) // settings.chunk
+    turns = range(n, len(learned), n)  # rounds of one prefill and the chunks that it serves
+    ratio = lambda extra: sorted(sum(s + extra * l for s, l in zip(seconds['stale'][a:a+n], learned[a:a+n])) / sum(f + extra * l for f, l in zip(seconds['fresh'][a:a+n], learned[a:a+n])) for a in turns)
     about = lambda r: dict(median=statistics.median(r), spread=[r[0], r[-1]])
-    return dict(method='cache reuse', targets=settings.targets, perplexity_fresh=ppl['fresh'], perplexity_stale=ppl['stale'], change=by.mean, interval=[by.low, by.high], reading=about(ratio(0)), reading_and_learning=about(ratio(1)),
+    return dict(method='cache reuse', targets=settings.targets, window=settings.window, perplexity_fresh=ppl['fresh'], perplexity_stale=ppl['stale'], change=by.mean, interval=[by.low, by.high], reading=about(ratio(0)), reading_and_learning=about(ratio(1)),
                 oldest=max(ages), chunks=len(learned), nats=nats, settings=asdict(settings))
 
-def main(path, out, tokens=12288, only='all,q,down'):
+def main(path, out, tokens=12288, only='all,q,down', window=SETTINGS.window):
     lm, rows = load(dtype='bf16'), []
     if Path(out).exists(): rows = [r for r in json.loads(Path(out).read_text()) if 'targets' in r]
     text = document_ids(lm, read_text(path))[:int(tokens)]
     for targets in only.split(','):
-        if any(r['targets'] == targets for r in rows): continue
-        settings = replace(SETTINGS, targets=targets)
+        settings = replace(SETTINGS, targets=targets, window=int(window))
+        if any((r['targets'], r['window']) == (targets, settings.window) for r in rows): continue
         rows.append(row(targets, *read(lm, text, settings), settings) | dict(text=Path(path).name))
         r = rows[-1]; print(f'{targets:<6} fresh {r["perplexity_fresh"]:.3f}  stale {r["perplexity_stale"]:.3f} ({r["change"]:+.2f}%, {r["interval"][0]:+.2f} to {r["interval"][1]:+.2f})  reading {r["reading"]["median"]:.2f}  with learning {r["reading_and_learning"]["median"]:.2f}', flush=True)
         save_rows(rows + [environment()], out)

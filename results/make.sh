@@ -172,7 +172,7 @@ sliding() {
 
 # Stale keys against fresh ones, long writing, changes to the method
 memory() {
-    .venv/bin/python results/cache_reuse.py "$data/les_miserables.txt" $out/cache_reuse.json
+    for window in 2560 1536; do .venv/bin/python results/cache_reuse.py "$data/les_miserables.txt" $out/cache_reuse.json 12288 all,q,down $window; done
     .venv/bin/python results/long_writing.py "$data/les_miserables.txt" $out/long_writing.json
     .venv/bin/python results/memory_ablation.py $runs/books/web.txt $out/memory_ablation.json 16384
 }
