@@ -9,6 +9,7 @@ __all__ = ['Choice', 'guessers', 'arguments', 'question', 'so_far', 'view', 'ref
 # %% ../nbs/16h_page.ipynb #2f8b0106
 import html, importlib.util, os, queue, socket, threading
 from dataclasses import dataclass
+from pathlib import Path
 from .core import DecodingError, require, visible
 from .models import LM, shipped_head
 from .cold import CoLD, Plain
@@ -77,7 +78,7 @@ def view(
     changed:bool=False,  # Colours say what the adapter changed, instead of who proposed
 ) -> str:  # HTML
     "Return a text as coloured tokens, with its figures and notes"
-    facts = [f'{len(result.tokens[0])} tokens in {len(result.steps)} passes', f'{result.tau:.2f} tokens a pass', f'{result.tokens_per_s:.0f} tokens/s', *result.notes]
+    facts = [f'{len(result.tokens[0])} tokens in {len(result.steps)} passes', f'{result.tau:.2f} tokens a pass', f'{result.tokens_per_s:.1f} tokens/s', *result.notes]
     return (token_html if changed else proposer_html)(result) + f'<p class="facts">{" · ".join(html.escape(visible(f)) for f in facts)}</p>'
 
 def refused(
@@ -164,13 +165,13 @@ def _switches(gr, lm, made):
     "Draw the switches; return their components in the order of `Choice`"
     no_adapter, no_head = lm.adapter is None, (True, False) not in made
     contrast = gr.Checkbox(False, label='CoLD', info='contrast with the base' + ': there is no adapter' * no_adapter, interactive=not no_adapter, elem_id='contrast')
-    alpha = gr.Slider(.01, 1, .1, step=.01, label='alpha of CoLD: plausibility', elem_id='alpha')
-    beta = gr.Slider(0, 2, .1, step=.05, label='beta of CoLD: strength', elem_id='beta')
+    alpha = gr.Slider(.01, 1, .1, step=.01, label='alpha', info='of CoLD: plausibility', elem_id='alpha')
+    beta = gr.Slider(0, 2, .1, step=.05, label='beta', info='of CoLD: strength', elem_id='beta')
     head = gr.Checkbox(False, label='HASS', info='the draft head guesses' + ': there is none' * no_head, interactive=not no_head, elem_id='head')
     lookup = gr.Checkbox(False, label='lookup', info='copies from the text guess', elem_id='lookup')
     memory = gr.Checkbox(False, label='Temp-LoRA', info='learns what it wrote, on texts longer than its window', elem_id='memory')
-    window = gr.Slider(64, 1024, 256, step=64, label='window of Temp-LoRA, tokens', elem_id='window')
-    new_tokens = gr.Slider(8, 1024, 128, step=8, label='longest answer, tokens', elem_id='new-tokens')
+    window = gr.Slider(64, 1024, 256, step=64, label='window', info='of Temp-LoRA: tokens in sight', elem_id='window')
+    new_tokens = gr.Slider(8, 1024, 128, step=8, label='new tokens', info='longest answer', elem_id='new-tokens')
     return [contrast, alpha, beta, head, lookup, memory, window, new_tokens]
 
 def build(
@@ -187,7 +188,7 @@ def build(
                 switches = _switches(gr, lm, made)
                 shows = gr.Radio(_SHOWS, value=_SHOWS[0], label='colours', elem_id='colours')
             with gr.Column(scale=3, min_width=320):
-                said = gr.Textbox(prompt, label=f'prompt for {lm.name}' + (f' with {lm.adapter.name}' if lm.adapter else ''), lines=3, elem_id='prompt')
+                said = gr.Textbox(prompt, label=f'prompt for {lm.name}' + (f' with {Path(lm.adapter.name).name}' if lm.adapter else ''), lines=3, elem_id='prompt')
                 rule = gr.Textbox(system, label='instruction before it', lines=1, elem_id='instruction')
                 with gr.Row(): go, halt = gr.Button('Write', variant='primary', elem_id='go'), gr.Button('Stop', elem_id='halt')
                 text = gr.HTML(elem_id='answer', js_on_load=None)
