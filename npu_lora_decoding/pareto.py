@@ -58,17 +58,21 @@ def pareto_points(
     files:dict,  # File name -> rows
 ) -> list:  # `Point`s
     "Return every method that has a quality and a speed; raises `DecodingError` where they cannot share a plot"
-    unit, timed, judged = unit_of(files), [], []
+    judged = [r for rows in files.values() for r in rows if 'chunks' not in r and (r.get('arm') or r.get('tokens_per_s')) and _quality(r)]
+    check_same(judged)
+    unit, timed = unit_of(files), []
     for rows in files.values():
         ref = next((r for r in rows if _timed([r]) and _name(r) == unit), None)
         timed += [(r, relative_speed(r, ref)) for r in _timed(rows)]
-        judged += [r for r in rows if 'chunks' not in r and _quality(r)]
     silent = len(files) > 1 and any(r.get('task') is None for r in judged)
     require(not silent, 'a row does not say of which task its score is, so it cannot be joined with other files', 'give its file alone, or write it again with this version of `nld compare`')
     found, used = [], {}
     for r in judged:
         lent = [(t, s) for t, s in timed if any(t is o for o in _lenders(r, [t for t, _ in timed]))]
-        for t, s in lent: used |= {id(r): r, id(t): t}; found.append(Point(r.get('label') or _name(r), s, _quality(r), bool(t['peer'])) if t is r or not t.get('compiled') else Point(f'{r["label"]}, compiled', s, _quality(r), False))
+        for t, s in lent:
+            used |= {id(r): r, id(t): t}
+            if _name(t) == unit and t is not r and any(p.label == r['label'] for p in found): continue  # the unit, once for every file
+            found.append(Point(r.get('label') or _name(r), s, _quality(r), bool(t['peer'])) if t is r or not t.get('compiled') else Point(f'{r["label"]}, compiled', s, _quality(r), False))
     check_same(list(used.values()))
     require(len(found) > 1, 'fewer than two methods have both a quality and a speed', 'give `nld compare --json` a metric, or add a file of `nld evaluate --json` for the same model')
     return found
@@ -82,14 +86,15 @@ def plot_pareto(
 ):  # The axes
     "Draw quality against speed, the frontier, and what lies behind it in grey"
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(6, 3.4))[1]
+    ax = ax or plt.subplots(figsize=(7, 3.4), layout='constrained')[1]
     on = frontier([(p.speed.mean, p.quality.mean) for p in points])
     ax.plot([points[i].speed.mean for i in on], [points[i].quality.mean for i in on], '--', c='tab:orange', lw=1, zorder=0)
-    for i, p in enumerate(points):
+    for k, (i, p) in enumerate(sorted(enumerate(points), key=lambda o: (-o[1].quality.mean, o[1].speed.mean))):
         (x, l, r), (y, b, t), colour = p.speed, p.quality, 'tab:blue' if i in on else 'darkgrey'
         ax.errorbar([x], [y], [[y - b], [t - y]], [[x - l], [r - x]], fmt='o', c=colour, mfc='white' if p.peer else colour, ms=5, lw=1)
-        ax.annotate(p.label, (x, y), xytext=(5, 4), textcoords='offset points', fontsize=7, color='black' if i in on else 'dimgrey', parse_math=False)
-    ax.set(xlabel=f'speed, times {unit}', ylabel=f'quality{metric and f" ({metric})"}'); ax.margins(x=.16)
+        ax.annotate(p.label, (x, y), xytext=(1.04, .95 - .9 * k / max(len(points) - 1, 1)), textcoords='axes fraction', va='center', fontsize=8, color='black' if i in on else 'grey', parse_math=False, annotation_clip=False,
+                    arrowprops=dict(arrowstyle='-', color='lightgrey', lw=.6, relpos=(0, .5), shrinkB=3), zorder=1)  # beside the plot, where labels cannot hide points or each other
+    ax.set(xlabel=f'speed, times {unit}', ylabel=f'quality{metric and f" ({metric})"}')
     return ax
 
 # %% ../nbs/16g_pareto.ipynb #cfd46afd
@@ -100,10 +105,10 @@ def pareto_table(
     "Return a line a method: quality and speed with their ranges, and who beats it"
     at = [(p.speed.mean, p.quality.mean) for p in points]
     on = frontier(at)
-    lines = [f'{"method":<36}{"quality":>24}{"speed, times " + unit:>28}']
+    lines = [f'{"method":<36}{"quality":>26}{"speed, times " + unit:>34}']
     for i, p in sorted(enumerate(points), key=lambda x: -x[1].quality.mean):
         by = [points[j].label for j in on if at[j][0] >= at[i][0] and at[j][1] >= at[i][1]]
-        lines.append(f'{p.label:<36}' + ''.join(f'{f"{o.mean:.2f} ({o.low:.2f} to {o.high:.2f})":>{w}}' for o, w in ((p.quality, 24), (p.speed, 28))) + ('' if i in on else f'   beaten by {by[0]}'))
+        lines.append(f'{p.label:<36}' + ''.join(f'{f"{o.mean:.2f} ({o.low:.2f} to {o.high:.2f})":>{w}}' for o, w in ((p.quality, 26), (p.speed, 34))) + ('' if i in on else f'   beaten by {by[0]}'))
     return '\n'.join(lines)
 
 @command
