@@ -62,6 +62,16 @@ def test_what_a_model_says_stays_text():
         whole = list(P.answer(P.Writer(lm), P.guessers(), PROMPT, '', P.Choice(new_tokens=3), changed))[-1]
         assert '<script' not in whole and '<img' not in whole and '&lt;script&gt;' in whole and not {'\x1b', '\u202e'} & set(whole)
 
+def test_a_text_that_nobody_reads_ends_with_its_next_step():
+    lm = forgetful_lm(); writer, seen, gate, generate = P.Writer(lm), [], threading.Event(), lm.generate
+    lm.generate = lambda *a, stream, **k: generate(*a, stream=lambda s: (stream(s), seen.append(s), gate.wait(60)), **k)  # waits after the first step
+    text = P.answer(writer, STEADY, PROMPT, '', P.Choice(new_tokens=50)); next(text)
+    writer.over.set(); gate.set(); text.close()
+    assert len(seen) == 1 and not writer.thread.is_alive()
+    gate.clear(); text = P.answer(writer, STEADY, PROMPT, '', P.Choice(new_tokens=50)); next(text); over = writer.over
+    threading.Timer(.2, gate.set).start(); text.close()
+    assert over.is_set() and len(seen) == 2
+
 def test_leaving_in_the_middle_frees_the_model():
     lm = forgetful_lm(); writer = P.Writer(lm)
     for _ in range(2):
