@@ -24,7 +24,7 @@ setup(
     package_data={f'{lib}.shipped.{kind}': [f'{name}/*' for name in names] for kind, names in shipped.items()},
     python_requires=f">={cfg['min_python']}",
     install_requires=reqs('requirements'),
-    extras_require={'dev': reqs('dev_requirements'), 'eval': reqs('eval_requirements'), 'npu': reqs('npu_requirements')},
+    extras_require={'dev': reqs('dev_requirements'), 'eval': reqs('eval_requirements'), 'npu': reqs('npu_requirements'), 'page': reqs('page_requirements')},
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     entry_points={'console_scripts': reqs('console_scripts'), 'nbdev': [f'{lib}={lib}._modidx:d']},
     zip_safe=False,

@@ -76,6 +76,8 @@ def compare_methods(
     lm, folder = load_target(model, adapter, dtype, device)
     looks = Looks(lm, items, new_tokens, shown) if html else None
     rows = compare(lm, folder, items, methods.split(','), new_tokens, batch, rounds, CoLD(alpha, beta), compile, metric, head, None, timed, answer_tokens or (96 if verses else None), assistant, looks and looks.add)
+    task = dict(task='king_james' if verses else Path(prompts).name, part='test' if verses else None, adapter=folder and Path(folder).name)
+    rows = [r if r['method'] == 'environment' else r | task for r in rows]
     print(table(rows, relative_to, full=True))
     if text: rows = _long_text(lm, text, text_tokens, settings, rows)
     about = f'{len(items)} {"held-out verses" if verses else f"prompts of {Path(prompts).name}"}, {len(items[:timed])} of them timed in {rounds} rounds; {f"adapter {Path(folder).name}" if folder else "no adapter"}; CoLD alpha {alpha:g}, beta {beta:g}'

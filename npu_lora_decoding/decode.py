@@ -174,6 +174,7 @@ class Decoder:
     seed:int|None=None  # Of sampling; None uses torch's global state, as transformers does
     record:bool=True  # Whether tokens carry log-probabilities
     vocab:int|None=None  # Size of the tokenizer, where the model's logits are wider
+    told:object=None  # Function that is given every `Step` as soon as it is made; what it raises ends the text
     _last_bank:AdapterBank|None=field(default=None, init=False, repr=False)  # Of the PEFT model last decoded
 
     def __call__(self, model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **model_kwargs):
@@ -209,7 +210,9 @@ class Decoder:
         rows = (StaticRows if self.compile else Rows)(model, self.target.roles, len(ids), max_length, spare, keeps, reach)
         drafter = None if self.drafter is None else self.drafter.start(rows)
         with memory or contextlib.nullcontext(), (bank or AdapterBank(model, [])).attached(roles):
-            yield from decode(rows, ids, mask, self.target, rules, drafter, memory, pad_id, self.record)
+            for step in decode(rows, ids, mask, self.target, rules, drafter, memory, pad_id, self.record):
+                if self.told is not None: self.told(step)
+                yield step
         return [note for o in (drafter, memory) if o is not None for note in o.notes]
 
 # %% ../nbs/07_decode.ipynb #27b1296c
@@ -282,7 +285,7 @@ def generate(self:LM,
     memory=None,  # What learns while writing, for example `TempLoRA()`
     max_new_tokens:int=256,  # Longest answer; without a memory shortened to what the context holds
     do_sample:bool=False,  # Draw instead of taking the best token
-    stream:bool=False,  # Print the text while it is written (one prompt)
+    stream=False,  # True: print the text while it is written (one prompt); a function: it is given every `Step`
     compile:bool=False,  # Static cache and `torch.compile`: slow to start, then faster
     seed:int|None=None,  # Of sampling
     chat:bool=True,  # Whether a text is a user's turn
@@ -290,13 +293,14 @@ def generate(self:LM,
     **options,  # transformers' generation options: `temperature`, `top_p`, `stop_strings`, ...
 ) -> Result:  # Texts, tokens and speed
     "Write answers to `prompts`"
+    told, stream = (stream, False) if callable(stream) else (None, stream)
     ids, mask = encode(self, prompts, chat, None if memory is None else math.inf)
     require(not (stream and len(ids) > 1), 'only one answer can be streamed', 'give one prompt, or stream=False')
     require(not (stream and options.get('streamer')), 'there are two streamers', 'give stream=True or streamer=')
     require('max_length' not in options, 'lm.generate counts the tokens that it adds', 'give max_new_tokens')
     require('num_beams' not in options, 'lm.generate does not search beams', 'use beam_search of npu_lora_decoding.baseline')
     decoder = Decoder(target, drafter, memory, bank_of(self), _Printed(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
-                      compile, seed, record, self.vocab if 'base' in target.roles else None)
+                      compile, seed, record, self.vocab if 'base' in target.roles else None, told)
     # transformers builds this criterion from a tokenizer, which it does not hand on to callables
     if strings := options.pop('stop_strings', None): options['stopping_criteria'] = [*options.get('stopping_criteria', []), StopStringCriteria(self.tokenizer, strings)]
     n = max_new_tokens if memory is not None else min(max_new_tokens, self.context - ids.shape[1])
