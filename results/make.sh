@@ -156,16 +156,16 @@ P
     joined $out/reading_dev.json $runs/books/lr_{3e-4,1e-3}.json
     read_book() { $nld perplexity "$book" --out $runs/books/$1 --chunk $1 --window $(($1 + 512)) --train-context 128 --epochs 1 --dropout 0 --dtype bf16 --lr 1e-3 --max-tokens $2 --json $out/reading_$1.json; }
     read_book 1024 ${LENGTH:-655360}
-    read_book 512 51200; read_book 2048 51200
+    read_book 512 51200; read_book 2048 51200  # the second is not run yet
     .venv/bin/python results/window_economy.py "$book" $out/reading_1024.json $out/window_economy.json
 }
 
 # The same book without learning, on windows that slide: with nothing kept of the beginning, and with four sinks, as StreamingLLM does
 sliding() {
     parts=()
-    for window in 1536 8192; do for sinks in 0 4; do
+    for window in 1536 8192; do for sinks in 0 4; do  # the large one is slow
         parts+=("$runs/books/slide_${window}_$sinks.json")
-        $nld perplexity "$data/les_miserables.txt" --out $runs/books/slide_${window}_$sinks --methods base --chunk 1024 --window $window --recompute slide:$sinks --dtype bf16 --max-tokens 102400 --json "${parts[-1]}"
+        $nld perplexity "$data/les_miserables.txt" --out $runs/books/slide_${window}_$sinks --methods base --chunk 1024 --window $window --recompute slide:$sinks --dtype bf16 --max-tokens $((window == 1536 ? 102400 : 52224)) --json "${parts[-1]}"
     done; done
     joined $out/sliding.json "${parts[@]}"
 }
