@@ -165,7 +165,7 @@ sliding() {
     parts=()
     for window in 1536 8192; do for sinks in 0 4; do  # the large one is slow
         parts+=("$runs/books/slide_${window}_$sinks.json")
-        $nld perplexity "$data/les_miserables.txt" --out $runs/books/slide_${window}_$sinks --methods base --chunk 1024 --window $window --recompute slide:$sinks --dtype bf16 --max-tokens $((window == 1536 ? 102400 : 52224)) --json "${parts[-1]}"
+        $nld perplexity "$data/les_miserables.txt" --out $runs/books/slide_${window}_$sinks --methods base --chunk 1024 --window $window --recompute slide:$sinks --dtype bf16 --max-tokens $((window == 1536 ? 102400 : 53248)) --json "${parts[-1]}"
     done; done
     joined $out/sliding.json "${parts[@]}"
 }
