@@ -117,7 +117,7 @@ def join(
 
 # %% ../nbs/12a_lookup.ipynb #7394871a
 def agreed(
-    tree:Tree,
+    tree:Tree,  # One drafter's
     said:torch.Tensor,  # Root and accepted guesses, plus one, zeros behind them `(b, l)`
 ) -> torch.Tensor:  # Guesses `(b,)`
     "Return how far each sequence's tree has what was accepted"

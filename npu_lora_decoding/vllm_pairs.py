@@ -52,7 +52,7 @@ def read_twin(
 @dataclass
 class Seat:
     "A twin in a row"
-    twin:Twin
+    twin:Twin  # Which pair, which role, which dials
     like:object=None  # What both twins must share: prompt and options
     output:list=field(default_factory=list)  # Its tokens so far; the engine appends to this list
 

@@ -17,6 +17,7 @@ from npu_lora_decoding.export_head import check_export, export_head
 from npu_lora_decoding.features import StoredFeatures, write_features
 from npu_lora_decoding.finetune import FinetuneConfig, finetune
 from npu_lora_decoding.measure import compare
+from npu_lora_decoding.custom_generate import Settings, read_settings, write_custom_generate
 from npu_lora_decoding.models import load
 from npu_lora_decoding.quality import json_rows, save_rows
 from npu_lora_decoding.reading import read_document
@@ -25,6 +26,7 @@ from npu_lora_decoding.ring import WriteConfig
 from npu_lora_decoding.speculate import HASS
 from npu_lora_decoding.temp_lora import TempLoRA
 from npu_lora_decoding.translating import Form, translate_document
+from npu_lora_decoding.vllm_cold import null_adapter
 from npu_lora_decoding.write import write_conversations
 from test_export_head import random_head
 from test_features import examples_of
@@ -80,10 +82,19 @@ def _page(file):
 def _talks(folder, v): write_conversations(chat_lm(), folder/'talks', WriteConfig(shards=1 + v, per_shard=2, batch=2, user_tokens=60, new_tokens=4, openers=('',), min_p=0.), quiet=True)
 def _memory(folder, v): return write_on(replace(STILL, lr=.01, file=str(folder/'story.safetensors')), 1, (21, 40)[v])
 
+@functools.cache
+def _adapter_of(v): folder = Path(tempfile.mkdtemp()); _adapter(folder, v); return folder/'adapter'
+def _decodes(folder, v): return write_custom_generate(folder/'decodes', Settings(beta=.1 + v, drafter='hass_tree', head=True), _adapter_of(v), _head_of(v))
+def _read_decodes(folder):
+    inside = folder/'decodes'/'custom_generate'
+    return read_settings(inside), load_adapter(inside/'adapter', LM.model), load_head(inside/'head', LM.model)
+
 WRITERS = {
     'LoRA adapter': Writer(_adapter, lambda f: load_adapter(f/'adapter', LM.model)),
     'training a LoRA adapter': Writer(lambda f, v: finetune(toy_lm(), ITEMS, f, LORA, stop_after=1 if v == 0 else None), lambda f: finetune(toy_lm(), ITEMS, f, LORA, stop_after=0)),
     'draft head': Writer(lambda f, v: save_head(head_of(v), f/'head', LM.model), lambda f: load_head(f/'head', LM.model)),
+    'adapter of zeros': Writer(lambda f, v: null_adapter(_adapter_of(v), f/'zeros'), lambda f: load_adapter(f/'zeros', LM.model)),
+    'folder that decodes': Writer(_decodes, _read_decodes, '**/*[ns]'),
     'exported head': Writer(lambda f, v: export_head(_head_of(v), f/'out', LM, 'sglang'), lambda f: check_export(f/'out', load_head(_head_of(0), LM.model), LM, 'sglang')),
     'training a head': Writer(_head_training, lambda f: begin(f, replace(HEAD, steps=2, eval_every=1, save_every=9)), 'state.safetensors'),
     'features': Writer(lambda f, v: write_features(LM, examples_of()[:3 + 5 * v], f/'features', 3), lambda f: StoredFeatures(f/'features').read([0])),
@@ -168,7 +179,7 @@ def contents(folder):
     inside = lambda p: {str(f.relative_to(p)): f.read_bytes() for f in sorted(p.rglob('*')) if f.is_file()} if p.is_dir() else p.read_bytes()
     return {str(p.relative_to(folder)): inside(p) for p in _units(folder)}
 
-UNITS = ('features', 'talks')  # folders whose files appear one by one
+UNITS = ('features', 'talks', 'decodes')  # folders whose files, or folder, appear one by one
 def _units(folder): return [q for p in sorted(Path(folder).iterdir()) for q in (sorted(p.iterdir()) if p.name in UNITS else [p]) if not q.name.startswith('.')]
 def hidden(folder): return sorted(str(p.relative_to(folder)) for p in Path(folder).rglob('.*'))
 
