@@ -156,7 +156,7 @@ P
     joined $out/reading_dev.json $runs/books/lr_{3e-4,1e-3}.json
     read_book() { $nld perplexity "$book" --out $runs/books/$1 --chunk $1 --window $(($1 + 512)) --train-context 128 --epochs 1 --dropout 0 --dtype bf16 --lr 1e-3 --max-tokens $2 --json $out/reading_$1.json; }
     read_book 1024 ${LENGTH:-655360}
-    read_book 512 51200; read_book 2048 51200  # the second is not run yet
+    read_book 512 51200; read_book 2048 51200
     .venv/bin/python results/window_economy.py "$book" $out/reading_1024.json $out/window_economy.json
 }
 
@@ -173,7 +173,7 @@ sliding() {
 # Stale keys against fresh ones, long writing, changes to the method
 memory() {
     for window in 2560 1536; do .venv/bin/python results/cache_reuse.py "$data/les_miserables.txt" $out/cache_reuse.json 12288 all,q,down $window; done
-    .venv/bin/python results/long_writing.py "$data/les_miserables.txt" $out/long_writing.json
+    for sampling in "20480 0.8 0.95" "10240 1 1"; do .venv/bin/python results/long_writing.py "$data/les_miserables.txt" $out/long_writing.json $sampling; done
     .venv/bin/python results/memory_ablation.py $runs/books/web.txt $out/memory_ablation.json 16384
 }
 
