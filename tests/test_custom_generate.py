@@ -72,6 +72,8 @@ def test_what_else_is_asked_reaches_the_loop(tmp_path, capsys):
         usual = dict(tokenizer=lm.tokenizer) if 'generation_config' in kw else options(lm)
         assert model.generate(ids, streamer=TextStreamer(lm.tokenizer, skip_prompt=True), **usual, **kw)[0, 5:].tolist() == free[:free.index(free[3]) + 1]
         assert capsys.readouterr().out == lm.tokenizer.decode(free[:free.index(free[3]) + 1]) + '\n'
+    early = lambda ids, scores, **kw: torch.full((len(ids),), ids.shape[1] >= 7)  # a criterion beside the strings counts too
+    assert model.generate(ids, stopping_criteria=[early], stop_strings=['never written'], **options(lm))[0, 5:].tolist() == free[:2]
     assert model.generate(ids, custom_generate=lambda model, input_ids, **kw: input_ids, **options(lm)).tolist() == ids.tolist()
     with pytest.raises(DecodingError, match='let a drafter guess'): model.generate(ids, assistant_model=toy_model(), **options(lm))
     with pytest.raises(ValueError, match='max_new_tokns'): model.generate(ids, max_new_tokns=3)
