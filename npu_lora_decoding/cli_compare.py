@@ -75,7 +75,7 @@ def compare_methods(
     items = prompts_of(prompts, answer=answer if metric else None, prompt=prompt)  # a mistake in the prompts is named before the model is loaded
     lm, folder = load_target(model, adapter, dtype, device)
     looks = Looks(lm, items, new_tokens, shown) if html else None
-    rows = compare(lm, folder, items, methods.split(','), new_tokens, batch, rounds, CoLD(alpha, beta), compile, metric, head, None, timed, answer_tokens or (96 if verses else None), assistant, looks and looks.add)
+    rows = compare(lm, folder, items, methods.split(','), new_tokens, batch, rounds, CoLD(alpha, beta), compile, metric, head, None, timed, answer_tokens or (96 if verses else None), assistant, look=looks and looks.add)
     task = dict(task='king_james' if verses else Path(prompts).name, part='test' if verses else None, adapter=folder and Path(folder).name)
     rows = [r if r['method'] == 'environment' else r | task for r in rows]
     print(table(rows, relative_to, full=True))

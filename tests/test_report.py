@@ -230,6 +230,7 @@ def test_compare_writes_table_page_and_rows(toy, tmp_path, capsys):
     assert [r['method'] for r in rows] == ['greedy', 'cold', 'base', 'temp_lora'] and all(set(OLD) | set(NEW) <= set(r) for r in rows)
     assert rows[0]['items'] == 20 and [v['idea'] for v in last['verdicts']] == ['CoLD', 'HASS', 'Temp-LoRA'] and last['verdicts'][2]['helps'] is not None
     assert last['recommendation'] in said and 'wrote page.html' in said and '| cold |' in said and Strict(whole).wrong == [] and '20 prompts of mine.csv, 1 of them timed' in whole
+    assert whole.count('<dd class="tokens">') == 2 * 2  # what both methods write to the first two prompts
 
 @pytest.mark.parametrize('more, said', [(['--prompts', '/no/such.csv'], 'no file /no/such.csv'), (['--fields', 'a'], 'write for example question,answer'), (['--methods', 'transformers_assisted'], 'give one with --assistant'),
                                         (['--text', 'x', '--chunk', '64', '--window', '64'], 'choose a smaller chunk'), (['--prompts', '0'], 'there is no prompt')])
