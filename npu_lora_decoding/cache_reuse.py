@@ -7,8 +7,9 @@ __all__ = ['Marks', 'parse_rule', 'due', 'surplus', 'key_drift', 'check_layers',
 
 # %% ../nbs/14_cache_reuse.ipynb #b920847b
 from dataclasses import dataclass, field
+from typing import Any
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
 from .core import require
 from .rows import layer_window
@@ -79,7 +80,7 @@ def surplus(
 # %% ../nbs/14_cache_reuse.ipynb #de67f3ea
 @torch.no_grad()
 def key_drift(
-    model:torch.nn.Module,  # With its adapter attached
+    model:PreTrainedModel,  # With its adapter attached
     cache,  # transformers cache
     ids:torch.Tensor,  # The last tokens in it `(n,)`
     length:int,  # Columns that are used
@@ -90,7 +91,9 @@ def key_drift(
     rows = cache.layers[0].keys.shape[0]
     model.base_model(input_ids=ids.expand(rows, -1), position_ids=torch.arange(length-n, length, device=ids.device).expand(rows, -1), past_key_values=now, use_cache=True)
     for new, old in zip(now.layers, cache.layers):
-        for x, y in ((new.keys, old.keys), (new.values, old.values)): shares.append(((x[:, :, length-n:length] - y[:, :, length-n:length]).norm() / y[:, :, length-n:length].norm()).item())
+        for kind in ('keys', 'values'):
+            x, y = (getattr(l, kind)[:, :, length-n:length] for l in (new, old))
+            shares.append(((x - y).norm() / y.norm()).item())
     return sum(shares) / len(shares)
 
 def check_layers(
@@ -104,13 +107,14 @@ def check_layers(
 
 # %% ../nbs/14_cache_reuse.ipynb #67cd3ec7
 def drop_oldest(
-    model:torch.nn.Module,  # Causal LM with rotary positions
+    model:PreTrainedModel,  # Causal LM with rotary positions
     cache,  # transformers cache, changed in place
     n:int,  # Keys that leave
     sinks:int,  # Keys at the beginning that stay
 ):
     "Remove the `n` oldest keys behind the sinks, and move the others back by `n` positions: $R_{p-n}k = R_{-n}R_p k$"
-    rotary, layers = getattr(model.base_model, 'rotary_emb', None), cache.layers
+    rotary:Any = getattr(model.base_model, 'rotary_emb', None)
+    layers = cache.layers
     require(rotary is not None and not any(l.is_sliding for l in layers), 'the policy slide needs rotary positions and layers that see everything', 'use recompute=window')
     k = layers[0].keys
     cos, sin = (x[:, None] / rotary.attention_scaling for x in rotary(k.float(), torch.tensor([[n]], device=k.device)))
@@ -129,8 +133,9 @@ def probe(
 
 class Reader:
     "A model reading one text chunk by chunk on a cache that may be older than its adapter"
+    cache:DynamicCache|None  # None before the first chunk
     def __init__(self,
-        model:torch.nn.Module,  # Causal LM; its adapter is attached by whoever calls
+        model:PreTrainedModel,  # Causal LM; its adapter is attached by whoever calls
         settings:TempLoRA,  # Window, and when to recompute
     ): self.model, self.settings, self.cache, self.marks = model, settings, None, Marks()
 

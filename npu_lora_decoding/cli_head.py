@@ -99,7 +99,7 @@ def write(
     heats = tuple(float(t) for t in temperatures.split(','))
     if prompts is not None: prompts = [p for p in (humaneval_prompts() if prompts == 'humaneval' else read_prompts(prompts, column))[:conversations] for _ in heats]
     files = None if prompts else -(-conversations * len(heats) // 512)
-    config = WriteConfig(files, min(512, conversations * len(heats)), batch, user_tokens, new_tokens, heats, seed=seed, **(dict(openers=('',)) if bare else {}))
+    config = WriteConfig(files, min(512, conversations * len(heats)), batch, user_tokens, new_tokens, heats, seed=seed, openers=('',) if bare else WriteConfig.openers)
     write_conversations(lm, out, config, prompts)
 
 # %% ../nbs/16b_cli_head.ipynb #1ef54cb9
@@ -143,10 +143,10 @@ def export_head(
     device:str=None,  # Where the target reads a text for the check: cpu, cuda or npu (default: the best present)
 ):
     "Write a draft head for a serving engine, check it, and say how to serve it"
-    dtype = dtype and get_dtype(dtype)
+    weights = get_dtype(dtype) if dtype else None
     serve_command(out, 'TARGET', engine, tokens)  # what is misspelt is named before the model is loaded
     lm, adapter = load_target(model, adapter, 'bf16', device)
-    found = write_export(head, out, lm, engine, dtype, full)
+    found = write_export(head, out, lm, engine, weights, full)
     print(f'{out}: {found["tensors"]} tensors agree; {found["slots"]} features differ by {found["error"]:.0e} of their length at most (tolerance {found["tolerance"]:.0e})')
     if adapter: print('TARGET is the model with the adapter merged into it: save model.merge_and_unload() of PEFT.')
     print(serve_command(out, 'TARGET' if adapter else model or embedded_folder(), engine, tokens))

@@ -97,7 +97,7 @@ def plot_gain(
     ax.legend()
 
 # %% ../nbs/16d_cli_memory.ipynb #ab07b919
-_METHODS = dict(base=dict(epochs=0), temp_lora={})
+_METHODS:dict[str, dict] = dict(base=dict(epochs=0), temp_lora={})
 
 @command
 def perplexity(

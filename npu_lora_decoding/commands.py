@@ -25,6 +25,7 @@ def parser_of(
     "Return the parser of a command, built from its signature"
     p = anno_parser(COMMANDS[name], prog=f'nld {name}')
     for a in p._actions:
+        if a.type is list: a.type, a.nargs = None, '+'
         dashed = [s.replace('_', '-') for s in a.option_strings]
         p._option_string_actions.update({s: a for s in dashed})
         a.option_strings = dashed

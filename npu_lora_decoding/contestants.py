@@ -113,8 +113,8 @@ def drafters(
     head:str|None=None,  # Folder of a draft head
 ) -> dict:  # Name -> function that makes it
     "Return every drafter by name; those with a head only where there is one"
-    heads = dict(hass_chain=lambda: HASS(head, chain=True), hass_tree=lambda: HASS(head), hass_lookup=lambda: Joined((HASS(head), Lookup())))
-    return dict(lookup=Lookup) | (heads if head else {})
+    if not head: return dict(lookup=Lookup)
+    return dict(lookup=Lookup, hass_chain=lambda: HASS(head, chain=True), hass_tree=lambda: HASS(head), hass_lookup=lambda: Joined((HASS(head), Lookup())))
 
 # %% ../nbs/14i_contestants.ipynb #8c9b74ce
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def methods(
     ours = {}
     for name, make in drafters(head).items():
         ours |= {name: guessing(Plain(), make, compile), f'cold_{name}': guessing(target, make, compile, 'cold'), f'sample_{name}': guessing(Plain(), make, compile, 'sample', **SAMPLING)}
-    ahead = dict(peer=True, single=True, guesses=True, same_as='transformers_greedy', share=0)
+    ahead:dict = dict(peer=True, single=True, guesses=True, same_as='transformers_greedy', share=0)
     if assistant: ours |= dict(transformers_assisted=Method(_transformers(merged_model, assistant), **ahead))
     return ours | dict(
         greedy=Method(_ours(Plain(), compile), compiles=True), sample=Method(_ours(Plain(), compile, **SAMPLING), compiles=True), beam=Method(_beam),

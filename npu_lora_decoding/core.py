@@ -89,7 +89,7 @@ def get_dtype(
     if name is None: return torch.float32
     if isinstance(name, torch.dtype) and name.is_floating_point: return name
     require(name in DTYPES, f'unknown dtype {name!r}', 'use one of fp32, bf16, fp16')
-    return DTYPES[name]
+    return DTYPES[str(name)]
 
 # %% ../nbs/00_core.ipynb #c8edb0e5
 def generator(

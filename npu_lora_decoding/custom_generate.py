@@ -95,7 +95,7 @@ def read_settings(
 ) -> Settings:
     "Return the settings in a folder; raises `DecodingError` for a file that says something else"
     about = read_json(folder/'settings.json', 'write the folder again with nld custom-generate')
-    kinds = {f.name: f.type for f in fields(Settings)}
+    kinds:dict = {f.name: f.type for f in fields(Settings)}
     good = isinstance(about, dict) and all(k in kinds and (isinstance(v, kinds[k]) or kinds[k] is float and type(v) is int) for k, v in about.items())
     require(good, f'{folder}/settings.json has settings that this version does not know', 'write the folder again with nld custom-generate')
     return Settings(**about)

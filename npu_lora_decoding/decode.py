@@ -86,6 +86,8 @@ class Drafter:
     reach = 63  # Farthest guess: one pass makes at most so many certain, and one more
     reads_hidden = False  # Whether passes keep their hidden states in `rows.hidden`
     notes = ()  # What a user should know about how it went
+    depths:tuple  # Depths it can guess to, rising; only those whose trees are sized have it, and `depth`
+    depth:int  # The one it guesses to next
     def start(self, rows):
         "Return the drafter of one batch: itself where nothing is kept from pass to pass"
         return self
@@ -304,7 +306,7 @@ def generate(self:LM,
     # transformers builds this criterion from a tokenizer, which it does not hand on to callables
     if strings := options.pop('stop_strings', None): options['stopping_criteria'] = [*options.get('stopping_criteria', []), StopStringCriteria(self.tokenizer, strings)]
     n = max_new_tokens if memory is not None else min(max_new_tokens, self.context - ids.shape[1])
-    out = self.model.generate(ids, attention_mask=mask, custom_generate=decoder, max_new_tokens=n, do_sample=do_sample, pad_token_id=self.pad_id,
+    out = self.model.generate(ids, attention_mask=mask, custom_generate=decoder, max_new_tokens=n, do_sample=do_sample, pad_token_id=self.pad_id,  # type: ignore[operator]  # transformers 5 gives `generate` to every causal LM, not to PreTrainedModel
                               return_dict_in_generate=True, **options)
     tokens = [[t for s in out.steps for t in s.tokens[b]] for b in range(len(out.sequences))]
     texts = [self.tokenizer.decode([t.id for t in ts], skip_special_tokens=True) for ts in tokens]

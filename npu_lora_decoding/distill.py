@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 import torch, torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from .core import require
+from .core import DecodingError, require
 from . import ops
 
 # %% ../nbs/09_distill.ipynb #40a8abff
@@ -91,7 +91,7 @@ def frequency_topk(
     rarity:torch.Tensor|None=None,  # Weight of each token `(v,)`, from `token_weights`
 ) -> torch.Tensor:  # `(t,)`, nats
     "Return the Top-K loss with every token's term times its weight"
-    require(rarity is not None and rarity.shape == target.shape[-1:], 'frequency_topk has no weight for each token', 'give `rarity`, from token_weights, one for each row of the LM head in use')
+    if rarity is None or rarity.shape != target.shape[-1:]: raise DecodingError('frequency_topk has no weight for each token: give `rarity`, from token_weights, one for each row of the LM head in use.')
     top, i = _wide(target).topk(k)
     p = (top - _wide(target).logsumexp(-1, keepdim=True)).exp() * rarity[i]
     return (p * (_wide(draft).logsumexp(-1, keepdim=True) - _wide(draft).gather(1, i))).sum(-1)

@@ -89,7 +89,8 @@ def peft_layer(
 ):  # `x, names -> y`
     "Return PEFT's LoRA layer with the same adapters"
     from peft.tuners.lora import Linear, LoraConfig
-    base = torch.nn.Linear(*weight.T.shape, bias=False, device=weight.device, dtype=weight.dtype)
+    o, d = weight.shape
+    base = torch.nn.Linear(d, o, bias=False, device=weight.device, dtype=weight.dtype)
     base.weight.data = weight
     config = LoraConfig(r=A.shape[2], lora_alpha=A.shape[2], init_lora_weights=False)
     layer = Linear(base, '0', config=config, r=A.shape[2], lora_alpha=A.shape[2])
@@ -161,10 +162,10 @@ def measure_lora(
     "Return what adding LoRA costs, side by side"
     copy, table = copy_bandwidth(device), []
     for d, r, b in [(d, r, b) for d in widths for r in ranks for b in rows]:
-        weight, *args = problem = lora_problem(b, d, r, dtype, device)
+        weight, x, A, B, *_ = problem = lora_problem(b, d, r, dtype, device)
         ways = {name: _many(way, times) for name, way in lora_contestants(*problem).items()} | dict(alone=_many(cold_calls(b, d, r, dtype, device), times))
         seconds = {name: t.median / times for name, t in time_interleaved(ways, rounds, 2, device).items()}
-        share = lora_floor(*args[:3], F.linear(args[0], weight)) / seconds['alone'] / copy
+        share = lora_floor(x, A, B, F.linear(x, weight)) / seconds['alone'] / copy
         table.append(dict(width=d, rank=r, rows=b, share_of_copy=share, **{name: seconds[name] / seconds['ours'] for name in ('loop', 'gather', 'peft')}))
         log(f'd {d:5} r {r:3} rows {b:2}: {share:6.1%} of copy bandwidth; ' + ', '.join(f'{n} {table[-1][n]:.2f}x' for n in ('loop', 'gather', 'peft')))
     return table

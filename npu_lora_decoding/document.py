@@ -31,7 +31,7 @@ def phi_tensors(
     "Return everything that must be kept of an adapter"
     out = {'noise': phi.noise.get_state()}
     for kind in 'AB':
-        for p, w in getattr(phi, kind).items(): out |= {f'{kind}/{p}': w.detach()} | {f'adam/{k}/{kind}/{p}': v for k, v in phi.opt.state[w].items()}
+        for p, w in getattr(phi, kind).items(): out |= {f'{kind}/{p}': w.detach()} | {f'adam/{k}/{kind}/{p}': v for k, v in phi.moments(w).items()}
     return out
 
 def set_phi(

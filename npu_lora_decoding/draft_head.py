@@ -10,6 +10,7 @@ __all__ = ['HEAD_FAMILIES', 'HEAD_FILES', 'head_config', 'HeadAttention', 'HeadM
 import copy, json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 import torch
 from torch import nn
 from huggingface_hub.errors import StrictDataclassError
@@ -86,6 +87,10 @@ def _norm(norm, x):
 
 class DraftHead(nn.Module):
     "One decoder layer behind `fc`, from (embedding of the next token, feature) to the next feature"
+    layers:Any  # A `ModuleList` with one `HeadLayer`: torch's own hint forgets of what
+    rotary:LlamaRotaryEmbedding
+    vocab:torch.Tensor|None  # Draft vocabulary: tokens by falling frequency `(w,)`; None: all
+    counts:torch.Tensor|None  # How often each was seen `(w,)`
     def __init__(self,
         config:PreTrainedConfig,  # From `head_config`
         fc_bias:bool=False,  # Whether `fc` has a bias: some checkpoints do
@@ -93,7 +98,7 @@ class DraftHead(nn.Module):
         super().__init__()
         self.config, d = config, config.hidden_size
         self.fc, self.layers = nn.Linear(2*d, d, bias=fc_bias), nn.ModuleList([HeadLayer(config)])
-        object.__setattr__(self, 'rotary', LlamaRotaryEmbedding(config))  # no weights, and no part of the checkpoint
+        object.__setattr__(self, 'rotary', LlamaRotaryEmbedding(config))  # type: ignore[arg-type]  # any Llama-like config will do; no weights, and no part of the checkpoint
         for name in ('vocab', 'counts'): self.register_buffer(name, None, persistent=False)  # follow the head to its device, not into its state dict
 
     def join(self,

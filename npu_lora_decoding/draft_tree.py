@@ -15,12 +15,14 @@ from .draft_head import DraftHead
 # %% ../nbs/08a_draft_tree.ipynb #27d4dbb3
 class HeadCache:
     "The head's keys and values of the certain slots; each sequence has a length of its own"
+    keys:torch.Tensor|None  # `(b, g, c, k)`, c >= columns
+    values:torch.Tensor|None
     def __init__(self,
         b:int,  # Sequences
         device:torch.device,  # Of the head
     ):
         self.length, self.columns = torch.zeros(b, dtype=torch.long, device=device), 0  # columns: the longest length
-        self.keys = self.values = None  # `(b, g, c, k)`, c >= columns
+        self.keys = self.values = None
 
     @property
     def valid(self):
@@ -74,7 +76,7 @@ class HeadCache:
         "Forget the other sequences"
         self.length = self.length[rows]
         self.columns = int(self.length.max()) if len(rows) else 0
-        if self.keys is not None: self.keys, self.values = self.keys[rows], self.values[rows]
+        if self.keys is not None and self.values is not None: self.keys, self.values = self.keys[rows], self.values[rows]
 
 # %% ../nbs/08a_draft_tree.ipynb #26144cd7
 def _check(embed, lm_head, vocab):
@@ -167,5 +169,6 @@ def draft_tree(
         guesses, scores = _children(out, beam.scores, lm_head, vocab, k)
         found.append((guesses, scores, beam.index.repeat_interleave(k, 1)))
         beam = _next_beam(beam, out, see, guesses, scores, k + level * k * k)
-    tokens, parents, values = _choose(tokens, *(torch.cat(x, 1) for x in zip(*found)), nodes)
+    guesses, scores, up = (torch.cat(x, 1) for x in zip(*found))
+    tokens, parents, values = _choose(tokens, guesses, scores, up, nodes)
     return Tree(tokens, parents, 'head', scores=values)

@@ -136,7 +136,7 @@ def engine_layer(
     try:
         layer, rotary = LlamaDecoderLayer(config, 0).float().eval(), LlamaRotaryEmbedding(config)
     except Exception as e: raise broken(e) from e
-    layer.input_layernorm = nn.Identity()
+    layer.register_module('input_layernorm', nn.Identity())
     return layer, rotary
 
 @torch.no_grad()

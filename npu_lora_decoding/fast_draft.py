@@ -45,6 +45,7 @@ def static_head_cache(
 # %% ../nbs/12b_fast_draft.ipynb #b743279f
 class DraftProgram(nn.Module):
     "From newly certain slots to the next tree, with shapes that never change"
+    vocab:torch.Tensor|None
     def __init__(self,
         head:DraftHead,  # The head
         embed:torch.Tensor,  # `(v, d)`

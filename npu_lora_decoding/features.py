@@ -188,13 +188,13 @@ class StoredFeatures:
         found, lengths = _about(file)
         require(found == data, f'{file} holds features of another target or other conversations', 'remove it and write the features again')
         start = 0
-        for n in lengths: self._where.append((file, start)); self.lengths.append(n); start += n
+        for n in lengths: self._where.append((file, start, n)); self.lengths.append(n); start += n
 
     def read(self,
         numbers:list,  # Which examples
     ) -> list:  # (ids, response, features) of each
         "Return examples with their features"
-        return [self._one(*self._where[i], self.lengths[i]) for i in numbers]
+        return [self._one(*self._where[i]) for i in numbers]
 
     def _one(self, file, start, n):
         if file not in self._open: self._open[file] = safe_open(file, 'pt').__enter__()  # stays mapped: pages are read when touched

@@ -111,8 +111,8 @@ def join(
     place, n = order.argsort(-1), min(nodes, int(stays.sum(-1).max()))
     up = parents.gather(1, order[:, :n])
     up = torch.where(up < 0, up, place.gather(1, first.gather(1, up.clamp(min=0))))
-    take = lambda x, fill: x.gather(1, order[:, :n]).masked_fill(~kept, fill)
     kept = stays.gather(1, order[:, :n])
+    take = lambda x, fill: x.gather(1, order[:, :n]).masked_fill(~kept, fill)
     return Tree(take(tokens, 0), up.masked_fill(~kept, -2), tuple(t.proposer for t in trees), take(source, 0), take(worth, 0.))
 
 # %% ../nbs/12a_lookup.ipynb #7394871a

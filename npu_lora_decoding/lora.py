@@ -12,6 +12,7 @@ from functools import lru_cache
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 import torch, torch.nn.functional as F
+from transformers import PreTrainedModel
 from .core import DecodingError, require
 from .adapters import Adapter, check_layer, LoraWeights
 
@@ -165,7 +166,7 @@ class _Shadows:
 class AdapterBank:
     "Adapters stacked for one model, and the ids that say which row uses which"
     def __init__(self,
-        model:torch.nn.Module,  # Causal LM
+        model:PreTrainedModel,  # Causal LM
         adapters:list,  # `Adapter`s; their place in the list is their id
         op=lora_torch,  # The operation that adds the adapters, with `lora_torch`'s signature
     ):

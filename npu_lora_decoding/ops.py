@@ -11,14 +11,15 @@ __all__ = ['ALIGN', 'lora_shrink', 'lora_expand', 'lora', 'cold_scores', 'cold_s
 
 # %% ../nbs/04_ops.ipynb #6fae8f00
 import contextlib, ctypes, functools, hashlib, importlib.util, warnings, weakref
+from typing import Any
 import torch
 from .core import DecodingError, require
 from .lora import lora_torch
 
 # %% ../nbs/04_ops.ipynb #95f58db0
 # One library a process, kept by torch itself: a notebook that is run again in the same process must find it, and one that ends must not take it away
-if not hasattr(torch.library, '_npu_lora_library'): torch.library._npu_lora_library = torch.library.Library('npu_lora', 'FRAGMENT')
-_LIBRARY = torch.library._npu_lora_library
+_LIBRARY:Any = getattr(torch.library, '_npu_lora_library', None) or torch.library.Library('npu_lora', 'FRAGMENT')
+setattr(torch.library, '_npu_lora_library', _LIBRARY)
 _KEYS = dict(cpu='CPU', cuda='CUDA', npu='PrivateUse1')  # torch's dispatch keys
 _OPERATORS, _KERNELS = {}, {'cpu': {}}  # operator -> whether it has a gradient; device -> {operator: label of its kernel}
 

@@ -8,7 +8,6 @@ __all__ = ['Point', 'check_same', 'unit_of', 'pareto_points', 'plot_pareto', 'pa
 # %% ../nbs/16g_pareto.ipynb #41f8bf9e
 from collections import namedtuple
 from pathlib import Path
-from fastcore.script import Param
 from .core import require
 from .quality import Interval, bootstrap
 from .show import read_rows
@@ -36,9 +35,9 @@ def unit_of(
 ) -> str:
     "Return the method whose speed counts as 1: one that every file with speeds has timed, greedy before others"
     names = [[_name(r) for r in timed] for rows in files.values() if (timed := _timed(rows))]
-    require(names, 'no row has a speed', 'give a file of `nld compare --json`')
+    require(len(names) > 0, 'no row has a speed', 'give a file of `nld compare --json`')
     shared = [n for n in names[0] if all(n in o for o in names)]
-    require(shared, 'the files have timed no method in common, so their speeds cannot be compared', 'measure one method in every file, or give one file')
+    require(len(shared) > 0, 'the files have timed no method in common, so their speeds cannot be compared', 'measure one method in every file, or give one file')
     return min(shared, key=lambda n: (not n.startswith('greedy'), shared.index(n)))
 
 # %% ../nbs/16g_pareto.ipynb #2d5f9c1e
@@ -62,8 +61,8 @@ def pareto_points(
     check_same(judged)
     unit, timed = unit_of(files), []
     for rows in files.values():
-        ref = next((r for r in rows if _timed([r]) and _name(r) == unit), None)
-        timed += [(r, relative_speed(r, ref)) for r in _timed(rows)]
+        one = [r for r in _timed(rows) if _name(r) == unit][:1]  # none in a file without speeds
+        timed += [(r, relative_speed(r, ref)) for ref in one for r in _timed(rows)]
     silent = len(files) > 1 and any(r.get('task') is None for r in judged)
     require(not silent, 'a row does not say of which task its score is, so it cannot be joined with other files', 'give its file alone, or write it again with this version of `nld compare`')
     found, used = [], {}
@@ -113,7 +112,7 @@ def pareto_table(
 
 @command
 def pareto(
-    files:Param('Result files of one task and model', nargs='+'),  # Result files of one task and model: of `nld compare --json`, `nld evaluate --json`, or both
+    files:list,  # Result files of one task and model: of `nld compare --json`, `nld evaluate --json`, or both
     plot:str=None,  # Write the picture here
 ):
     "Show quality against speed over saved results, and the frontier"

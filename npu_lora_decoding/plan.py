@@ -9,6 +9,7 @@ __all__ = ['BUDGETS', 'Shape', 'shape_of', 'read_flops', 'learn_flops', 'Cost', 
 from dataclasses import dataclass, replace
 import torch
 from fastcore.basics import patch
+from transformers import PreTrainedModel
 from .core import require
 from .models import LM
 from .temp_lora import TempLoRA, linear_layers, target_layers
@@ -30,7 +31,7 @@ class Shape:
     weights:int  # Bytes of the model
 
 def shape_of(
-    model:torch.nn.Module,  # Causal LM of a decoder whose blocks hold attention and a gated MLP
+    model:PreTrainedModel,  # Causal LM of a decoder whose blocks hold attention and a gated MLP
     targets:str|None='all',  # One of `TARGETS`; None: nothing is learned, and the model may be quantised
 ) -> Shape:
     "Return what the cost of `model` depends on"
@@ -42,7 +43,7 @@ def shape_of(
     before = [p for p in layers if f'.layers.{first}.' in p and (targets == 'down' or p.endswith(('q_proj', 'k_proj', 'v_proj')))]
     kept = 14 * c.hidden_size + 5 * c.intermediate_size + 2 * sum(sides[p][1] for p in adapted) // c.num_hidden_layers
     return Shape(sum(numel.values()), model.get_output_embeddings().weight.numel(), c.num_hidden_layers * h * k, sum(sum(sides[p]) for p in adapted),
-                 sum(numel[p] for p in before), sum(sides[p][1] for p in before if p in adapted), dict(down=h * k, q=h * k // 2).get(targets, 0),  # keys and values of the first block want no gradient where only its queries are adapted
+                 sum(numel[p] for p in before), sum(sides[p][1] for p in before if p in adapted), dict(down=h * k, q=h * k // 2).get(targets or '', 0),  # keys and values of the first block want no gradient where only its queries are adapted
                  2 * c.num_hidden_layers * c.num_key_value_heads * k * size, c.num_hidden_layers * kept * size, sum(w.numel() * w.element_size() for w in model.parameters()))
 
 def read_flops(
@@ -133,7 +134,7 @@ def plan(cls:TempLoRA,
     require(priority in BUDGETS, f'unknown priority {priority!r}', f'use one of {", ".join(BUDGETS)}')
     require(length > lm.context, f'a text of {length} tokens fits into the context of {lm.context}, where Temp-LoRA is useless', 'read it in one pass without it')
     shape, limit = shape_of(lm.model), BUDGETS[priority] if budget is None else budget
-    full = cost_of(shape, cls(chunk=min(1024, lm.context // 8), window=lm.context, epochs=0), length)
+    full = cost_of(shape, TempLoRA(chunk=min(1024, lm.context // 8), window=lm.context, epochs=0), length)
     plans = [Plan(s, c.flops / full.flops, c.memory / full.memory) for s in _candidates(lm.context) for c in [cost_of(shape, s, length)]]
     used = (lambda p: p.memory) if priority == 'memory' else (lambda p: p.work)
     least = min(plans, key=used)

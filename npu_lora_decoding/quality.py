@@ -73,7 +73,7 @@ def until_end(
 ) -> str:
     "Return the text of `ids` up to the first end token"
     end = next((i for i, t in enumerate(ids) if t in lm.eos_ids), len(ids))
-    return lm.tokenizer.decode(ids[:end], skip_special_tokens=True)
+    return str(lm.tokenizer.decode(ids[:end], skip_special_tokens=True))
 
 def adapted(
     lm:LM,  # Model and adapter

@@ -40,7 +40,7 @@ def document_ids(
         require(text.strip() != '', 'the text is empty', 'give at least one word')
         text = torch.tensor(lm.tokenizer(text, verbose=False).input_ids)  # it would warn of every text longer than the context
     require(text.dim() == 1 and len(text) > 1, f'tokens of shape {tuple(text.shape)} are no document', 'give at least two tokens in one row')
-    require(0 <= text.min() and text.max() < lm.model.config.vocab_size, f'the text has a token outside the vocabulary of {lm.model.config.vocab_size}', "use the model's own tokenizer")
+    require(bool(0 <= text.min() and text.max() < lm.model.config.vocab_size), f'the text has a token outside the vocabulary of {lm.model.config.vocab_size}', "use the model's own tokenizer")
     return text.to(lm.device)
 
 def check_lengths(

@@ -36,8 +36,8 @@ def relative_speed(
 ) -> Interval:  # With its 95% interval, or from the slowest to the fastest step where the turns were not kept
     "Return how many times as fast one row is as another"
     if row is ref: return Interval(1., 1., 1.)
-    ratio, turns = row['tokens_per_s'] / ref['tokens_per_s'], [r.get('ms_runs') for r in (row, ref)]
-    if all(turns): found = speed_ratio(*turns); return Interval(ratio, min(ratio, found.low), max(ratio, found.high))
+    ratio, turns, its = row['tokens_per_s'] / ref['tokens_per_s'], row.get('ms_runs'), ref.get('ms_runs')
+    if turns and its: found = speed_ratio(turns, its); return Interval(ratio, min(ratio, found.low), max(ratio, found.high))
     low, high = (ratio * row['ms_per_token'] / ms for ms in row['ms_spread'][::-1])
     return Interval(ratio, low, high)
 

@@ -11,7 +11,7 @@ import contextlib, itertools, random
 from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from .core import require
 from .models import LM, encode_one
 from .lora import AdapterBank
@@ -61,7 +61,7 @@ class Ring:
     "Rows that write one token a step, each at its own place in its text, into a cache whose columns are used again and again"
     @torch.no_grad()
     def __init__(self,
-        model:torch.nn.Module,  # Causal LM
+        model:PreTrainedModel,  # Causal LM
         b:int,  # Rows
         columns:int,  # At least the longest text
         head:list,  # Tokens that most texts begin with; computed once
@@ -70,7 +70,7 @@ class Ring:
         self.model, self.columns, self.head, self.step, dev = model, columns, head, len(head), model.device
         cache = DynamicCache(config=model.config)
         model(input_ids=torch.tensor([head or [0]], device=dev), past_key_values=cache, use_cache=True)
-        pairs = [x for l in cache.layers for x in (getattr(l, 'keys', None), getattr(l, 'values', None))]
+        pairs:list = [x for l in cache.layers for x in (getattr(l, 'keys', None), getattr(l, 'values', None))]
         same = len(pairs) > 0 and all(isinstance(x, torch.Tensor) and x.dim() == 4 and x.shape == pairs[0].shape for x in pairs)
         require(same, f'the cache of the family {model.config.model_type!r} is not made of equal key and value tensors', "write with engine='vllm'")
         self.prefix = torch.stack(pairs)[:, 0, :, :len(head)]  # (2 layers, g, s, k)
@@ -207,7 +207,7 @@ def after_question(
 ) -> Talk|None:  # With the prompt as tokens
     "Return the talk after its user's turn, as the template renders it; None when nothing was asked"
     said = talk.tokens[len(head):]
-    text = lm.tokenizer.decode(said)
+    text = str(lm.tokenizer.decode(said))
     if not text.strip() or not set(said).isdisjoint(lm.tokenizer.all_special_ids): return None
     ids = encode_one(lm, text).tolist()
     return Talk(talk.index, talk.temperature, ids, [dict(role='user', content=text)], len(ids))

@@ -8,7 +8,7 @@ __all__ = ['PLAIN_ATTENTION', 'layer_window', 'Rows', 'grouped_attention', 'Stat
 # %% ../nbs/06a_rows.ipynb #71e13067
 import contextlib, copy, weakref
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from .core import require, stopwatch
 from . import ops
@@ -59,7 +59,7 @@ class Rows:
     def _run(self, model, *args): return (_step_hidden if self.keeps else _step)(model, *args)
 
     def __init__(self,
-        model:torch.nn.Module,  # Causal LM
+        model:PreTrainedModel,  # Causal LM
         roles:tuple,  # The target's roles, `expert` first
         b:int,  # Sequences
         max_len:int,  # Longest text

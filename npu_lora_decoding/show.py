@@ -45,7 +45,7 @@ def token_html(
     i:int=0,  # Which of its prompts
 ) -> str:  # HTML
     "Return one answer as coloured tokens; the facts of each appear under the mouse"
-    decode, spans = (lambda t: visible(result.lm.tokenizer.decode([t]))), []
+    decode, spans = (lambda t: visible(str(result.lm.tokenizer.decode([t])))), []
     for t in result.tokens[i]:
         frame = 'outline:2px solid #d07000;' if t.favourite is not None and t.id != t.favourite else ''
         text = html.escape(decode(t.id)).replace('\n', '↵<br>') or '∅'
@@ -59,7 +59,7 @@ def token_ansi(
 ) -> str:  # Text with ANSI colours, or with marks where there are none
     "Return one answer for a terminal; a token chosen against the expert's favourite is underlined, or stands in [brackets]"
     if colour is None: colour = sys.stdout.isatty() and 'NO_COLOR' not in os.environ
-    decode, out = (lambda t: visible(result.lm.tokenizer.decode([t]))), []  # a token may hold what a terminal obeys
+    decode, out = (lambda t: visible(str(result.lm.tokenizer.decode([t])))), []  # a token may hold what a terminal obeys
     for t in result.tokens[i]:
         if t.id in result.lm.eos_ids: continue
         changed, text = t.favourite is not None and t.id != t.favourite, decode(t.id)

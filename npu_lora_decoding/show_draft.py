@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'proposer_html', 'plot_draft', 'reached', 'plot_reached', 
 
 # %% ../nbs/16c_show_draft.ipynb #e4b6969c
 import html
-from .core import require, visible
+from .core import DecodingError, require, visible
 from .decode import Result, Step
 
 # %% ../nbs/16c_show_draft.ipynb #05cf0447
@@ -18,7 +18,7 @@ def proposer_html(
     i:int=0,  # Which of its prompts
 ) -> str:  # HTML
     "Return one answer, each token in the colour of who proposed it, with a legend of their shares"
-    tokens, decode = result.tokens[i], lambda t: visible(result.lm.tokenizer.decode([t]))
+    tokens, decode = result.tokens[i], lambda t: visible(str(result.lm.tokenizer.decode([t])))
     box = lambda who, text: f'<span title="{html.escape(visible(who))}" style="background:{COLOURS.get(who, "#f5e6a8")};color:black;white-space:pre-wrap">{text}</span>'
     spans = [box(t.proposer, html.escape(decode(t.id)).replace('\n', '↵<br>') or '∅') for t in tokens]
     shares = {w: sum(t.proposer == w for t in tokens) / max(len(tokens), 1) for w in dict.fromkeys(['target', *(t.proposer for t in tokens)])}
@@ -49,13 +49,14 @@ def plot_draft(
 ):  # The axes
     "Draw the tree that a step checked, and the path that was accepted"
     import matplotlib.pyplot as plt
-    require(step.tree is not None, 'the trees of this result were not kept', 'generate with record=True')
-    parents, tokens, taken = step.tree.parents[b].tolist(), step.tree.tokens[b].tolist(), step.accepted[b].tolist()
-    who, places = step.tree.who(b, list(range(len(parents)))), _places(parents)
+    tree, accepted = step.tree, step.accepted
+    if tree is None or accepted is None: raise DecodingError('the trees of this result were not kept: generate with record=True.')
+    parents, tokens, taken = tree.parents[b].tolist(), tree.tokens[b].tolist(), accepted[b].tolist()
+    who, places = tree.who(b, list(range(len(parents)))), _places(parents)
     leaves, deepest = 1 - min(y for _, y in places.values()), max(x for x, _ in places.values())
     ax = ax or plt.subplots(figsize=(1.5 * (deepest + 2), .32 * leaves + .8))[1]
     name = lambda t: repr(lm.tokenizer.decode([t]))[1:-1] or '∅'
-    def write(at, token, colour, edge): ax.text(*at, name(token), ha='center', va='center', fontsize=8, parse_math=False, bbox=dict(boxstyle='round,pad=.2', fc=colour, ec=edge, lw=1.4 if edge != 'lightgrey' else .8))
+    def write(at, token, colour, edge): ax.text(at[0], at[1], name(token), ha='center', va='center', fontsize=8, parse_math=False, bbox=dict(boxstyle='round,pad=.2', fc=colour, ec=edge, lw=1.4 if edge != 'lightgrey' else .8))
     for i, (x, y) in places.items():
         if parents[i] >= 0:
             up = places[parents[i]]
@@ -94,7 +95,7 @@ def plot_reached(
     for name, result in results.items():
         found = [(j + 1, right / tried) for j, (tried, right) in enumerate(reached(result)) if tried]
         ax.plot(*zip(*found), 'o-', ms=4, label=name)
-    ax.set(xlabel='guess', ylabel='right, given those before', ylim=(0, 1)); ax.xaxis.get_major_locator().set_params(integer=True); ax.legend(fontsize=8)
+    ax.set(xlabel='guess', ylabel='right, given those before', ylim=(0, 1)); ax.locator_params('x', integer=True); ax.legend(fontsize=8)
     return ax
 
 # %% ../nbs/16c_show_draft.ipynb #1a7b8095

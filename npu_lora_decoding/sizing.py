@@ -9,7 +9,7 @@ __all__ = ['tree_sizes', 'pass_seconds', 'Calibration', 'best_size', 'Reach', 'S
 import statistics, weakref
 from dataclasses import dataclass, field
 import torch
-from .core import require, stopwatch
+from .core import DecodingError, require, stopwatch
 from .tree import Tree, root_tree
 from .rows import Rows, StaticRows
 from .decode import Drafter
@@ -234,5 +234,5 @@ class SizedDrafter(Drafter):
 
     def explain(self) -> str:
         "Return why the last batch was decoded as it was"
-        require(isinstance(self._last, Sizing), 'there is nothing to explain yet', 'decode with this drafter first, and with adaptive=True')
+        if not isinstance(self._last, Sizing): raise DecodingError('there is nothing to explain yet: decode with this drafter first, and with adaptive=True.')
         return self._last.explain()

@@ -87,6 +87,10 @@ def _seen(linear):
     "Return the weight that the optimiser sees"
     return linear.parametrizations.weight.original if parametrize.is_parametrized(linear, 'weight') else linear.weight
 
+def _as_seen(linear, w):
+    "Return a weight as the optimiser sees it there"
+    return linear.parametrizations.weight[0].right_inverse(w) if parametrize.is_parametrized(linear, 'weight') else w
+
 # %% ../nbs/10e_start.ipynb #3129a2ff
 def least_squares(
     examples:list,  # (ids, response, features) of some texts
@@ -116,5 +120,5 @@ def least_squares_start(
     "Let `fc` begin as the best linear guess of the next feature"
     w = least_squares(examples, embed, scales) * scales.feature.float().cpu()[:, None] / torch.cat([scales.embed, scales.feature]).float().cpu()
     w = w.to(head.fc.weight)
-    with torch.no_grad(): _seen(head.fc).copy_(head.fc.parametrizations.weight[0].right_inverse(w) if parametrize.is_parametrized(head.fc, 'weight') else w)
+    with torch.no_grad(): _seen(head.fc).copy_(_as_seen(head.fc, w))
     return head

@@ -8,6 +8,7 @@ __all__ = ['METRICS', 'TASKS', 'Item', 'Task', 'exact_match', 'last_number', 'fi
 
 # %% ../nbs/14a_tasks.ipynb #d766da7e
 import csv, gzip, importlib, json, random, re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -210,7 +211,7 @@ def gsm8k(
                        edit=lambda s: re.sub(r'<<.*?>>', '', s))
     return Task('gsm8k', items[:-1000], items[-1000:-600], items[-600:], 'final_number', 200)
 
-TASKS = dict(king_james=lambda folder=None: king_james(), wikisql=wikisql, gsm8k=gsm8k)
+TASKS:dict[str, Callable] = dict(king_james=lambda folder=None: king_james(), wikisql=wikisql, gsm8k=gsm8k)
 
 def get_task(
     name:str,  # One of `TASKS`

@@ -10,6 +10,7 @@ __all__ = ['TARGETS', 'AMATEURS', 'TempLoRA', 'linear_layers', 'target_layers', 
 import contextlib, importlib, math
 from dataclasses import dataclass
 import torch, torch.nn.functional as F
+from transformers import PreTrainedModel
 from . import ops
 from .core import generator, require
 from .adapters import Adapter, LoraWeights
@@ -68,19 +69,19 @@ class TempLoRA:
 
 # %% ../nbs/13_temp_lora.ipynb #92037e44
 def linear_layers(
-    model:torch.nn.Module,  # Causal LM, with or without PEFT layers
+    model:PreTrainedModel,  # Causal LM, with or without PEFT layers
 ) -> dict:  # Module path -> layer
     "Return every linear layer but the LM head"
     head, inside = model.get_output_embeddings(), {'lora_A', 'lora_B', 'base_layer'}
     return {p: m for p, m in model.named_modules() if isinstance(w := getattr(m, 'base_layer', m), torch.nn.Linear) and w is not head and not inside & set(p.split('.'))}
 
 def target_layers(
-    model:torch.nn.Module,  # Causal LM
+    model:PreTrainedModel,  # Causal LM
     targets:str='all',  # One of `TARGETS`
 ) -> list:  # Module paths
     "Return the layers to adapt; raises `DecodingError` for a model that cannot be learned on"
     layers = linear_layers(model)
-    whole = lambda m: getattr(m, 'base_layer', m).weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    def whole(m): return base_weight(m).dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     require(getattr(model, 'hf_quantizer', None) is None and all(map(whole, layers.values())), 'the model is quantised, and gradients do not pass through its weights', 'load it in fp32 or bf16')
     require(not any(getattr(m, 'merged', False) for m in model.modules()), 'an adapter is merged into the weights', 'call unmerge_adapter() first, so that the base stays what it is')
     found = [p for p in layers if not TARGETS[targets] or p.rpartition('.')[2] in TARGETS[targets]]
@@ -91,7 +92,7 @@ def target_layers(
 _SLICE = 256  # Positions that reach the LM head at once
 
 def logits_of(
-    model:torch.nn.Module,  # Causal LM
+    model:PreTrainedModel,  # Causal LM
     hidden:torch.Tensor,  # After the final norm `(n, d)`
 ) -> torch.Tensor:  # `(n, v)` fp32
     "Return what the model says at these hidden states"
@@ -104,7 +105,7 @@ def _hidden(model, ids, cache=None):
 
 @torch.no_grad()
 def token_losses(
-    model:torch.nn.Module,  # Causal LM
+    model:PreTrainedModel,  # Causal LM
     ids:torch.Tensor,  # Tokens that follow what is cached `(t,)`
     targets:torch.Tensor,  # What comes next at the last of them `(n,)`, `n <= t`
     cache=None,  # transformers cache, grown in place
@@ -114,7 +115,7 @@ def token_losses(
     return torch.cat([F.cross_entropy(logits_of(model, x), y, reduction='none') for x, y in zip(h.split(_SLICE), targets.split(_SLICE))])
 
 def backward_chunk(
-    model:torch.nn.Module,  # Causal LM whose adapter wants gradients
+    model:PreTrainedModel,  # Causal LM whose adapter wants gradients
     ids:torch.Tensor,  # Prefix and chunk `(t,)`
     n:int,  # Tokens of the chunk
 ) -> float:  # Mean negative log-likelihood, nats a token
@@ -155,8 +156,9 @@ def put_adapter(
 # %% ../nbs/13_temp_lora.ipynb #82533a1f
 class TemporaryAdapter:
     "A LoRA adapter that learns one document, with its optimiser"
+    opt:torch.optim.AdamW|None  # None where nothing is learned
     def __init__(self,
-        model:torch.nn.Module,  # Causal LM; never changed
+        model:PreTrainedModel,  # Causal LM; never changed
         settings:TempLoRA=TempLoRA(),  # Rank, targets, rate and the rest
         under:Adapter|None=None,  # Task adapter that stays active below
         names:tuple=('expert',),  # What the bank holds: expert (task adapter and what was learned), task, phi (what was learned alone)
@@ -175,6 +177,7 @@ class TemporaryAdapter:
     @property
     def scale(self): return self.settings.alpha / self.settings.r
     def parameters(self): return [*self.A.values(), *self.B.values()]
+    def moments(self, w): return {} if self.opt is None else self.opt.state[w]  # what the optimiser knows of one of the parameters
 
     def adapter(self, name='expert'):
         "Return one of the bank's adapters in the model's dtype, with what is learned so far"
@@ -196,7 +199,7 @@ def base_weight(layer):  # Linear layer of the model
 
 @contextlib.contextmanager
 def temporary(
-    model:torch.nn.Module,  # Causal LM
+    model:PreTrainedModel,  # Causal LM
     settings:TempLoRA=TempLoRA(),  # Rank, targets, rate and the rest
     under:Adapter|None=None,  # Task adapter that stays active below
     names:tuple=('expert',),  # What the bank holds
@@ -237,7 +240,7 @@ def copy_state(
     phi:TemporaryAdapter,  # Adapter to copy
 ) -> tuple:  # Weights, moments of the optimiser, state of dropout's generator
     "Return a copy of everything that learning changes"
-    return [w.detach().clone() for w in phi.parameters()], [{k: v.clone() for k, v in phi.opt.state[w].items()} for w in phi.parameters()], phi.noise.get_state()
+    return [w.detach().clone() for w in phi.parameters()], [{k: v.clone() for k, v in phi.moments(w).items()} for w in phi.parameters()], phi.noise.get_state()
 
 def put_back(
     phi:TemporaryAdapter,  # Changed

@@ -8,8 +8,10 @@ __all__ = ['AlignedLoss', 'add_noise', 'hash_of', 'Run', 'drawn_steps', 'train_s
 
 # %% ../nbs/11_train_head.ipynb #9d9238f2
 import contextlib, json, math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -221,9 +223,9 @@ def load_state(run:Run):  # Changed in place
 # %% ../nbs/11_train_head.ipynb #bf579628
 def evaluate(
     run:Run,  # A run between two steps
-    texts:list,  # Held-out `Text`s that the target wrote
+    texts:Sequence,  # Held-out `Text`s that the target wrote
     tree:dict|None,  # Of `measure_acceptance`; None: chains only
-    learnt:list=(),  # `Text`s that the head is trained on
+    learnt:Sequence=(),  # `Text`s that the head is trained on
 ) -> dict:  # A row of the run's history
     "Return the acceptance of the head as it is now"
     head, rows = plain_copy(run.head), draft_rows(run.head, run.frozen)
@@ -319,16 +321,16 @@ def sample_numbers(
 # %% ../nbs/11_train_head.ipynb #aed55eeb
 def train(
     run:Run,  # From `start_run`
-    texts:list=(),  # Held-out `Text`s for measuring acceptance; none: no measuring
+    texts:Sequence=(),  # Held-out `Text`s for measuring acceptance; none: no measuring
     tree:dict|None=None,  # Of `measure_acceptance`
     about:str='',  # For the card
     stop_after:int|None=None,  # Leave, saved, after this many updates in this call
-    learnt:list=(),  # `Text`s it is trained on, measured beside the others
+    learnt:Sequence=(),  # `Text`s it is trained on, measured beside the others
 ) -> Run:
     "Make the updates that are left, saving and measuring as we go; Ctrl-C saves"
     c, main = run.config, run.accelerator.is_main_process
     end = min(c.steps, run.done + (c.steps if stop_after is None else stop_after))
-    bar = progress_bar(range(run.done, end), total=end - run.done) if main else range(run.done, end)
+    bar:Any = progress_bar(range(run.done, end), total=end - run.done) if main else range(run.done, end)
     with ctrl_c() as asked:
         for step in bar:
             run.losses.append(train_step(run, step))

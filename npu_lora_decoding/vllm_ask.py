@@ -8,6 +8,7 @@ __all__ = ['refusal_token', 'answer_of', 'generate', 'probe', 'server_bodies', '
 # %% ../nbs/12g_vllm_ask.ipynb #bd3c23a3
 import json, math, urllib.error, urllib.request, uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from .core import DecodingError, require
 from .cold import CoLD
@@ -20,7 +21,7 @@ def refusal_token(
 ) -> int:
     "Return a special token that no answer needs; raises `DecodingError` when there is none"
     ids = [i for i in tokenizer.all_special_ids if i not in {*eos_ids, tokenizer.eos_token_id}]
-    require(ids, 'the tokenizer has no special token but those that end a text', 'name a token that no answer needs')
+    require(len(ids) > 0, 'the tokenizer has no special token but those that end a text', 'name a token that no answer needs')
     return max(ids)
 
 # %% ../nbs/12g_vllm_ask.ipynb #233df6c1
@@ -106,7 +107,7 @@ def server_bodies(
     options, pair = dict(temperature=0.) | options, uuid.uuid4().hex
     require(not options.get('stream'), 'a streamed pair cannot be compared', 'send the bodies without stream')
     stops = [*(options.pop('stop_token_ids', None) or ()), refusal]
-    return [what | options | dict(model=m, stop_token_ids=stops, vllm_xargs=Twin(pair, role, target.alpha, target.beta, refusal, vocab).args) for m, role in zip(models, target.roles)]
+    return [what | options | dict(model=m, stop_token_ids=stops, vllm_xargs=Twin(pair, role, refusal=refusal, vocab=vocab, **asdict(target)).args) for m, role in zip(models, target.roles)]
 
 def _post(url, body, timeout):
     path = '/v1/chat/completions' if 'messages' in body else '/v1/completions'

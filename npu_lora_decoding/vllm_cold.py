@@ -107,7 +107,7 @@ def seat_of(
 ) -> Seat|None:  # None for a request that wants no contrast
     "Return what the tracker needs to know of a request"
     twin = read_twin(getattr(params, 'extra_args', None))
-    return twin and Seat(twin, (prompt, [getattr(params, k, None) for k in _ALIKE]), output)
+    return None if twin is None else Seat(twin, (prompt, [getattr(params, k, None) for k in _ALIKE]), output)
 
 # %% ../nbs/12f_vllm_cold.ipynb #0af55dc6
 log = logging.getLogger('npu_lora_decoding')

@@ -6,6 +6,7 @@
 __all__ = ['SAME', 'Twin', 'read_twin', 'Seat', 'PairRows', 'contrast', 'WaitingRoom']
 
 # %% ../nbs/12e_vllm_pairs.ipynb #af335b2b
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 import torch
 from .core import DecodingError, require
@@ -61,9 +62,9 @@ class PairRows:
     def __init__(self): self.seats, self.pairs = {}, {}
 
     def update(self,
-        removed:list=(),  # Rows that were left
-        added:list=(),  # `(row, Seat)`, or `(row, None)` for a request that wants no contrast
-        moved:list=(),  # `(row, row, whether both change places)`
+        removed:Sequence=(),  # Rows that were left
+        added:Sequence=(),  # `(row, Seat)`, or `(row, None)` for a request that wants no contrast
+        moved:Sequence=(),  # `(row, row, whether both change places)`
     ):
         "Follow a change of the batch"
         for row in removed: self.seats.pop(row, None)

@@ -9,6 +9,7 @@ __all__ = ['Pass', 'watched', 'draft_shape', 'adapter_weights', 'flops_of', 'tok
 import contextlib
 from dataclasses import dataclass
 import torch
+from .draft_head import DraftHead
 from .plan import Shape, read_flops
 
 # %% ../nbs/14h_work.ipynb #2512fa28
@@ -53,7 +54,7 @@ def watched(
 
 # %% ../nbs/14h_work.ipynb #c58a347f
 def draft_shape(
-    head:torch.nn.Module,  # A draft head
+    head:DraftHead,  # The head
     rows:int,  # Of the LM head it draws from: the draft vocabulary
 ) -> Shape:
     "Return what the cost of a draft head depends on"
