@@ -26,6 +26,8 @@ for shipped in (shipped_adapter(), shipped_head(), shipped_head('king_james')):
 extra = {f.parts[2:4] for f in files if f.parts[:2] == ('npu_lora_decoding', 'shipped')} - {('adapters', 'king_james'), ('heads', 'smollm2-135m'), ('heads', 'king_james')}
 assert not extra, f'the wheel holds more of results than it should: {sorted(extra)}'
 
+for name in sources: assert Path(name)/'py.typed' in files, f'{name} has no py.typed in the wheel, so type checkers would pass over its hints'
+
 for name, folder in sources.items():
     wanted = {str(Path(name)/f.relative_to(folder)) for f in folder.rglob('*') if f.is_file() and not {'__pycache__', '.ipynb_checkpoints'} & {*f.parts}}
     missing = wanted - {str(f) for f in files}
