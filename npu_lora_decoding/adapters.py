@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from .core import DecodingError, read_json, require
 
 # %% ../nbs/00a_adapters.ipynb #de3c39b5
@@ -23,7 +23,7 @@ def toy_model(
     vocab:int=97,  # Size of the vocabulary
     context:int=256,  # Longest input
     **config,  # Any field of the family's config
-):  # A random causal LM with two layers, in fp32
+) -> PreTrainedModel:  # A random causal LM with two layers, in fp32
     "Return a tiny random model, for unit tests only"
     fields = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=vocab,
                   max_position_embeddings=context, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.3)
@@ -33,7 +33,7 @@ def toy_model(
     return model.float().eval().requires_grad_(False)
 
 def toy_adapter(
-    model,  # Base model
+    model:PreTrainedModel,  # Base model
     folder:str|Path,  # Where PEFT saves it
     r:int=4,  # Rank
     seed:int=1,  # Of the random weights
@@ -162,7 +162,7 @@ def check_layer(
 
 # %% ../nbs/00a_adapters.ipynb #f5542823
 def fingerprint(
-    model,  # Any causal LM
+    model:torch.nn.Module,  # Any causal LM
 ) -> list:  # 64 weights read at fixed places
     "Return numbers that identify the base weights, whatever their dtype"
     layers = [m.weight for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and 'lora_' not in name]  # also of a model that PEFT holds
@@ -192,7 +192,7 @@ def recorded_base(
 # %% ../nbs/00a_adapters.ipynb #7601310c
 def load_adapter(
     folder:str|Path,  # PEFT adapter folder (safetensors)
-    model,  # The base model it was trained on
+    model:PreTrainedModel,  # The base model it was trained on
 ) -> Adapter:  # On the model's device, in its dtype
     "Return the adapter in `folder`, checked against `model`; raises `DecodingError` when it does not fit"
     folder, config = Path(folder), read_adapter_config(folder)

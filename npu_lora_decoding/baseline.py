@@ -10,7 +10,7 @@ __all__ = ['positions_of', 'last_logits', 'next_logits', 'check_batch', 'greedy_
 import math
 from dataclasses import dataclass
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from .core import require
 
 # %% ../nbs/02_baseline.ipynb #82f9d439
@@ -22,7 +22,7 @@ def positions_of(
 
 # %% ../nbs/02_baseline.ipynb #0ee30206
 def last_logits(
-    model,  # transformers causal LM
+    model:PreTrainedModel,  # Causal LM
     ids:torch.Tensor,  # Token ids `(b,t)`
     **inputs,  # Of its forward: `attention_mask`, `past_key_values`, ...
 ) -> torch.Tensor:  # Logits `(b,1,v)`
@@ -35,7 +35,7 @@ def last_logits(
 # %% ../nbs/02_baseline.ipynb #ee10191a
 @torch.no_grad()
 def next_logits(
-    model,  # transformers causal LM
+    model:PreTrainedModel,  # Causal LM
     ids:torch.Tensor,  # New token ids `(b,t)`
     mask:torch.Tensor,  # Mask of cached and new tokens `(b,s+t)`
     cache=None,  # `DynamicCache` with `s` tokens, grown in place; None computes without one
@@ -69,7 +69,7 @@ def _append(x, column):
 
 # %% ../nbs/02_baseline.ipynb #f1450157
 def greedy_naive(
-    model,  # transformers causal LM
+    model:PreTrainedModel,  # Causal LM
     ids:torch.Tensor,  # Prompts `(b,t)`, padded left
     mask:torch.Tensor,  # 1 where a token is real, `(b,t)`
     new_tokens:int,  # Most tokens to add
@@ -100,7 +100,7 @@ def _decode(model, ids, mask, new_tokens, choose, eos_ids, pad_id):
     return ids
 
 def greedy_cached(
-    model,  # transformers causal LM
+    model:PreTrainedModel,  # Causal LM
     ids:torch.Tensor,  # Prompts `(b,t)`, padded left
     mask:torch.Tensor,  # 1 where a token is real, `(b,t)`
     new_tokens:int,  # Most tokens to add
@@ -167,7 +167,7 @@ def _filtered(logits, temperature, top_k, top_p, min_p):
     return keep_min_p(scores, min_p) if min_p != 0 else scores
 
 def sample_cached(
-    model,  # transformers causal LM
+    model:PreTrainedModel,  # Causal LM
     ids:torch.Tensor,  # Prompts `(b,t)`, padded left
     mask:torch.Tensor,  # 1 where a token is real, `(b,t)`
     new_tokens:int,  # Most tokens to add
@@ -234,7 +234,7 @@ def _run_on(beams, scores, parents, grown, ended):
 # %% ../nbs/02_baseline.ipynb #cd5e8626
 @torch.no_grad()
 def beam_search(
-    model,  # transformers causal LM
+    model:PreTrainedModel,  # Causal LM
     ids:torch.Tensor,  # Prompts `(b,t)`, padded left
     mask:torch.Tensor,  # 1 where a token is real, `(b,t)`
     num_beams:int=4,  # Sequences kept open for each prompt

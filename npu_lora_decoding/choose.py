@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 from .core import require
+from .cold import CoLD, Plain
 from .tree import Tree
 
 # %% ../nbs/06b_choose.ipynb #50e62f18
@@ -61,7 +62,7 @@ def _next(target, expert, others, text, rules):
 
 # %% ../nbs/06b_choose.ipynb #97fa9fc5
 def choose(
-    target,  # `Plain` or `CoLD`
+    target:Plain|CoLD,  # Whose distribution is decoded
     tree:Tree,  # The nodes
     logits:tuple,  # Of each role `(b, n, v)`
     state:State,  # Texts, for processors that read them

@@ -9,7 +9,7 @@ __all__ = ['HARD', 'Plain', 'CoLD', 'split_processors', 'cold_two_pass']
 import math
 from dataclasses import dataclass
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from .core import DecodingError, require
 from . import ops
 from .baseline import last_logits, positions_of
@@ -111,7 +111,7 @@ def _pass(model, bank, adapter, ids, mask, cache):
 
 @torch.no_grad()
 def cold_two_pass(
-    model,  # Causal LM
+    model:PreTrainedModel,  # Causal LM
     bank:AdapterBank,  # Its adapter is id 0
     ids:torch.Tensor,  # Prompts `(b, t)`, padded left
     mask:torch.Tensor,  # `(b, t)`

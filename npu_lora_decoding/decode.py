@@ -120,7 +120,7 @@ def decode(
     rows:Rows,  # Model and cache
     ids:torch.Tensor,  # Prompts `(b, t)`, padded left
     mask:torch.Tensor,  # `(b, t)`
-    target,  # `Plain` or `CoLD`
+    target:Plain|CoLD,  # Whose distribution is decoded
     rules:Rules,  # Processors, stopping criteria, sampling
     drafter:Drafter|None=None,  # Started on these rows
     memory:Memory|None=None,  # Started
@@ -167,7 +167,7 @@ class Output(GenerateDecoderOnlyOutput):
 @dataclass(eq=False)
 class Decoder:
     "A decoding method for `model.generate(..., custom_generate=Decoder(target=CoLD()))`"
-    target:object=Plain()  # `Plain()` or `CoLD(alpha, beta)`
+    target:Plain|CoLD=Plain()  # `Plain()` or `CoLD(alpha, beta)`
     drafter:Drafter|None=None  # Who guesses several tokens at once
     memory:Memory|None=None  # What learns while writing
     bank:AdapterBank|None=None  # Adapters; None reads the model's own PEFT adapter, if it has one
@@ -240,7 +240,7 @@ class Result:
     tokens:list  # A list of `Token` a text
     steps:list=field(repr=False)  # One a forward pass; the first is the prefill
     lm:LM=field(repr=False)  # The model that wrote it; its tokenizer turns tokens into text
-    target:object=field(default=Plain(), repr=False)  # Whose distribution was decoded
+    target:Plain|CoLD=field(default=Plain(), repr=False)  # Whose distribution was decoded
     notes:list=field(default_factory=list)  # What drafter and memory say about how it went
     @property
     def text(self): return self.texts[0]
@@ -282,7 +282,7 @@ class _Printed(TextStreamer):
 @patch
 def generate(self:LM,
     prompts,  # Text, messages or ids; a list of them is a batch
-    target=Plain(),  # `Plain()`, or `CoLD(alpha, beta)`
+    target:Plain|CoLD=Plain(),  # `Plain()`, or `CoLD(alpha, beta)`
     drafter=None,  # Who guesses several tokens at once
     memory=None,  # What learns while writing, for example `TempLoRA()`
     max_new_tokens:int=256,  # Longest answer; without a memory shortened to what the context holds

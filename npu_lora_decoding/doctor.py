@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 import torch, torch.nn.functional as F
 from . import ops
 from .core import get_device, has_device, require, time_interleaved
+from .models import LM
 from .lora import LoraWeights, stack_slices
 from .cold import CoLD, Plain
 from .tree import Tree
@@ -202,7 +203,7 @@ def _over_trees(lm, target, known):
     return run
 
 def check_tokens(
-    lm,  # Model with an adapter, in fp32, on the device
+    lm:LM,  # Model with an adapter, in fp32, on the device
     prompts:list,  # Texts, messages or `Item`s
     new_tokens:int=32,  # Length of every answer
     target:CoLD=CoLD(),  # Contrast to check, beside greedy decoding
@@ -231,7 +232,7 @@ def kernel_device(
 
 def kernel_report(
     device:torch.device,  # From `kernel_device`
-    lm,  # A model with an adapter, in fp32, on that device
+    lm:LM,  # A model with an adapter, in fp32, on that device
     prompts:list,  # What it shall answer
     save=lambda report: None,  # Called with the report after each section
     log=print,  # Called with a line of progress

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 from .core import DecodingError, atomic_path, read_json, require, save_tensors
 from .adapters import fingerprint, recorded_base, same_base
@@ -212,7 +212,7 @@ def _head_tensors(head, target, dtype, embed, fc_bias):
 def save_head(
     head:DraftHead,  # The head
     folder:str|Path,  # To appear; only an earlier head there is replaced
-    target,  # The model it drafts for
+    target:PreTrainedModel,  # The model it drafts for
     dtype:torch.dtype=torch.bfloat16,  # Of the file
     embed:bool=False,  # Also write the target's embeddings: some engines want them, and the file grows by `v * d`
     fc_bias:bool=False,  # Write zeros where `fc` has no bias: some engines want one
@@ -270,7 +270,7 @@ _MISFIT = (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError
 
 def read_head_config(
     folder:str|Path,  # Of a head
-    target,  # The model it shall draft for
+    target:PreTrainedModel,  # The model it shall draft for
 ) -> PreTrainedConfig:
     "Return the configuration of the head in `folder`; raises `DecodingError` where it cannot fit `target`"
     folder, own = Path(folder), target.config
@@ -323,7 +323,7 @@ def _fill(head, tensors, folder):
 
 def load_head(
     folder:str|Path,  # In the layout of EAGLE and HASS, safetensors
-    target,  # The model it shall draft for
+    target:PreTrainedModel,  # The model it shall draft for
     dtype:torch.dtype|None=None,  # None takes the target's
 ) -> DraftHead:  # On the target's device, in evaluation mode
     "Return the head in `folder`; raises `DecodingError` unless every tensor has its place and fits `target`"

@@ -47,7 +47,7 @@ def paired(
 @dataclass(frozen=True)
 class Arm:
     "One way of decoding, for comparing answers"
-    target:object=Plain()  # Whose distribution is decoded
+    target:Plain|CoLD=Plain()  # Whose distribution is decoded
     beams:int=1  # Above 1: beam search on the plain target
     options:tuple=()  # transformers' generation options, as pairs
     seed:int=0  # Of sampling

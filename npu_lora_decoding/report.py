@@ -9,7 +9,7 @@ __all__ = ['frontier', 'relative_speed', 'pareto_svg', 'acceptance_svg', 'Looks'
 import html, math
 from pathlib import Path
 from .core import atomic_path
-from .models import encode
+from .models import LM, encode
 from .tasks import Item
 from .quality import Interval, prompt_of, until_end
 from .measure import BATCHES, ENOUGH, speed_ratio
@@ -121,7 +121,7 @@ def acceptance_svg(
 class Looks:
     "Collects what each method writes to a few prompts: give `looks.add` to `compare` as `look`"
     def __init__(self,
-        lm,  # Model and adapter
+        lm:LM,  # Model and adapter
         prompts:list,  # Texts, messages or `Item`s
         new_tokens:int=48,  # Longest answer
         shown:int=2,  # Prompts whose tokens are shown

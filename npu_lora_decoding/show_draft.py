@@ -8,6 +8,7 @@ __all__ = ['COLOURS', 'proposer_html', 'plot_draft', 'reached', 'plot_reached', 
 # %% ../nbs/16c_show_draft.ipynb #e4b6969c
 import html
 from .core import DecodingError, require, visible
+from .models import LM
 from .decode import Result, Step
 
 # %% ../nbs/16c_show_draft.ipynb #05cf0447
@@ -43,7 +44,7 @@ def _places(parents):
 
 def plot_draft(
     step:Step,  # Of a result whose tokens were recorded
-    lm,  # Whose tokenizer names the tokens
+    lm:LM,  # Whose tokenizer names the tokens
     b:int=0,  # Which sequence
     ax=None,  # matplotlib axes
 ):  # The axes

@@ -23,7 +23,7 @@ TIE = 1e-4  # Scores closer than this may change places by rounding alone
 @torch.no_grad()
 def scores_at(
     lm:LM,  # Model and adapter
-    target,  # `Plain` or `CoLD`
+    target:Plain|CoLD,  # Whose distribution is decoded
     ids:torch.Tensor,  # One sequence `(t,)`
 ) -> torch.Tensor:  # The target's scores of the next token `(v,)`
     "Return what the target thinks of every next token, by a pass over the whole sequence"
@@ -51,7 +51,7 @@ class Difference:
 
 def first_difference(
     lm:LM,  # Model and adapter
-    target,  # Whose scores decide
+    target:Plain|CoLD,  # Whose scores decide
     prompt:torch.Tensor,  # Ids `(t,)`
     fast:list,  # New tokens of the fast way
     slow:list,  # New tokens of the slow way
@@ -95,7 +95,7 @@ def _remembered(run):
 def check(
     lm:LM,  # Model and adapter
     name:str,  # For readers
-    target,  # `Plain` or `CoLD`
+    target:Plain|CoLD,  # Whose distribution is decoded
     fast,  # `run(ids, mask, n) -> new ids`
     slow,  # `run(ids, mask, n) -> new ids`
     batches:list,  # `(ids, mask)` pairs
