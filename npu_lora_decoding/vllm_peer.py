@@ -10,7 +10,7 @@ import contextlib, json, math, os, re, select, shutil, signal, subprocess, tempf
 from pathlib import Path
 import torch
 import npu_lora_decoding
-from .core import DecodingError, atomic_path, require, visible
+from .core import DecodingError, require, visible
 from .models import LM, encode_one
 from .cold import CoLD
 from .vllm_cold import engine_options, null_adapter
@@ -38,9 +38,9 @@ def find_vllm(
     require(found, f'{python} is no program', _REMEDY)
     ask = 'import importlib.util; print("has vllm:", importlib.util.find_spec("vllm") is not None)'
     with tempfile.TemporaryDirectory() as empty:
-        try: said = subprocess.run([os.path.abspath(found), '-c', ask], cwd=empty, env=_environment(empty, 1), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors='replace', timeout=seconds).stdout
+        try: said = subprocess.run([os.path.abspath(found), '-c', ask], cwd=empty, env=_environment(empty, 1), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors='replace', timeout=seconds).stdout.splitlines()
         except (OSError, subprocess.TimeoutExpired) as e: raise DecodingError(f'{python} is no Python that answers ({e}): {_REMEDY}.') from e
-    require('has vllm:' in said, f'{python} is no Python', _REMEDY)
+    require({'has vllm: True', 'has vllm: False'} & {*said}, f'{python} is no Python', _REMEDY)
     require('has vllm: True' in said, f'{python} has no vLLM', f'install vLLM there, or {_REMEDY}')
     return os.path.abspath(found)
 
@@ -126,7 +126,7 @@ def merged_folder(
     folder:str|Path,  # To appear
 ) -> Path:  # `folder`
     "Save a copy of the model with the adapter merged into its weights"
-    with atomic_path(folder) as tmp: merged_model(lm, adapter).save_pretrained(tmp)
+    merged_model(lm, adapter).save_pretrained(folder)
     return Path(folder)
 
 def _target(lm):
