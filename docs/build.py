@@ -17,7 +17,7 @@ from readme import fenced
 
 # The notebooks of each chapter by number; `14` is every 14 but those that stand elsewhere
 CHAPTERS = {'Basics': '00 01 02 03 04', 'CoLD': '05 12e 12f 12g', 'Tree and loop': '06 07', 'HASS: the head': '08', 'HASS: training': '09 10 11', 'HASS: decoding': '12', 'Temp-LoRA': '13 14',
-            'Measuring': '14a 14b 14c 15', 'Showing': '16', 'Command line': '16a 16b 16d 17', 'Tutorials': 'tutorials'}
+            'Measuring': '14a 14b 14c 14h 14i 14j 14k 15', 'Showing': '16', 'Command line': '16a 16b 16d 17', 'Tutorials': 'tutorials'}
 USE = {'which_method.md': 'Which method?', 'recipes.md': 'Recipes', 'limits.md': 'Honest limits', 'cards': 'Models and heads', 'kernels.md': 'Device kernels', 'cite.md': 'How to cite'}
 NAMED = {'www.w3.org', 'www.mathjax.org', 'bit.ly'}  # hosts that scripts name but never ask: namespaces, a link in a menu, one in an error message
 UNUSED = r'https://(unpkg\.com|api\.github\.com|cdn\.jsdelivr\.net)'  # of the theme and MathJax: diagrams, a repository's stars, formulas read aloud; no page uses them

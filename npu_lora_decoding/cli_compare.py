@@ -17,6 +17,7 @@ from .quality import save_rows
 from .temp_lora import TempLoRA
 from .reading import Progress, check_lengths, check_useful, document_ids, read_document, read_text
 from .plan import cost_of, shape_of
+from .vllm_peer import vllm_peers
 from .measure import compare, table
 from .advise import recommendation, verdicts
 from .show import plot_speed, token_ansi
@@ -62,6 +63,7 @@ def compare_methods(
     seed:int=0,  # Of torch's global generator
     head:str=None,  # Folder of a draft head, for hass_chain, hass_tree, hass_lookup, and these after cold_ or sample_
     assistant:str=None,  # Folder or hub id of a smaller model of the family, for transformers_assisted
+    vllm:str=None,  # Python of an environment with vLLM, for vllm_greedy, vllm_lora and vllm_cold
     text:str=None,  # Also read this long text with and without Temp-LoRA: a UTF-8 file, or king_james
     text_tokens:int=16384,  # Of its beginning
     chunk:int=512,  # Tokens of it that are learned at once
@@ -75,9 +77,11 @@ def compare_methods(
     items = prompts_of(prompts, answer=answer if metric else None, prompt=prompt)  # a mistake in the prompts is named before the model is loaded
     lm, folder = load_target(model, adapter, dtype, device)
     looks = Looks(lm, items, new_tokens, shown) if html else None
-    rows = compare(lm, folder, items, methods.split(','), new_tokens, batch, rounds, CoLD(alpha, beta), compile, metric, head, None, timed, answer_tokens or (96 if verses else None), assistant, look=looks and looks.add)
+    judged, target = answer_tokens or (96 if verses else new_tokens), CoLD(alpha, beta)
+    with vllm_peers(vllm, lm, items, max(new_tokens, judged), batch, target) as (others, seen):
+        rows = compare(lm, folder, items, methods.split(','), new_tokens, batch, rounds, target, compile, metric, head, others, timed, judged, assistant, look=looks and looks.add)
     task = dict(task='king_james' if verses else Path(prompts).name, part='test' if verses else None, adapter=folder and Path(folder).name)
-    rows = [r if r['method'] == 'environment' else r | task for r in rows]
+    rows = [r | (seen if r['method'] == 'environment' else task) for r in rows]
     print(table(rows, relative_to, full=True))
     if text: rows = _long_text(lm, text, text_tokens, settings, rows)
     about = f'{len(items)} {"held-out verses" if verses else f"prompts of {Path(prompts).name}"}, {len(items[:timed])} of them timed in {rounds} rounds; {f"adapter {Path(folder).name}" if folder else "no adapter"}; CoLD alpha {alpha:g}, beta {beta:g}'

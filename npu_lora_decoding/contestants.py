@@ -128,6 +128,7 @@ class Method:
     same_as:str|None=None  # The method that writes the same without guessing
     compiles:bool=False  # Whether `compile` makes a difference to it
     share:float=1.  # Of its rows, those that multiply the adapter beside the base
+    apart:bool=False  # Runs in another process, whose memory is not ours to see
 
 def guessing(
     target,  # Whose distribution is decoded

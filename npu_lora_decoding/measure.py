@@ -69,6 +69,7 @@ def _check(names, known, adapter, batch, n):
     for name in names:
         require(name in known or not ('hass' in name and name in methods(head='any')), f'{name} needs a draft head', 'give one with --head, or leave the method out')
         require(name in known or name != 'transformers_assisted', f'{name} needs a smaller model of the same family', 'give one with --assistant, or leave the method out')
+        require(name in known or name not in ('vllm_greedy', 'vllm_lora', 'vllm_cold'), f'{name} needs vLLM, which has an environment of its own', 'name its Python with --vllm, or leave the method out')
         require(name in known, f'unknown method {name!r}', f'use some of {", ".join(known)}')
         require(adapter is not None or not known[name].needs_adapter, f'{name} needs an adapter', 'give one with --adapter, or leave the method out')
         require(batch == 1 or not known[name].single, f'{name} decodes one sequence at a time', 'use --batch 1, or leave the method out')
@@ -132,7 +133,7 @@ def compare(
     for n in names:
         over, m = _reference(n, known[n], names), known[n]
         rows.append(dict(method=n, peer=m.peer) | about | _speed(clocks[n], over and clocks[over], over, len(batches), batch) | _quality(scores, n, 'greedy' if 'greedy' in names else names[0], metric) |
-                    dict(tau=taus.get(n, work[n][1] if m.guesses else 1.), flops_per_token=work[n][0], peak_mb=weights + mb[n], same_as=m.same_as, judged_as=twins.get(n), equal_tokens=_equal(said, n), compiled=compile and m.compiles))
+                    dict(tau=taus.get(n, work[n][1] if m.guesses else 1.), flops_per_token=work[n][0], peak_mb=None if m.apart else weights + mb[n], same_as=m.same_as, judged_as=twins.get(n), equal_tokens=_equal(said, n), compiled=compile and m.compiles))
     return rows + [environment()]
 
 def _turns(runs, batches, rounds, n):
