@@ -35,12 +35,12 @@ def find_vllm(
 ) -> str:  # Its path
     "Return the Python of an environment with vLLM; raises `DecodingError` for what is none"
     found = shutil.which(os.path.expanduser(python))
-    require(found, f'{python} is no program', _REMEDY)
+    if found is None: raise DecodingError(f'{python} is no program: {_REMEDY}.')
     ask = 'import importlib.util; print("has vllm:", importlib.util.find_spec("vllm") is not None)'
     with tempfile.TemporaryDirectory() as empty:
         try: said = subprocess.run([os.path.abspath(found), '-c', ask], cwd=empty, env=_environment(empty, 1), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors='replace', timeout=seconds).stdout.splitlines()
         except (OSError, subprocess.TimeoutExpired) as e: raise DecodingError(f'{python} is no Python that answers ({e}): {_REMEDY}.') from e
-    require({'has vllm: True', 'has vllm: False'} & {*said}, f'{python} is no Python', _REMEDY)
+    require(bool({'has vllm: True', 'has vllm: False'} & {*said}), f'{python} is no Python', _REMEDY)
     require('has vllm: True' in said, f'{python} has no vLLM', f'install vLLM there, or {_REMEDY}')
     return os.path.abspath(found)
 
@@ -83,7 +83,7 @@ class Engine:
             more = os.read(self._answers, 2**16) if ready else b''
             self._read += more
             if not more and (ready or self.process.poll() is not None): self._ended()
-            require(more or time.monotonic() < until, f'{self.name} has not answered for {self.patience:g} seconds{self._said()}', f'use a smaller model or fewer tokens, or leave {self.name} out')
+            require(bool(more) or time.monotonic() < until, f'{self.name} has not answered for {self.patience:g} seconds{self._said()}', f'use a smaller model or fewer tokens, or leave {self.name} out')
         line, self._read = self._read.split(b'\n', 1)
         return line
 

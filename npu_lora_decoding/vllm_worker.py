@@ -72,7 +72,7 @@ def start(
     "Start the engine of this process"
     import vllm, torch
     llm = vllm.LLM(**engine)
-    answer = contrasted(llm, **contrast) if plainly is None else plain(llm, **plainly)
+    answer = contrasted(llm, **(contrast or {})) if plainly is None else plain(llm, **plainly)
     return dict(vllm=vllm.__version__, threads=torch.get_num_threads()), answer
 
 def serve(
