@@ -213,7 +213,8 @@ def test_engines_and_their_children_end_with_the_block(stand, lm, folders, error
     assert gone(stand, 3) and not Path(stand.seen()[0]['cwd']).exists()  # a killed process is gone a moment later
 
 COMMAND = '''
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 from npu_lora_decoding.cli import main
 sys.argv = ['nld', 'compare', '--vllm', {python!r}, '--model', {model!r}, '--adapter', 'none', '--prompts', '1', '--methods', 'greedy,vllm_greedy', '--new-tokens', '4', '--rounds', '1', '--dtype', 'fp32', '--device', 'cpu']
 main()
