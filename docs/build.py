@@ -173,9 +173,16 @@ class Page(HTMLParser):
 
 def remote(url): return bool(re.match(r'(?:[a-z][a-z+.-]*:)?//', url.strip(), re.I))
 
+def is_data(script):
+    "Whether a script gives a name to JSON and does nothing else, as the search index does: what it quotes is not fetched"
+    m = re.fullmatch(r'(?s)\s*var \w+\s*=\s*(.*?);?\s*', script)
+    try: return bool(m) and isinstance(json.loads(m[1]), dict)
+    except ValueError: return False
+
 def asked(kind, text):
     "Return the addresses elsewhere that a style or script may fetch"
     if kind == 'style': return [u for u in re.findall(r'(?:url\(|@import)\s*["\']?\s*([^"\')\s;]+)', text) if remote(u)]
+    if is_data(text): return []
     return [u for u in re.findall(r'(?:https?|wss?):\\?/\\?/[\w.-]+', re.sub(r'(?s)/\*.*?\*/', '', text)) if re.split(r'[/\\]+', u)[1] not in NAMED]
 
 def problems_of(site):

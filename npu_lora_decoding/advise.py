@@ -148,5 +148,6 @@ def recommendation(
     if use: first = f'Use {" and ".join(v.idea for v in use)}: {"; ".join(v.reason for v in use)}.'
     elif fails: first = f'Use none of {", ".join(v.idea for v in fails)} here: plain greedy decoding is enough.'
     else: first = 'Nothing can be recommended yet.'
-    rest = [*(f'{v.reason} too' for v in guess[1:]), *(v.reason for v in fails), *(v.reason for v in open_)]
-    return first + (f' {("; ".join(rest))[:1].upper()}{("; ".join(rest))[1:]}.' if rest else '')
+    rest = '; '.join([*(f'{v.reason} too' for v in guess[1:]), *(v.reason for v in fails), *(v.reason for v in open_)])
+    if '_' not in rest.partition(' ')[0]: rest = rest[:1].upper() + rest[1:]  # a method's name stays as it is written
+    return first + (f' {rest}.' if rest else '')

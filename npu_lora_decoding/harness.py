@@ -22,7 +22,7 @@ def unmasked_logits(
     target,  # `Plain()` or `CoLD(alpha, beta)`
     ids:torch.Tensor,  # `(b, t)`
 ) -> torch.Tensor:  # `(b, t, v)`
-    "Return the logits that likelihoods are computed from: $(1 + \beta)e - \beta a$, without CoLD's mask"
+    r"Return the logits that likelihoods are computed from: $(1 + \beta)e - \beta a$, without CoLD's mask"
     bank, contrast = bank_of(lm), 'base' in target.roles
     require(bank is not None or not contrast, 'CoLD contrasts an adapter with its base, but there is no adapter', 'give adapter=FOLDER')
     if bank is None: return lm.model(ids).logits

@@ -182,13 +182,14 @@ def _cell(x, f='{:.2f}', interval=None, zero=None):
     kind = '' if zero is None or low is None else ' class="better"' if low > zero else ' class="worse"' if high < zero else ''
     return f'<td{kind}>{f.format(x)}' + (f' <small>{f.format(low)} to {f.format(high)}</small>' if interval else '') + '</td>'
 
+_LENT = 'Scores of another method: one that guesses wrote that one\'s timed tokens, and was not judged again. '
 _HEADS = ('method', 'quality, 95%', 'gain, 95%', 'tokens/s', 'times as fast, 95%', 'as', 'tokens a pass', 'ms to first token', 'ms a step, spread', 'GFLOPs a token', 'peak MB', 'same tokens as greedy')
 
 def _table(rows):
     "Return all methods as a table"
     body = []
     for r in _measured(rows):
-        notes = ', '.join(n for n, on in (('peer', r['peer']), ('compiled', r.get('compiled')), (f'judged as {_E(r.get("judged_as"))}, whose tokens it wrote', r.get('judged_as'))) if on)
+        notes = ', '.join(n for n, on in (('peer', r['peer']), ('compiled', r.get('compiled')), (f'scores of {_E(r.get("judged_as"))}', r.get('judged_as'))) if on)
         work = r.get('flops_per_token')
         body.append(f'<tr><td title="{_E(r["method"])}">{_E(r["method"])}{f" <small>{notes}</small>" if notes else ""}</td>' + _cell(r['quality'], '{:.2f}', r['quality_interval']) + _cell(r.get('gain'), '{:+.2f}', r.get('gain_interval'), 0 if (r.get('items') or 0) >= ENOUGH else None) +
                     _cell(r['tokens_per_s'], '{:.1f}') + _cell(r.get('speedup'), '{:.2f}', r.get('speedup_interval'), 1 if len(r['ms_runs'][0]) >= BATCHES else None) + f'<td>{_E(r.get("speedup_over") or "–")}</td>' + _cell(r.get('tau')) + _cell(r.get('ms_to_first'), '{:.0f}') +
@@ -224,7 +225,7 @@ def page(
     pareto, reach = pareto_svg(rows), acceptance_svg(looks.counts if looks else {})
     facts = [about, *([f'{seen[0]["model"]}, {seen[0]["dtype"]}, {seen[0]["device"]}, batch {seen[0]["batch"]}, {seen[0]["new_tokens"]} new tokens'] if seen else []), ', '.join(f'{k} {v}' for k, v in env.items() if k not in ('method', 'recommendation', 'verdicts') and v is not None)]
     body = [f'<h1>{_E(title)}</h1>', *(f'<p class="soft">{_E(f)}</p>' for f in facts if f), '<h2>What to use here</h2>', _advice(rows), '<h2>All methods</h2>', _table(rows),
-            f'<p class="soft">A gain is paired, item by item, with the reference (greedy, or else the first row). Methods took turns in one process. A ratio compares two methods turn by turn; intervals are 95% and resample prompts. Green or red: the interval excludes "no difference", on at least {ENOUGH} items or {BATCHES} timed batches. With many rows, one in forty looks better by chance.</p>',
+            f'<p class="soft">{_LENT if any(r.get("judged_as") for r in rows) else ""}A gain is paired, item by item, with the reference (greedy, or else the first row). Methods took turns in one process. A ratio compares two methods turn by turn; intervals are 95% and resample prompts. Green or red: the interval excludes "no difference", on at least {ENOUGH} items or {BATCHES} timed batches. With many rows, one in forty looks better by chance.</p>',
             '<h2>Quality against speed</h2>', f'<figure>{pareto}<figcaption>Dots are means, lines 95% intervals of the quality itself and of the speed. The dashed line is the frontier: it joins, in blue, the methods that no other beats in both; grey ones are beaten. Hollow dots are other libraries. Whether a difference is more than chance is said by the paired gain in the table.</figcaption></figure>' if pareto else '<p class="soft">No answers were judged: give prompts with answers, and a metric.</p>',
             *(['<h2>How far guesses reach</h2>', f'<figure>{reach}<figcaption>Share of right guesses by position, given those before, over the first prompts; positions tried fewer than {_FEW} times are left out.</figcaption></figure>'] if reach else []), _long_text(rows), _tokens(looks)]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><meta http-equiv="Content-Security-Policy" content="default-src \'none\';style-src \'unsafe-inline\'"><title>{_E(title)}</title><style>{_CSS}</style>'

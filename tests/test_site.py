@@ -1,5 +1,5 @@
 "The documentation site: what its build script promises, without the generator, which has an environment of its own (`make site`)"
-import importlib, importlib.util
+import ast, importlib, importlib.util, re
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,3 +146,14 @@ def test_styles_and_scripts_are_read_too(site):
     (site/'a.css').write_text("@font-face { src: url('https://fonts.org/a.woff2') }"); (site/'a.js').write_text(r'x = "https:\/\/cdn.org/a.js"; y = new WebSocket("wss://b.org")')
     assert build.problems_of(site) == ['a.css: asks https://fonts.org/a.woff2', r'a.js: asks https:\/\/cdn.org', 'a.js: asks wss://b.org']
     assert build.problems_of(site/'empty') == [f'{site/"empty"} has no pages']
+
+def test_data_fetches_nothing_and_code_may():
+    index = 'var __index = {"docs":[{"text":"ask(\'http://a.b\')"}]}'
+    assert build.asked('script', index) == [] and build.asked('script', index + ';\n') == []
+    for code in (index + ';fetch("http://a.b")', index.replace('}]}', '}], "x": fetch("http://a.b")}'), 'fetch("http://a.b")'): assert 'http://a.b' in build.asked('script', code)
+
+@pytest.mark.parametrize('path', sorted((ROOT/build.PACKAGE).glob('[!_]*.py')), ids=lambda p: p.stem)
+def test_no_docstring_lost_a_backslash(path):
+    r"`\beta` in a string that is not raw is a control character and `eta`, and its formula cannot be drawn"
+    said = [ast.get_docstring(o) or '' for o in ast.walk(ast.parse(path.read_text(encoding='utf-8'))) if isinstance(o, (ast.FunctionDef, ast.ClassDef, ast.Module))]
+    assert not [s for s in said if re.search(r'[\x00-\x08\x0b-\x1f]', s)]
