@@ -17,7 +17,7 @@ from .cold import CoLD
 from .quality import Interval, answers, batches_of, bootstrap, judge, paired
 from .plan import shape_of
 from .work import adapter_weights, draft_shape, flops_of, tokens_a_pass, watched
-from .contestants import methods
+from .contestants import JUDGED, methods
 
 # %% ../nbs/15_measure.ipynb #695f5842
 def step_seconds(
@@ -149,11 +149,9 @@ def _turns(runs, batches, rounds, n):
 
 def _scores(lm, prompts, runs, known, tokens, batch, metric, twins):
     "Return every method's score of every prompt's answer"
-    wide = lambda name: 1 if known[name].single else max(batch, _JUDGED)
+    wide = lambda name: 1 if known[name].single else max(batch, JUDGED)
     found = {name: judge(answers(lm, prompts, run, tokens, wide(name)), prompts, metric) for name, run in runs.items() if name not in twins}
     return {name: found[twins.get(name, name)] for name in runs}
-
-_JUDGED = 8  # Prompts at once where nothing is timed
 
 def _reference(name, method, names):
     "Return the method that a row's speed is compared with: the same without guesses, else greedy, else the first"

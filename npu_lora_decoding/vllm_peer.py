@@ -17,7 +17,7 @@ from .vllm_cold import engine_options, null_adapter
 from .vllm_ask import refusal_token
 from .quality import prompt_of
 from .plan import shape_of
-from .contestants import Method, merged_model
+from .contestants import JUDGED, Method, merged_model
 
 # %% ../nbs/14k_vllm_peer.ipynb #087b78e8
 def _environment(folder, space):
@@ -118,8 +118,6 @@ def _run(engine, pad):
     return run
 
 # %% ../nbs/14k_vllm_peer.ipynb #b0bc7369
-_WIDTH = 8  # Prompts at once where answers are judged, see `15_measure`
-
 def merged_folder(
     lm:LM,  # Model
     adapter:str|Path,  # PEFT folder
@@ -146,7 +144,7 @@ class Peers:
         target:CoLD,  # Dials of the contrast
         patience:float,  # Seconds until an answer is given up
     ):
-        self.python, self.work, self.target, self.patience, self.width = python, work, target, patience, max(batch, _WIDTH)
+        self.python, self.work, self.target, self.patience, self.width = python, work, target, patience, max(batch, JUDGED)
         self.longest, self.cache = min(longest, lm.context), shape_of(lm.model, None).cache
         self.stack, self.about = contextlib.ExitStack(), {}
         (work/'path').mkdir(); (work/'path'/'npu_lora_decoding').symlink_to(Path(npu_lora_decoding.__file__).resolve().parent)
