@@ -89,9 +89,10 @@ def speed(lora, alone, prompts, batch, n, rounds, how):
             began = time.perf_counter(); wrote = f()
             assert all(len(w) == n for w in wrote), (name, [len(w) for w in wrote])
             if i: runs[name].append(time.perf_counter() - began)
-    ratio = lambda a, b: statistics.median(x / y for x, y in zip(runs[a], runs[b]))  # of neighbours in time
+    turns = lambda a, b: sorted(y / x for x, y in zip(runs[a], runs[b]))  # ratios of throughput, of neighbours in time
+    ratios = dict(throughput_to_plain=turns('cold', 'plain'), throughput_to_lora=turns('cold', 'lora'), lora_to_plain=turns('lora', 'plain'))
     per_token = {f'{name}_ms_per_token': 1000 * statistics.median(r) / (len(prompts) * n) for name, r in runs.items()}
-    return dict(method='vllm_cold_speed', batch=batch, prompts=len(prompts), new_tokens=n, rounds=rounds, throughput_to_plain=1 / ratio('cold', 'plain'), throughput_to_lora=1 / ratio('cold', 'lora'), lora_to_plain=1 / ratio('lora', 'plain')) | per_token
+    return dict(method='vllm_cold_speed', batch=batch, prompts=len(prompts), new_tokens=n, rounds=rounds, **{k: statistics.median(r) for k, r in ratios.items()}, spread={k: [r[0], r[-1]] for k, r in ratios.items()}) | per_token
 
 def ask_server(target, how, prompts, messages, n, pairs, context):
     "Return what a server on this machine answers to pairs of ids, and to one of messages, after its probe"
@@ -180,7 +181,7 @@ def main():
     parser.add_argument('--new-tokens', type=int, default=24, help='longest answer')
     parser.add_argument('--alpha', type=float, default=.1, help='CoLD\'s plausibility')
     parser.add_argument('--beta', type=float, default=.5, help='CoLD\'s strength')
-    parser.add_argument('--rounds', type=int, default=3, help='turns of each contestant')
+    parser.add_argument('--rounds', type=int, default=5, help='turns of each contestant')
     parser.add_argument('--skip', type=lambda s: s.split(','), default=[], help='speed, server, or both')
     parser.add_argument('--json', help='write the rows here')
     options = parser.parse_args()
