@@ -22,10 +22,10 @@ lab: $(READY) ## Open the notebooks in JupyterLab
 	.venv/bin/jupyter lab nbs
 
 notebooks: $(READY) ## Run every notebook in place and store its outputs
-	.venv/bin/python tests/run_notebooks.py
+	.venv/bin/python tools/run_notebooks.py
 
 readme: $(READY) ## Write README.md from nbs/index.ipynb
-	.venv/bin/python tests/readme.py > README.md.new && mv README.md.new README.md
+	.venv/bin/python tools/readme.py > README.md.new && mv README.md.new README.md
 
 site: $(READY) ## Build the documentation site into docs/_build/site, offline, and check it
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash docs/run

@@ -12,7 +12,7 @@ from nbdev.process import NBProcessor
 
 DOCS = Path(__file__).resolve().parent
 ROOT, OUT, PACKAGE = DOCS.parent, DOCS/'_build', 'npu_lora_decoding'
-sys.path[:0] = [str(ROOT), str(ROOT/'tests')]
+sys.path[:0] = [str(ROOT), str(ROOT/'tools')]
 from readme import fenced
 
 # The notebooks of each chapter by number; `14` is every 14 but those that stand elsewhere

@@ -1,4 +1,4 @@
-"The two scripts that turn notebooks into what readers see: readme.py and run_notebooks.py"
+"The two tools that turn notebooks into what readers see: tools/readme.py and tools/run_notebooks.py"
 import json, re
 from pathlib import Path
 import pytest
