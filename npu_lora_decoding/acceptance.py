@@ -12,10 +12,12 @@ import gzip, importlib.util, json
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from .core import DecodingError, generator, require
-from .models import LM, encode_one
+from .errors import DecodingError, require
+from .devices import generator
+from .decode import LM
+from .models import encode_one
 from .tree import accept
-from .draft_head import DraftHead
+from .head import DraftHead
 from .draft_tree import HeadCache, draft_tree
 from .align import aligned_step, next_inputs
 from .features import target_features

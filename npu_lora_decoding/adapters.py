@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from .core import DecodingError, read_json, require
+from .errors import DecodingError, require
+from .files import read_json
 
 # %% ../nbs/00a_adapters.ipynb #de3c39b5
 def toy_model(

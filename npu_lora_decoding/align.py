@@ -8,7 +8,7 @@ __all__ = ['shift', 'near_mask', 'far_mask', 'aligned_attention', 'aligned_step'
 # %% ../nbs/10_align.ipynb #fbeda56d
 from collections.abc import Sequence
 import torch
-from .draft_head import DraftHead
+from .head import DraftHead
 
 # %% ../nbs/10_align.ipynb #ed9f21d9
 def shift(

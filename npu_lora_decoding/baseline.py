@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from .core import require
+from .errors import require
 
 # %% ../nbs/02_baseline.ipynb #82f9d439
 def positions_of(

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
-from .core import require
+from .errors import require
 from .rows import layer_window
-from .temp_lora import TempLoRA, TemporaryAdapter, base_weight, token_losses
+from .temp_lora import TempLoRAConfig, TemporaryAdapter, token_losses
+from .model_shape import base_weight
 
 # %% ../nbs/14_cache_reuse.ipynb #65bef5d0
 @dataclass
@@ -55,7 +56,7 @@ def parse_rule(
     return name, x
 
 def due(
-    settings:TempLoRA,  # Window, and when to recompute
+    settings:TempLoRAConfig,  # Window, and when to recompute
     marks:Marks,  # What is cached
     start:int,  # Where the next chunk begins
     drift=None,  # Function that measures how far cached keys have moved; asked only by that policy
@@ -68,7 +69,7 @@ def due(
     return name == 'every' and marks.chunks >= x or name == 'drift' and drift() > x
 
 def surplus(
-    settings:TempLoRA,  # Window, and what stays in it
+    settings:TempLoRAConfig,  # Window, and what stays in it
     marks:Marks,  # What is cached
     start:int,  # Where the next chunk begins
 ) -> tuple:  # Tokens, sinks
@@ -97,7 +98,7 @@ def key_drift(
     return sum(shares) / len(shares)
 
 def check_layers(
-    settings:TempLoRA,  # Window and policy
+    settings:TempLoRAConfig,  # Window and policy
     config,  # Of the model
 ):
     "Raise `DecodingError` where the policy needs keys that layers with a sliding window have forgotten"
@@ -136,7 +137,7 @@ class Reader:
     cache:DynamicCache|None  # None before the first chunk
     def __init__(self,
         model:PreTrainedModel,  # Causal LM; its adapter is attached by whoever calls
-        settings:TempLoRA,  # Window, and when to recompute
+        settings:TempLoRAConfig,  # Window, and when to recompute
     ): self.model, self.settings, self.cache, self.marks = model, settings, None, Marks()
 
     def losses(self,

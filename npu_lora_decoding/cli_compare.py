@@ -9,19 +9,23 @@ __all__ = ['prompts_of', 'compare_methods', 'demo']
 from dataclasses import asdict, replace
 from pathlib import Path
 import torch
-from .core import require
-from .models import EMBEDDED, LM, shipped_head
-from .cold import CoLD, Plain
+from .errors import require
+from .models import EMBEDDED, shipped_head
+from .decode import LM
+from .cold import CoLD
+from .choose import Plain
 from .tasks import king_james, read_bible, read_items
-from .quality import save_rows
-from .temp_lora import TempLoRA
+from .files import save_rows
+from .writing import TempLoRA
 from .reading import Progress, check_lengths, check_useful, document_ids, read_document, read_text
-from .plan import cost_of, shape_of
+from .plan import cost_of
+from .model_shape import shape_of
 from .vllm_peer import vllm_peers
 from .measure import compare, table
-from .advise import recommendation, verdicts
-from .show import plot_speed, token_ansi
-from .commands import COMMANDS, command, load_target, run, save_plot
+from .recommend import recommendation, verdicts
+from .show import plot_speed, token_ansi, save_plot
+from .commands import COMMANDS, command
+from .contestants import load_target
 from .report import Looks, save_page
 from .cli_memory import reading_row
 

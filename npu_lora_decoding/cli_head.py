@@ -7,14 +7,16 @@ __all__ = ['train_head', 'write', 'accept', 'export_head']
 
 # %% ../nbs/16b_cli_head.ipynb #cf51cd7c
 from pathlib import Path
-from .core import get_dtype, require
+from .devices import get_dtype
+from .errors import require
 from .models import embedded_folder
-from .commands import command, load_target
+from .commands import command
+from .contestants import load_target
 from .conversations import read_conversations, read_prompts
 from .acceptance import humaneval_prompts
 from .measure import environment
-from .quality import save_rows
-from .ring import WriteConfig
+from .files import save_rows
+from .continuous_batching import WriteConfig
 from .write import write_conversations
 from .recipe import RECIPES, HeadTraining
 from .make_head import Source, acceptance_rows, make_head, texts_of

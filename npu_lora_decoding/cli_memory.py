@@ -10,14 +10,17 @@ import math, statistics
 from dataclasses import asdict, replace
 from pathlib import Path
 import numpy as np
-from .core import require
-from .commands import command, load_target, save_plot
+from .errors import require
+from .commands import command
+from .contestants import load_target
+from .show import save_plot
 from .tasks import read_bible
 from .measure import environment
-from .quality import save_rows
-from .temp_lora import TempLoRA
+from .files import save_rows
+from .writing import TempLoRA
 from .reading import SEGMENTS, Progress, change, check_lengths, check_useful, document_ids, read_document, read_text
-from .plan import cost_of, shape_of
+from .plan import cost_of
+from .model_shape import shape_of
 
 # %% ../nbs/16d_cli_memory.ipynb #c3b5de37
 def perplexity_table(

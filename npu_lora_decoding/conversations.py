@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from jinja2 import TemplateError
-from .core import DecodingError, require
-from .models import LM, encode_one
-from .ring import end_tokens
+from .errors import DecodingError, require
+from .decode import LM
+from .models import encode_one, end_tokens
+
 
 # %% ../nbs/10a_conversations.ipynb #cb86b4dd
 def _json_lines(file):

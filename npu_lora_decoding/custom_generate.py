@@ -10,16 +10,17 @@ import json, shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from transformers import StopStringCriteria
-import npu_lora_decoding
 from . import ops
-from .core import atomic_path, read_json, require
+from .files import atomic_path, read_json
+from .errors import require
 from .adapters import load_adapter, read_adapter_config
 from .lora import AdapterBank
 from .handed_over import told_to_generate
 from .decode import Decoder
-from .draft_head import read_checkpoint
+from .checkpoint import read_checkpoint
 from .contestants import drafters
 from .harness import target_of
+import npu_lora_decoding
 
 # %% ../nbs/15f_custom_generate.ipynb #a0086335
 _CODE = '''"Decodes with npu_lora_decoding; settings.json beside this file says how"

@@ -11,9 +11,10 @@ __all__ = ['LOSSES', 'LINEAR', 'soft_cross_entropy', 'topk', 'forward_kl', 'reve
 import math
 from dataclasses import dataclass
 from functools import partial
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from .core import DecodingError, require
+from .errors import DecodingError, require
 from . import ops
 
 # %% ../nbs/09_distill.ipynb #40a8abff

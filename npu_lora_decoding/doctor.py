@@ -10,14 +10,17 @@ __all__ = ['Outcome', 'on_device', 'check_cases', 'lora_loop', 'lora_gather', 'p
 # %% ../nbs/15c_doctor.ipynb #effa0ce7
 import functools, itertools
 from dataclasses import asdict, dataclass
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from . import ops
-from .core import get_device, has_device, require, time_interleaved
-from .models import LM
+from .devices import get_device, has_device
+from .errors import require
+from .timing import time_interleaved
+from .decode import LM, Decoder, Drafter, bank_of
 from .lora import LoraWeights, stack_slices
-from .cold import CoLD, Plain
+from .cold import CoLD
+from .choose import Plain
 from .tree import Tree
-from .decode import Decoder, Drafter, bank_of
 from .quality import batches_of
 from .contestants import methods
 from .verify import check, check_rows

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from .core import DecodingError, atomic_path, require, save_tensors
+from .errors import DecodingError, require
+from .files import atomic_path, save_tensors
 from .adapters import Adapter, fingerprint, recorded_base, same_base
 from .temp_lora import TemporaryAdapter, put_back
 

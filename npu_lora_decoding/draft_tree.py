@@ -8,9 +8,9 @@ __all__ = ['HeadCache', 'draft_chain', 'draft_tree']
 # %% ../nbs/08a_draft_tree.ipynb #8627181a
 from dataclasses import dataclass
 import torch
-from .core import require
+from .errors import require
 from .tree import Tree
-from .draft_head import DraftHead
+from .head import DraftHead
 
 # %% ../nbs/08a_draft_tree.ipynb #27d4dbb3
 class HeadCache:

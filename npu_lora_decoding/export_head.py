@@ -18,10 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
-from .core import DecodingError, atomic_path, read_json, require, save_tensors
+from .errors import DecodingError, require
+from .files import atomic_path, read_json, save_tensors
 from .adapters import fingerprint
-from .models import LM
-from .draft_head import DraftHead, check_vocab, frozen_of, load_head, read_checkpoint
+from .decode import LM
+from .head import DraftHead, check_vocab, frozen_of
+from .checkpoint import load_head, read_checkpoint
 from .features import target_features
 
 # %% ../nbs/12d_export_head.ipynb #aded363f

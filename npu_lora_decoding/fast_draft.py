@@ -8,9 +8,9 @@ __all__ = ['StaticHeadCache', 'static_head_cache', 'DraftProgram', 'FastDraft']
 # %% ../nbs/12b_fast_draft.ipynb #3f3078c7
 import torch
 from torch import nn
-from .core import require
+from .errors import require
 from . import ops
-from .draft_head import DraftHead
+from .head import DraftHead
 from .draft_tree import HeadCache, draft_chain, draft_tree
 
 # %% ../nbs/12b_fast_draft.ipynb #75bd53fa

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
-from .core import DecodingError, atomic_path, read_json, require, save_tensors
-from .models import LM
+from .errors import DecodingError, require
+from .files import atomic_path, read_json, save_tensors
+from .decode import LM, bank_of
 from .lora import AdapterBank
-from .decode import bank_of
-from .conversations import Example
 
 # %% ../nbs/10c_features.ipynb #35d6407c
 @torch.no_grad()

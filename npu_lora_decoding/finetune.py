@@ -10,14 +10,17 @@ __all__ = ['FinetuneConfig', 'tokenize', 'collate', 'answer_loss', 'batch_of_ste
 import hashlib, json, math, random
 from dataclasses import asdict, dataclass
 from pathlib import Path
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from fastprogress.fastprogress import progress_bar
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from .core import DecodingError, atomic_path, ctrl_c, require, save_tensors
+from .errors import DecodingError, require
+from .files import atomic_path, ctrl_c, save_tensors
 from .adapters import fingerprint
-from .models import LM, encode_one
-from .recipe import learning_rate
+from .decode import LM
+from .models import encode_one
+from .training import learning_rate
 
 # %% ../nbs/14b_finetune.ipynb #267c9866
 @dataclass(frozen=True)

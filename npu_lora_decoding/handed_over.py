@@ -11,7 +11,7 @@ import torch
 from transformers import TextStreamer
 from transformers.generation import GenerationMixin
 from .baseline import positions_of
-from .core import require
+from .errors import require
 
 # %% ../nbs/06c_handed_over.ipynb #ef41328b
 _GENERATE = inspect.unwrap(GenerationMixin.generate).__code__

@@ -9,11 +9,11 @@ __all__ = ['unmasked_logits', 'target_of', 'register', 'main']
 import functools
 import torch
 from transformers import StopStringCriteria
-from .core import DecodingError, require
-from .commands import load_target
-from .cold import CoLD, Plain
+from .errors import DecodingError, require
+from .contestants import load_target, drafters
+from .cold import CoLD
+from .choose import Plain
 from .decode import Decoder, bank_of
-from .contestants import drafters
 
 # %% ../nbs/15e_harness.ipynb #923d5ced
 @torch.no_grad()

@@ -11,10 +11,11 @@ import contextlib
 from functools import lru_cache
 from dataclasses import dataclass
 from itertools import accumulate, groupby
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
-from .core import DecodingError, require
-from .adapters import Adapter, check_layer, LoraWeights
+from .errors import require
+from .adapters import Adapter, LoraWeights
 
 # %% ../nbs/03_lora.ipynb #adb76b18
 def lora_naive(

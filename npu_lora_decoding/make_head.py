@@ -10,10 +10,12 @@ __all__ = ['Source', 'gather', 'texts_of', 'head_name', 'make_head', 'acceptance
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
-from .core import generator, require
-from .models import LM
-from .draft_head import draft_rows, frozen_of, load_head
-from .ring import WriteConfig
+from .devices import generator
+from .errors import require
+from .decode import LM
+from .head import draft_rows, frozen_of
+from .checkpoint import load_head
+from .continuous_batching import WriteConfig
 from .conversations import deduplicated, encode_all, read_conversations, read_prompts
 from .write import write_conversations
 from .features import OnlineFeatures, StoredFeatures, data_hash, draft_vocabulary, target_features, write_features

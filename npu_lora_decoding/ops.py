@@ -13,7 +13,7 @@ __all__ = ['ALIGN', 'lora_shrink', 'lora_expand', 'lora', 'cold_scores', 'cold_s
 import contextlib, ctypes, functools, hashlib, importlib.util, warnings, weakref
 from typing import Any
 import torch
-from .core import DecodingError, require
+from .errors import require
 from .lora import lora_torch
 
 # %% ../nbs/04_ops.ipynb #95f58db0

@@ -12,10 +12,12 @@ from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 import torch
 from transformers import DynamicCache
-from .core import DecodingError, ctrl_c, require, stopwatch
-from .models import LM
-from .quality import Interval, paired
-from .temp_lora import TempLoRA, TemporaryAdapter, learn, temporary
+from .errors import DecodingError, require
+from .files import ctrl_c
+from .timing import stopwatch
+from .decode import LM
+from .statistics import Interval, paired
+from .temp_lora import TempLoRAConfig, learn, temporary
 from .document import load_document, save_document
 from .cache_reuse import Marks, Reader, check_layers, parse_rule
 
@@ -44,7 +46,7 @@ def document_ids(
     return text.to(lm.device)
 
 def check_lengths(
-    settings:TempLoRA,  # Of the memory
+    settings:TempLoRAConfig,  # Of the memory
     context:int,  # Longest input of the model
 ):
     "Raise `DecodingError` unless the model can see what the settings ask"
@@ -55,7 +57,7 @@ def check_lengths(
     require(not settings.epochs or learned <= context, f'training reads {settings.train_context} + {settings.chunk} tokens at once, more than the model\'s context of {context}', 'choose a smaller chunk or train_context')
 
 def check_useful(
-    settings:TempLoRA,  # Of the memory
+    settings:TempLoRAConfig,  # Of the memory
     tokens:int,  # Of the text
 ):
     "Raise `DecodingError` where the text fits into the window"
@@ -81,7 +83,7 @@ class Chunk:
 @dataclass
 class Reading:
     "A text's scores, chunk by chunk"
-    settings:TempLoRA  # Of the memory
+    settings:TempLoRAConfig  # Of the memory
     total:int  # Tokens of the text
     chunks:list=field(default_factory=list, repr=False)  # One `Chunk` for each part read
     notes:list=field(default_factory=list)  # What the memory says about how it went
@@ -135,7 +137,7 @@ def _restore(reader, out, tensors, meta, device):
 def read_document(
     lm:LM,  # Model and tokenizer, with a task adapter or without
     text:str|torch.Tensor,  # Text, or its tokens `(t,)`
-    settings:TempLoRA=TempLoRA(),  # With epochs=0: the base at the same window
+    settings:TempLoRAConfig=TempLoRAConfig(),  # With epochs=0: the base at the same window
     file:str|Path|None=None,  # Keep the state here, and go on from it
     save_every:int=16,  # Chunks between saves
     stop_after:int|None=None,  # Leave, saved, after so many chunks in this call

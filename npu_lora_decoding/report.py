@@ -8,12 +8,14 @@ __all__ = ['frontier', 'relative_speed', 'pareto_svg', 'acceptance_svg', 'Looks'
 # %% ../nbs/16e_report.ipynb #29cb07db
 import html, math
 from pathlib import Path
-from .core import atomic_path
-from .models import LM, encode
+from .files import atomic_path
+from .decode import LM
+from .models import encode
 from .tasks import Item
-from .quality import Interval, prompt_of, until_end
-from .measure import BATCHES, ENOUGH, speed_ratio
-from .advise import recommendation, verdicts
+from .statistics import Interval, ENOUGH
+from .quality import prompt_of, until_end
+from .measure import BATCHES, speed_ratio
+from .recommend import recommendation, verdicts
 from .show import token_html
 from .show_draft import proposer_html, reached
 

@@ -10,7 +10,8 @@ import contextlib, copy, weakref
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from .core import require, stopwatch
+from .errors import require
+from .timing import stopwatch
 from . import ops
 from .baseline import last_logits, positions_of
 from .tree import Tree, tree_mask

@@ -7,9 +7,8 @@ __all__ = ['COLOURS', 'proposer_html', 'plot_draft', 'reached', 'plot_reached', 
 
 # %% ../nbs/16c_show_draft.ipynb #e4b6969c
 import html
-from .core import DecodingError, require, visible
-from .models import LM
-from .decode import Result, Step
+from .errors import DecodingError, require, visible
+from .decode import LM, Result, Step
 
 # %% ../nbs/16c_show_draft.ipynb #05cf0447
 COLOURS = dict(target='#ffffff', head='#bfe3bf', lookup='#bcd6f2')  # others are yellow

@@ -9,7 +9,8 @@ __all__ = ['tree_sizes', 'pass_seconds', 'Calibration', 'best_size', 'Reach', 'S
 import statistics, weakref
 from dataclasses import dataclass, field
 import torch
-from .core import DecodingError, require, stopwatch
+from .errors import DecodingError, require
+from .timing import stopwatch
 from .tree import Tree, root_tree
 from .rows import Rows, StaticRows
 from .decode import Drafter

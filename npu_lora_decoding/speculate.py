@@ -9,11 +9,12 @@ __all__ = ['certain_slots', 'HASS']
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import torch
-from .core import require
+from .errors import require
 from .tree import Tree, root_tree
 from .rows import StaticRows
 from .decode import Drafter
-from .draft_head import DraftHead, draft_rows, frozen_of, load_head
+from .head import DraftHead, draft_rows, frozen_of
+from .checkpoint import load_head
 from .draft_tree import HeadCache, draft_chain, draft_tree
 from .sizing import SizedDrafter, tree_sizes
 from .fast_draft import DraftProgram, FastDraft, static_head_cache

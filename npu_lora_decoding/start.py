@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from .core import require
-from .draft_head import DraftHead
+from .errors import require
+from .head import DraftHead
 
 # %% ../nbs/10e_start.ipynb #5975d820
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from .core import DecodingError, require
+from .errors import DecodingError, require
 
 # %% ../nbs/14a_tasks.ipynb #e2681ad3
 @dataclass(frozen=True)

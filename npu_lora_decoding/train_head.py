@@ -20,14 +20,18 @@ from fastprogress.fastprogress import progress_bar
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.nn.utils import parametrize
-from .core import DecodingError, atomic_path, ctrl_c, generator, require, save_tensors
-from .models import LM
-from .draft_head import DraftHead, Frozen, draft_rows, frozen_of, head_config, save_head
+from .errors import DecodingError, require
+from .files import atomic_path, ctrl_c, save_tensors
+from .devices import generator
+from .decode import LM
+from .head import DraftHead, Frozen, draft_rows, frozen_of, head_config
+from .checkpoint import save_head
 from .distill import distill, join_taught, teach, token_weights
 from .align import aligned_step, next_inputs
 from .features import Batch, batch_of, plan_epoch
-from .acceptance import Acceptance, measure_acceptance
-from .recipe import HeadTraining, check_memory, learning_rate, make_optimizers, training_bytes
+from .acceptance import measure_acceptance
+from .recipe import HeadTraining, check_memory, make_optimizers, training_bytes
+from .training import learning_rate
 from .start import Scales, least_squares_start, measure_scales, plain_copy, precondition, random_start
 
 # %% ../nbs/11_train_head.ipynb #07a5e44e

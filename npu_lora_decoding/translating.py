@@ -9,13 +9,12 @@ __all__ = ['MODES', 'one_line', 'Form', 'Sentence', 'Translation', 'translate_do
 from dataclasses import dataclass, field
 import torch
 from transformers import StoppingCriteria
-from .core import require
-from .models import LM
-from .cold import Plain
-from .decode import Memory
-from .temp_lora import TempLoRA, learn, temporary
+from .errors import require
+from .decode import LM, Memory
+from .choose import Plain
+from .writing import TempLoRA, repetition
+from .temp_lora import learn, temporary, TempLoRAConfig
 from .reading import check_lengths
-from .writing import repetition
 
 # %% ../nbs/14g_translating.ipynb #8873a473
 def one_line(
@@ -75,7 +74,7 @@ class Sentence:
 @dataclass
 class Translation:
     "A translated document"
-    settings:TempLoRA  # Of the memory
+    settings:TempLoRAConfig  # Of the memory
     mode:str  # One of `MODES`
     sentences:list=field(default_factory=list, repr=False)  # A `Sentence` for each source
     chunks:list=field(default_factory=list, repr=False)  # Tokens and loss (nats a token, before the first update) of each chunk given to learning
@@ -219,7 +218,7 @@ def _summary(out, doc, new_tokens):
 def translate_document(
     lm:LM,  # Model and tokenizer, with a task adapter or without
     sources:list,  # Sentences in order; white space in them becomes single blanks
-    settings:TempLoRA=TempLoRA(),  # With epochs=0: the base at the same window. `recompute` has no say, since every sentence reads its context anew
+    settings:TempLoRAConfig=TempLoRA(),  # With epochs=0: the base at the same window. `recompute` has no say, since every sentence reads its context anew
     mode:str='own',  # What is context and is learned: own (the model's translations), gold (references: feedback after every sentence), source
     references:list|None=None,  # One a source; used in mode gold only, each after its sentence was translated
     form:Form=Form(),  # How a pair is written

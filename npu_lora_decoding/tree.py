@@ -9,7 +9,7 @@ __all__ = ['Tree', 'root_tree', 'ancestors', 'tree_mask', 'accept', 'in_step']
 from dataclasses import dataclass, replace
 from functools import cached_property
 import torch
-from .core import DecodingError, require
+from .errors import require
 
 # %% ../nbs/06_tree.ipynb #6fa8c3e1
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ __all__ = ['TIE', 'scores_at', 'gap', 'Difference', 'first_difference', 'Check',
 from contextlib import nullcontext
 from dataclasses import dataclass
 import torch
-from .core import require
-from .models import LM
-from .cold import CoLD, Plain
-from .decode import bank_of
+from .errors import require
+from .decode import LM, bank_of
+from .cold import CoLD
+from .choose import Plain
 from .quality import batches_of
 from .contestants import drafters, guessing, methods
 from .rows import Rows

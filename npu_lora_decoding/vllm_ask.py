@@ -10,7 +10,7 @@ import json, math, urllib.error, urllib.request, uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from .core import DecodingError, require
+from .errors import DecodingError, require
 from .cold import CoLD
 from .vllm_pairs import Twin
 

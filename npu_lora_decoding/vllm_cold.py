@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from .core import DecodingError, atomic_path, require, save_tensors
+from .errors import DecodingError, require
+from .files import atomic_path, save_tensors
 from .adapters import layer_names, read_adapter_config
 from .vllm_pairs import PairRows, Seat, WaitingRoom, contrast, read_twin
 

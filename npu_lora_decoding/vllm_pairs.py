@@ -9,7 +9,7 @@ __all__ = ['SAME', 'Twin', 'read_twin', 'Seat', 'PairRows', 'contrast', 'Waiting
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 import torch
-from .core import DecodingError, require
+from .errors import require
 from .cold import CoLD
 
 # %% ../nbs/12e_vllm_pairs.ipynb #5b04064e

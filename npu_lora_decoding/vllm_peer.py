@@ -9,15 +9,16 @@ __all__ = ['find_vllm', 'Engine', 'merged_folder', 'Peers', 'vllm_peers']
 import contextlib, json, math, os, re, select, shutil, signal, subprocess, tempfile, time
 from pathlib import Path
 import torch
-import npu_lora_decoding
-from .core import DecodingError, require, visible
-from .models import LM, encode_one
+from .errors import DecodingError, require, visible
+from .decode import LM
+from .models import encode_one
 from .cold import CoLD
 from .vllm_cold import engine_options, null_adapter
 from .vllm_ask import refusal_token
 from .quality import prompt_of
-from .plan import shape_of
+from .model_shape import shape_of
 from .contestants import JUDGED, Method, merged_model
+import npu_lora_decoding
 
 # %% ../nbs/14k_vllm_peer.ipynb #087b78e8
 def _environment(folder, space):

@@ -9,8 +9,8 @@ __all__ = ['Pass', 'watched', 'draft_shape', 'adapter_weights', 'flops_of', 'tok
 import contextlib
 from dataclasses import dataclass
 import torch
-from .draft_head import DraftHead
-from .plan import Shape, read_flops
+from .head import DraftHead
+from .model_shape import Shape, read_flops
 
 # %% ../nbs/14h_work.ipynb #2512fa28
 @dataclass(frozen=True)

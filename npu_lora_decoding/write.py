@@ -9,12 +9,16 @@ __all__ = ['vllm_engine', 'write_vllm', 'write_conversations']
 import hashlib, importlib.util, itertools, json, os, random, time
 from dataclasses import asdict
 from pathlib import Path
-import torch, transformers
+import torch
+import transformers
 from fastprogress.fastprogress import progress_bar
-from .core import DecodingError, atomic_path, generator, read_json, require
+from .errors import DecodingError, require
+from .files import atomic_path, read_json
+from .devices import generator
 from .adapters import fingerprint
-from .models import LM, encode_one
-from .ring import WriteConfig, after_question, end_tokens, heat, room_for, talks_from_nothing, talks_from_prompts, turn_edges, write_ring
+from .decode import LM
+from .models import encode_one, end_tokens
+from .continuous_batching import WriteConfig, after_question, heat, room_for, talks_from_nothing, talks_from_prompts, turn_edges, write_ring
 from .conversations import read_prompts
 
 # %% ../nbs/10b_write.ipynb #d948b9f8

@@ -5,11 +5,12 @@ python results/alignment.py OUT.json   (nothing else should run on the machine)
 import json, subprocess, sys
 import torch
 from npu_lora_decoding.align import aligned_step, far_mask, near_mask, next_inputs
-from npu_lora_decoding.core import generator, peak_memory, time_interleaved
-from npu_lora_decoding.draft_head import DraftHead, head_config
+from npu_lora_decoding.devices import generator
+from npu_lora_decoding.timing import peak_memory, time_interleaved
+from npu_lora_decoding.head import DraftHead, head_config
 from npu_lora_decoding.measure import environment
 from npu_lora_decoding.models import embedded_folder
-from npu_lora_decoding.quality import save_rows
+from npu_lora_decoding.files import save_rows
 from npu_lora_decoding.start import random_start
 from transformers import AutoConfig
 

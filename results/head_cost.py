@@ -6,11 +6,11 @@ import sys, tempfile
 from dataclasses import replace
 from pathlib import Path
 from npu_lora_decoding.conversations import encode_all, read_conversations
-from npu_lora_decoding.core import time_interleaved
+from npu_lora_decoding.timing import time_interleaved
 from npu_lora_decoding.features import OnlineFeatures, draft_vocabulary
 from npu_lora_decoding.measure import environment
-from npu_lora_decoding.models import load
-from npu_lora_decoding.quality import save_rows
+from npu_lora_decoding.decode import load
+from npu_lora_decoding.files import save_rows
 from npu_lora_decoding.recipe import RECIPES, HeadTraining
 from npu_lora_decoding.train_head import start_run, train_step
 

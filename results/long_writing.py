@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from npu_lora_decoding.cache_reuse import Reader
 from npu_lora_decoding.measure import environment
-from npu_lora_decoding.models import load
-from npu_lora_decoding.quality import save_rows
+from npu_lora_decoding.decode import load
+from npu_lora_decoding.files import save_rows
 from npu_lora_decoding.reading import document_ids, read_text
 from npu_lora_decoding.speculate import HASS
-from npu_lora_decoding.temp_lora import TempLoRA
+from npu_lora_decoding.writing import TempLoRA
 from npu_lora_decoding.writing import repetition
 
 HEAD, CHAPTER = Path(__file__).parent/'heads'/'smollm2-135m', 4096

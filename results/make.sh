@@ -34,7 +34,7 @@ speculation() {
 joined() {
     .venv/bin/python - "$@" <<'P'
 import json, sys
-from npu_lora_decoding.quality import save_rows
+from npu_lora_decoding.files import save_rows
 rows = [r for f in sys.argv[2:] for r in json.load(open(f))]
 save_rows([r for r in rows if r['method'] != 'environment'] + [r for r in rows if r['method'] == 'environment'][-1:], sys.argv[1])
 P

@@ -7,12 +7,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 import torch
 from npu_lora_decoding.cache_reuse import Reader
-from npu_lora_decoding.core import stopwatch
+from npu_lora_decoding.timing import stopwatch
 from npu_lora_decoding.measure import environment
-from npu_lora_decoding.models import load
-from npu_lora_decoding.quality import save_rows
+from npu_lora_decoding.decode import load
+from npu_lora_decoding.files import save_rows
 from npu_lora_decoding.reading import document_ids, read_text
-from npu_lora_decoding.temp_lora import TempLoRA, learn, temporary
+from npu_lora_decoding.writing import TempLoRA
+from npu_lora_decoding.temp_lora import learn, temporary
 
 CHOSEN = TempLoRA(chunk=1024, window=1536, train_context=128, epochs=1, lr=1e-3, dropout=0.)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib; matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 from npu_lora_decoding.cli_memory import plot_gain
-from npu_lora_decoding.quality import paired
+from npu_lora_decoding.statistics import paired
 from npu_lora_decoding.show import read_rows
 
 HERE, OURS, THEIRS = Path(__file__).parent, 'tab:blue', 'silver'

@@ -6,13 +6,15 @@ import json, math, statistics, sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from npu_lora_decoding.cache_reuse import Reader
-from npu_lora_decoding.core import stopwatch
+from npu_lora_decoding.timing import stopwatch
 from npu_lora_decoding.measure import environment
-from npu_lora_decoding.models import load
-from npu_lora_decoding.plan import learn_flops, memory_of, read_flops, shape_of
-from npu_lora_decoding.quality import save_rows
+from npu_lora_decoding.decode import load
+from npu_lora_decoding.plan import learn_flops, memory_of
+from npu_lora_decoding.model_shape import read_flops, shape_of
+from npu_lora_decoding.files import save_rows
 from npu_lora_decoding.reading import change, document_ids, read_text
-from npu_lora_decoding.temp_lora import TempLoRA, learn, temporary
+from npu_lora_decoding.writing import TempLoRA
+from npu_lora_decoding.temp_lora import learn, temporary
 
 def fresh(lm, ids, settings, start):
     "Score the chunk at `start` with as many tokens before it as the window holds; return nats and seconds"

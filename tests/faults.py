@@ -9,22 +9,23 @@ from npu_lora_decoding import finetune as ft, models, reading, train_head as th
 from transformers.models.llama.modeling_llama import LlamaMLP
 from npu_lora_decoding.adapters import fingerprint, load_adapter, toy_adapter
 from npu_lora_decoding.cold import CoLD
-from npu_lora_decoding.commands import save_plot
+from npu_lora_decoding.show import save_plot
 from npu_lora_decoding.conversations import read_conversations
-from npu_lora_decoding.core import DecodingError
-from npu_lora_decoding.draft_head import HeadMLP, load_head, save_head
+from npu_lora_decoding.errors import DecodingError
+from npu_lora_decoding.head import HeadMLP
+from npu_lora_decoding.checkpoint import load_head, save_head
 from npu_lora_decoding.export_head import check_export, export_head
 from npu_lora_decoding.features import StoredFeatures, write_features
 from npu_lora_decoding.finetune import FinetuneConfig, finetune
 from npu_lora_decoding.measure import compare
 from npu_lora_decoding.custom_generate import Settings, read_settings, write_custom_generate
-from npu_lora_decoding.models import load
-from npu_lora_decoding.quality import json_rows, save_rows
+from npu_lora_decoding.decode import load
+from npu_lora_decoding.files import json_rows, save_rows
 from npu_lora_decoding.reading import read_document
 from npu_lora_decoding.report import save_page
-from npu_lora_decoding.ring import WriteConfig
+from npu_lora_decoding.continuous_batching import WriteConfig
 from npu_lora_decoding.speculate import HASS
-from npu_lora_decoding.temp_lora import TempLoRA
+from npu_lora_decoding.writing import TempLoRA
 from npu_lora_decoding.translating import Form, translate_document
 from npu_lora_decoding.vllm_cold import null_adapter
 from npu_lora_decoding.write import write_conversations

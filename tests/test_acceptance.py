@@ -1,12 +1,11 @@
 "Acceptance without decoding: against drafting slot by slot, and against runs of the decoding loop"
 import gzip, json, sys
 import pytest, torch
-from npu_lora_decoding.acceptance import (Replay, Text, acceptance_table, best_tokens, chain_lengths, humaneval_prompts, measure_acceptance,
-                                          replay, summarise_replay, target_texts, text_positions, tree_acceptance)
+from npu_lora_decoding.acceptance import Replay, Text, acceptance_table, best_tokens, chain_lengths, humaneval_prompts, measure_acceptance, replay, summarise_replay, target_texts, text_positions, tree_acceptance
 from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
-from npu_lora_decoding.core import DecodingError
+from npu_lora_decoding.errors import DecodingError
 from npu_lora_decoding.decode import Drafter
-from npu_lora_decoding.draft_head import DraftHead, head_config
+from npu_lora_decoding.head import DraftHead, head_config
 from npu_lora_decoding.draft_tree import HeadCache, draft_chain, draft_tree
 from npu_lora_decoding.features import target_features
 from npu_lora_decoding.tree import Tree

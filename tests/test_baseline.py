@@ -2,9 +2,9 @@
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-from npu_lora_decoding.baseline import (_filtered, apply_temperature, beam_search, draw, greedy_cached, greedy_naive, keep_min_p, keep_top_k, keep_top_p,
-                                        next_logits, positions_of, sample_cached)
-from npu_lora_decoding.core import DecodingError, generator
+from npu_lora_decoding.baseline import _filtered, apply_temperature, beam_search, draw, greedy_cached, greedy_naive, keep_min_p, keep_top_k, keep_top_p, next_logits, positions_of, sample_cached
+from npu_lora_decoding.errors import DecodingError
+from npu_lora_decoding.devices import generator
 from npu_lora_decoding.adapters import toy_model
 from npu_lora_decoding.models import FAMILIES
 

@@ -2,12 +2,15 @@
 import json, subprocess, sys
 import pytest
 from npu_lora_decoding import cli, quality
-from npu_lora_decoding.cli import COMMANDS, parser_of, run
-from npu_lora_decoding.commands import save_plot
-from npu_lora_decoding.quality import json_rows, parse_arm
-from npu_lora_decoding.core import DecodingError
+from npu_lora_decoding.commands import COMMANDS, parser_of
+from npu_lora_decoding.cli import run
+from npu_lora_decoding.show import save_plot
+from npu_lora_decoding.files import json_rows
+from npu_lora_decoding.quality import parse_arm
+from npu_lora_decoding.errors import DecodingError
 from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
-from npu_lora_decoding.models import LM, embedded_folder, load_tokenizer
+from npu_lora_decoding.decode import LM
+from npu_lora_decoding.models import embedded_folder, load_tokenizer
 
 @pytest.fixture(scope='module')
 def toy(tmp_path_factory):

@@ -5,10 +5,11 @@ import pytest, torch
 from npu_lora_decoding import features, make_head as mh
 from npu_lora_decoding.adapters import fingerprint, toy_adapter, toy_model
 from npu_lora_decoding.cli import run
-from npu_lora_decoding.core import DecodingError
-from npu_lora_decoding.draft_head import DraftHead, head_config, load_head, save_head
+from npu_lora_decoding.errors import DecodingError
+from npu_lora_decoding.head import DraftHead, head_config
+from npu_lora_decoding.checkpoint import load_head, save_head
 from npu_lora_decoding.make_head import acceptance_gain
-from npu_lora_decoding.models import load
+from npu_lora_decoding.decode import load
 from npu_lora_decoding.recipe import HeadTraining
 from test_conversations import CHATML, IM, lm_of
 from toys import toy_folder

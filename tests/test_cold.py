@@ -4,12 +4,15 @@ import pytest, torch
 from transformers import LogitsProcessorList, MinPLogitsWarper
 from npu_lora_decoding import ops
 from npu_lora_decoding.baseline import greedy_cached
-from npu_lora_decoding.cold import HARD, CoLD, Plain, cold_two_pass, split_processors
-from npu_lora_decoding.core import DecodingError, generator
+from npu_lora_decoding.choose import HARD, Plain, split_processors
+from npu_lora_decoding.cold import CoLD, cold_two_pass
+from npu_lora_decoding.errors import DecodingError
+from npu_lora_decoding.devices import generator
 from npu_lora_decoding.decode import Decoder
 from npu_lora_decoding.lora import AdapterBank
 from npu_lora_decoding.adapters import Adapter, load_adapter, LoraWeights, toy_adapter, toy_model
-from npu_lora_decoding.models import FAMILIES, LM
+from npu_lora_decoding.models import FAMILIES
+from npu_lora_decoding.decode import LM
 from toys import toy_tokenizer
 
 DIALS = (CoLD(), CoLD(0.05, 1.), CoLD(0.3, -0.7), CoLD(0.01, 2.))

@@ -6,7 +6,10 @@ import npu_lora_decoding
 from safetensors import safe_open
 from safetensors.torch import load_file
 from npu_lora_decoding import core
-from npu_lora_decoding.core import DecodingError, atomic_path, cache_dir, generator, peak_memory, save_tensors, stopwatch, summarise, time_interleaved
+from npu_lora_decoding.errors import DecodingError
+from npu_lora_decoding.files import atomic_path, cache_dir, save_tensors
+from npu_lora_decoding.devices import generator
+from npu_lora_decoding.timing import peak_memory, stopwatch, summarise, time_interleaved
 
 PACKAGE = Path(npu_lora_decoding.__file__).parent
 

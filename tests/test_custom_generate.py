@@ -3,11 +3,13 @@ import json
 import pytest, torch
 from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
 from npu_lora_decoding.adapters import toy_adapter, toy_model
-from npu_lora_decoding.cold import CoLD, Plain
-from npu_lora_decoding.commands import run
-from npu_lora_decoding.core import DecodingError
+from npu_lora_decoding.cold import CoLD
+from npu_lora_decoding.choose import Plain
+from npu_lora_decoding.cli import run
+from npu_lora_decoding.errors import DecodingError
 from npu_lora_decoding.custom_generate import Settings, decoder_of, read_settings, write_custom_generate
-from npu_lora_decoding.models import embedded_folder, load, load_tokenizer
+from npu_lora_decoding.models import embedded_folder, load_tokenizer
+from npu_lora_decoding.decode import load
 import npu_lora_decoding.cli  # registers its commands
 from toys import toy_folder, toy_tokenizer
 

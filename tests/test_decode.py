@@ -4,12 +4,15 @@ import pytest, torch
 from transformers import DynamicCache, LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteria, StoppingCriteriaList, StopStringCriteria, TextStreamer
 import npu_lora_decoding.rows as rows_module
 from npu_lora_decoding import ops
-from npu_lora_decoding.cold import CoLD, Plain
-from npu_lora_decoding.core import DecodingError, generator
+from npu_lora_decoding.cold import CoLD
+from npu_lora_decoding.choose import Plain
+from npu_lora_decoding.errors import DecodingError
+from npu_lora_decoding.devices import generator
 from npu_lora_decoding.decode import Decoder, Drafter, Output, bank_of
 from npu_lora_decoding.lora import AdapterBank
 from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
-from npu_lora_decoding.models import FAMILIES, LM, embedded_folder, load_tokenizer
+from npu_lora_decoding.models import FAMILIES, embedded_folder, load_tokenizer
+from npu_lora_decoding.decode import LM
 from npu_lora_decoding.tree import Tree
 
 WINDOWED = ('mistral', 'gemma2', 'gemma3_text')
@@ -738,7 +741,7 @@ def test_the_embedded_model_is_transformers(tokenizer):
     "The one test on real weights: merged by PEFT and decoded by transformers, against our loop"
     from pathlib import Path
     from peft import PeftModel
-    from npu_lora_decoding.models import load
+    from npu_lora_decoding.decode import load
     adapter = Path(__file__).parent.parent/'results'/'adapters'/'king_james'
     if not adapter.exists(): pytest.skip('results/adapters/king_james is not in this checkout')
     lm = load(adapter=adapter)

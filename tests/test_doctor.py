@@ -4,8 +4,9 @@ import pytest, torch
 from npu_lora_decoding import doctor, ops
 from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
 from npu_lora_decoding.cli import run
-from npu_lora_decoding.core import DecodingError, has_device
-from npu_lora_decoding.models import LM
+from npu_lora_decoding.errors import DecodingError
+from npu_lora_decoding.devices import has_device
+from npu_lora_decoding.decode import LM
 from toys import toy_items, toy_tokenizer
 
 cpu = torch.device('cpu')

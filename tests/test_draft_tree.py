@@ -1,8 +1,8 @@
 "Drafting: the batched chain and tree against loops that share no code with them, ties, fillers, faults"
 import pytest, torch
 from npu_lora_decoding.adapters import toy_model
-from npu_lora_decoding.core import DecodingError
-from npu_lora_decoding.draft_head import DraftHead, head_config
+from npu_lora_decoding.errors import DecodingError
+from npu_lora_decoding.head import DraftHead, head_config
 from npu_lora_decoding.draft_tree import HeadCache, draft_chain, draft_tree
 
 def toy(family='llama', v=23, b=3, t=11, sharp=4.):

@@ -5,8 +5,10 @@ import pytest, torch
 from safetensors.torch import load_file, save_file
 from npu_lora_decoding import export_head as ex
 from npu_lora_decoding.adapters import load_adapter, toy_adapter
-from npu_lora_decoding.core import DecodingError, generator
-from npu_lora_decoding.draft_head import DraftHead, frozen_of, head_config, load_head, save_head
+from npu_lora_decoding.errors import DecodingError
+from npu_lora_decoding.devices import generator
+from npu_lora_decoding.head import DraftHead, frozen_of, head_config
+from npu_lora_decoding.checkpoint import load_head, save_head
 from npu_lora_decoding.export_head import ENGINES, check_export, engine_tensors, export_head, read_token_map, serve_command, token_map
 from toys import toy_lm
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from faults import *
 from npu_lora_decoding import cli, commands, core, decode as decode_module, models, ring, temp_lora
 from npu_lora_decoding.baseline import beam_search
-from npu_lora_decoding.core import peak_memory
+from npu_lora_decoding.timing import peak_memory
 from npu_lora_decoding.decode import Result, Token
 from npu_lora_decoding.features import OnlineFeatures
 from npu_lora_decoding.models import embedded_folder, encode, load_model

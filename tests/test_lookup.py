@@ -4,9 +4,10 @@ import time
 import pytest, torch
 from hypothesis import given, strategies as st
 from npu_lora_decoding.adapters import toy_model
-from npu_lora_decoding.core import DecodingError
+from npu_lora_decoding.errors import DecodingError
 from npu_lora_decoding.decode import Decoder, Drafter
-from npu_lora_decoding.lookup import Joined, Lookup, join, match_lengths, paths
+from npu_lora_decoding.joint import Joined, join
+from npu_lora_decoding.prompt_lookup import Lookup, match_lengths, paths
 from npu_lora_decoding.sizing import Sizing
 from npu_lora_decoding.tree import Tree, root_tree
 

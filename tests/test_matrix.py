@@ -18,15 +18,19 @@ import npu_lora_decoding.sizing as sizing
 import npu_lora_decoding.speculate as speculate
 from npu_lora_decoding import ops
 from npu_lora_decoding.adapters import load_adapter, toy_adapter
-from npu_lora_decoding.cold import CoLD, Plain
-from npu_lora_decoding.core import DecodingError, generator
+from npu_lora_decoding.cold import CoLD
+from npu_lora_decoding.choose import Plain
+from npu_lora_decoding.errors import DecodingError
+from npu_lora_decoding.devices import generator
 from npu_lora_decoding.decode import Decoder
-from npu_lora_decoding.draft_head import save_head
-from npu_lora_decoding.lookup import Joined, Lookup
+from npu_lora_decoding.checkpoint import save_head
+from npu_lora_decoding.joint import Joined
+from npu_lora_decoding.prompt_lookup import Lookup
 from npu_lora_decoding.lora import AdapterBank
-from npu_lora_decoding.models import LM
+from npu_lora_decoding.decode import LM
 from npu_lora_decoding.speculate import HASS
-from npu_lora_decoding.temp_lora import TempLoRA, learn, temporary
+from npu_lora_decoding.writing import TempLoRA
+from npu_lora_decoding.temp_lora import learn, temporary
 from npu_lora_decoding.writing import repetition
 from test_decode import Pair, eager_dynamo
 from test_speculate import Collects, Uncompiled, calm_model, chi_square, exact, guessed, knowing_head, sampled, small  # `small` is a fixture

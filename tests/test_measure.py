@@ -3,8 +3,9 @@ import time
 import pytest, torch
 from npu_lora_decoding.adapters import load_adapter, toy_adapter
 from npu_lora_decoding.baseline import beam_search
-from npu_lora_decoding.cold import CoLD, Plain
-from npu_lora_decoding.core import DecodingError
+from npu_lora_decoding.cold import CoLD
+from npu_lora_decoding.choose import Plain
+from npu_lora_decoding.errors import DecodingError
 from npu_lora_decoding.lora import AdapterBank
 from npu_lora_decoding.contestants import merged_model, methods
 from npu_lora_decoding.measure import memory_mb

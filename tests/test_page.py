@@ -4,10 +4,12 @@ import pytest, torch
 from browser import Browser, chromium, wait_for
 from npu_lora_decoding import page as P
 from npu_lora_decoding.adapters import load_adapter, toy_adapter
-from npu_lora_decoding.cold import CoLD, Plain
-from npu_lora_decoding.commands import run
-from npu_lora_decoding.core import DecodingError
-from npu_lora_decoding.lookup import Joined, Lookup
+from npu_lora_decoding.cold import CoLD
+from npu_lora_decoding.choose import Plain
+from npu_lora_decoding.cli import run
+from npu_lora_decoding.errors import DecodingError
+from npu_lora_decoding.joint import Joined
+from npu_lora_decoding.prompt_lookup import Lookup
 from npu_lora_decoding.show_draft import COLOURS, proposer_html
 from npu_lora_decoding.speculate import HASS
 from toys import toy_lm

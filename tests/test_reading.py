@@ -4,9 +4,11 @@ from dataclasses import replace
 import pytest, torch
 from hypothesis import given, settings as examples, strategies as st
 from npu_lora_decoding.adapters import load_adapter, toy_adapter
-from npu_lora_decoding.core import DecodingError, generator
+from npu_lora_decoding.errors import DecodingError
+from npu_lora_decoding.devices import generator
 from npu_lora_decoding.reading import Chunk, Progress, Reading, document_ids, read_document, read_text
-from npu_lora_decoding.temp_lora import TempLoRA, token_losses
+from npu_lora_decoding.writing import TempLoRA
+from npu_lora_decoding.temp_lora import token_losses
 from toys import toy_lm
 
 S = TempLoRA(chunk=16, window=48, train_context=16, r=4, alpha=4., lr=3e-3)

@@ -4,13 +4,15 @@ from html.parser import HTMLParser
 import pytest, torch
 from npu_lora_decoding import cli_compare
 from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
-from npu_lora_decoding.advise import Verdict, recommendation, verdicts
-from npu_lora_decoding.commands import run
-from npu_lora_decoding.core import DecodingError, generator
-from npu_lora_decoding.draft_head import DraftHead, head_config, save_head
+from npu_lora_decoding.recommend import Verdict, recommendation, verdicts
+from npu_lora_decoding.cli import run
+from npu_lora_decoding.errors import DecodingError
+from npu_lora_decoding.devices import generator
+from npu_lora_decoding.head import DraftHead, head_config
+from npu_lora_decoding.checkpoint import save_head
 from npu_lora_decoding.contestants import methods
 from npu_lora_decoding.measure import compare, speed_ratio, table
-from npu_lora_decoding.quality import json_rows
+from npu_lora_decoding.files import json_rows
 from npu_lora_decoding.report import Looks, acceptance_svg, frontier, page, pareto_svg
 from npu_lora_decoding.tasks import Item
 from toys import toy_folder, toy_items, toy_lm

@@ -7,9 +7,10 @@ import npu_lora_decoding.rows as rows_module
 import npu_lora_decoding.sizing as sizing
 from npu_lora_decoding import ops
 from npu_lora_decoding.adapters import toy_model
-from npu_lora_decoding.core import DecodingError, generator
+from npu_lora_decoding.errors import DecodingError
+from npu_lora_decoding.devices import generator
 from npu_lora_decoding.decode import Decoder, Drafter
-from npu_lora_decoding.lookup import Lookup
+from npu_lora_decoding.prompt_lookup import Lookup
 from npu_lora_decoding.rows import Rows, StaticRows
 from npu_lora_decoding.sizing import Calibration, Reach, SizedDrafter, Sizing, best_size, pass_seconds, tree_sizes
 from npu_lora_decoding.tree import Tree, root_tree

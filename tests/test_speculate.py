@@ -11,14 +11,18 @@ import npu_lora_decoding.sizing as sizing
 import npu_lora_decoding.speculate as speculate
 from npu_lora_decoding import ops
 from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
-from npu_lora_decoding.cold import CoLD, Plain
-from npu_lora_decoding.core import DecodingError, generator
+from npu_lora_decoding.cold import CoLD
+from npu_lora_decoding.choose import Plain
+from npu_lora_decoding.errors import DecodingError
+from npu_lora_decoding.devices import generator
 from npu_lora_decoding.decode import Decoder, Drafter
-from npu_lora_decoding.draft_head import DraftHead, frozen_of, head_config, save_head
+from npu_lora_decoding.head import DraftHead, frozen_of, head_config
+from npu_lora_decoding.checkpoint import save_head
 from npu_lora_decoding.fast_draft import DraftProgram, FastDraft, static_head_cache
-from npu_lora_decoding.lookup import Joined, Lookup, paths
+from npu_lora_decoding.joint import Joined
+from npu_lora_decoding.prompt_lookup import Lookup, paths
 from npu_lora_decoding.lora import AdapterBank
-from npu_lora_decoding.models import LM
+from npu_lora_decoding.decode import LM
 from npu_lora_decoding.rows import StaticRows
 from npu_lora_decoding.sizing import Sizing
 from npu_lora_decoding.speculate import HASS, certain_slots

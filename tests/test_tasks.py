@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, strategies as st
 from sacrebleu import sentence_chrf
 from npu_lora_decoding import tasks
-from npu_lora_decoding.core import DecodingError
+from npu_lora_decoding.errors import DecodingError
 from npu_lora_decoding.tasks import Item, chrf, exact_match, final_number, get_metric, get_task, gsm8k, king_james, last_number, read_bible, read_jsonl, wikisql
 
 def case(*args, why):

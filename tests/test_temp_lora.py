@@ -6,12 +6,15 @@ import pytest, torch
 from hypothesis import given, settings as examples, strategies as st
 from npu_lora_decoding import ops, temp_lora
 from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
-from npu_lora_decoding.core import DecodingError, generator
+from npu_lora_decoding.errors import DecodingError
+from npu_lora_decoding.devices import generator
 from npu_lora_decoding.document import load_document, save_document
 from npu_lora_decoding.lora import AdapterBank
 from npu_lora_decoding.models import FAMILIES
-from npu_lora_decoding.plan import shape_of
-from npu_lora_decoding.temp_lora import TARGETS, TempLoRA, TemporaryAdapter, backward_chunk, copy_state, learn, logits_of, target_layers, temporary, token_losses
+from npu_lora_decoding.model_shape import shape_of
+from npu_lora_decoding.model_shape import TARGETS, target_layers
+from npu_lora_decoding.writing import TempLoRA
+from npu_lora_decoding.temp_lora import TemporaryAdapter, backward_chunk, copy_state, learn, logits_of, temporary, token_losses
 
 SMALL = TempLoRA(chunk=16, window=48, train_context=16, r=4, alpha=4., lr=3e-3)
 TEXT = torch.randint(3, 97, (400,), generator=generator(0))

@@ -12,11 +12,13 @@ from npu_lora_decoding import core, recipe, train_head as th
 from npu_lora_decoding.acceptance import Text, measure_acceptance, target_texts
 from npu_lora_decoding.align import aligned_step
 from npu_lora_decoding.conversations import Example
-from npu_lora_decoding.core import DecodingError
-from npu_lora_decoding.draft_head import DraftHead, draft_rows, frozen_of, head_config, load_head
+from npu_lora_decoding.errors import DecodingError
+from npu_lora_decoding.head import DraftHead, draft_rows, frozen_of, head_config
+from npu_lora_decoding.checkpoint import load_head
 from npu_lora_decoding.features import OnlineFeatures, draft_vocabulary, plan_epoch
 from npu_lora_decoding.start import plain_copy, random_start
-from npu_lora_decoding.recipe import RECIPES, HeadTraining, learning_rate
+from npu_lora_decoding.recipe import RECIPES, HeadTraining
+from npu_lora_decoding.training import learning_rate
 from npu_lora_decoding.train_head import start_run, train, train_step
 from toys import toy_lm
 

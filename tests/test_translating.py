@@ -7,10 +7,10 @@ from tokenizers.processors import TemplateProcessing
 from npu_lora_decoding import translating
 from npu_lora_decoding.adapters import load_adapter, toy_adapter
 from npu_lora_decoding.cold import CoLD
-from npu_lora_decoding.core import DecodingError
-from npu_lora_decoding.lookup import Lookup
-from npu_lora_decoding.models import LM
-from npu_lora_decoding.temp_lora import TempLoRA
+from npu_lora_decoding.errors import DecodingError
+from npu_lora_decoding.prompt_lookup import Lookup
+from npu_lora_decoding.decode import LM
+from npu_lora_decoding.writing import TempLoRA
 from npu_lora_decoding.translating import MODES, Form, one_line, translate_document
 from npu_lora_decoding.writing import repetition
 from test_temp_lora import traces

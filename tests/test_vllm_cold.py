@@ -7,7 +7,8 @@ from npu_lora_decoding.adapters import toy_adapter, toy_model
 from npu_lora_decoding.commands import COMMANDS
 from npu_lora_decoding.cli import run
 from npu_lora_decoding.cold import CoLD
-from npu_lora_decoding.core import DecodingError, generator
+from npu_lora_decoding.errors import DecodingError
+from npu_lora_decoding.devices import generator
 from npu_lora_decoding.vllm_pairs import PairRows, Seat, Twin, WaitingRoom, contrast, read_twin
 
 REFUSAL = 7

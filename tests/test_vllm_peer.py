@@ -6,10 +6,11 @@ from npu_lora_decoding import vllm_peer
 from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
 from npu_lora_decoding.cli import run
 from npu_lora_decoding.cold import CoLD
-from npu_lora_decoding.core import DecodingError
+from npu_lora_decoding.errors import DecodingError
 from npu_lora_decoding.measure import compare, table
-from npu_lora_decoding.models import LM, encode, load
-from npu_lora_decoding.quality import json_rows
+from npu_lora_decoding.decode import LM, load
+from npu_lora_decoding.models import encode
+from npu_lora_decoding.files import json_rows
 from npu_lora_decoding.vllm_peer import Engine, find_vllm, merged_folder, vllm_peers
 from toys import toy_folder, toy_items, toy_lm
 

@@ -8,9 +8,12 @@ from transformers.modeling_utils import AttentionInterface
 from npu_lora_decoding import ring, write
 from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
 from npu_lora_decoding.conversations import encode_all, read_conversations
-from npu_lora_decoding.core import DecodingError, generator
-from npu_lora_decoding.models import FAMILIES, LM, encode_one, load
-from npu_lora_decoding.ring import Ring, Talk, WriteConfig, after_question, draw_blocks, talks_from_nothing, talks_from_prompts, turn_edges, write_ring
+from npu_lora_decoding.errors import DecodingError
+from npu_lora_decoding.devices import generator
+from npu_lora_decoding.models import FAMILIES, encode_one
+from npu_lora_decoding.decode import LM, load
+from npu_lora_decoding.ring_cache import Ring, draw_blocks
+from npu_lora_decoding.continuous_batching import Talk, WriteConfig, after_question, talks_from_nothing, talks_from_prompts, turn_edges, write_ring
 from npu_lora_decoding.write import write_conversations
 from test_conversations import CHATML, GEMMA, IM, LLAMA2, LLAMA3, HEADER, MISTRAL, lm_of
 from toys import toy_folder, toy_lm

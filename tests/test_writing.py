@@ -4,16 +4,20 @@ import pytest, torch
 from hypothesis import given, settings as examples, strategies as st
 from npu_lora_decoding import ops, writing
 from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
-from npu_lora_decoding.cold import CoLD, Plain
-from npu_lora_decoding.core import DecodingError, generator
+from npu_lora_decoding.cold import CoLD
+from npu_lora_decoding.choose import Plain
+from npu_lora_decoding.errors import DecodingError
+from npu_lora_decoding.devices import generator
 from npu_lora_decoding.decode import Decoder
-from npu_lora_decoding.draft_head import DraftHead, head_config, save_head
+from npu_lora_decoding.head import DraftHead, head_config
+from npu_lora_decoding.checkpoint import save_head
 from npu_lora_decoding.lora import AdapterBank
-from npu_lora_decoding.lookup import Lookup
+from npu_lora_decoding.prompt_lookup import Lookup
 from npu_lora_decoding.plan import BUDGETS
 from npu_lora_decoding.rows import Rows
 from npu_lora_decoding.speculate import HASS
-from npu_lora_decoding.temp_lora import TempLoRA
+from npu_lora_decoding.writing import TempLoRA
+from npu_lora_decoding.plan import plan_memory
 from npu_lora_decoding.writing import repetition
 from test_temp_lora import traces
 from toys import toy_lm
@@ -207,8 +211,8 @@ def test_plans_keep_their_budget():
     lm = toy_lm(max_position_embeddings=4096)
     for priority in BUDGETS:
         for budget in (.8, 2., 20.):
-            try: p = TempLoRA.plan(lm, 50_000, priority, budget)
+            try: p = plan_memory(lm, 50_000, priority, budget)
             except DecodingError as e: assert 'allow' in str(e); continue
             assert (p.memory if priority == 'memory' else p.work) <= budget and p.settings.window <= 4096
-    with pytest.raises(DecodingError, match='useless'): TempLoRA.plan(lm, 4096)
-    with pytest.raises(DecodingError, match='unknown priority'): TempLoRA.plan(lm, 50_000, 'speed')
+    with pytest.raises(DecodingError, match='useless'): plan_memory(lm, 4096)
+    with pytest.raises(DecodingError, match='unknown priority'): plan_memory(lm, 50_000, 'speed')

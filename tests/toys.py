@@ -6,7 +6,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 from npu_lora_decoding.adapters import toy_model
-from npu_lora_decoding.models import LM
+from npu_lora_decoding.decode import LM
 from npu_lora_decoding.tasks import Item
 
 def toy_tokenizer(extra=0):

@@ -38,7 +38,7 @@ def plain(prompts, batch, n, adapter=None, number=1):
 
 def guards(prompts, how):
     "Return what the engine does with good and bad pairs: name -> what happened"
-    from npu_lora_decoding.core import DecodingError
+    from npu_lora_decoding.errors import DecodingError
     from npu_lora_decoding.vllm_ask import generate, probe
     def told(f):
         try: return f() or 'answered'
@@ -136,9 +136,11 @@ def check_answers(lm, call, prompts, options, how, want):
 def check(options):
     "Return rows and failures"
     import torch, vllm
-    from npu_lora_decoding.cold import CoLD, Plain
+    from npu_lora_decoding.cold import CoLD
+    from npu_lora_decoding.choose import Plain
     from npu_lora_decoding.measure import environment
-    from npu_lora_decoding.models import embedded_folder, encode_one, load
+    from npu_lora_decoding.models import embedded_folder, encode_one
+    from npu_lora_decoding.decode import load
     from npu_lora_decoding.tasks import king_james
     from npu_lora_decoding.vllm_ask import refusal_token
     from npu_lora_decoding.vllm_cold import engine_options, null_adapter
@@ -174,7 +176,7 @@ def speeds(lora, target, context, prompts, options, how):
     return rows
 
 def main():
-    from npu_lora_decoding.quality import save_rows
+    from npu_lora_decoding.files import save_rows
     parser = argparse.ArgumentParser(prog='run cold', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--prompts', type=int, default=50, help='how many held-out verses')
     parser.add_argument('--batches', type=lambda s: [int(x) for x in s.split(',')], default=[1, 4, 16], help='pairs at once, separated by commas')

@@ -35,7 +35,8 @@ def speed(options):
     from npu_lora_decoding.export_head import export_head
     from npu_lora_decoding.contestants import Method
     from npu_lora_decoding.measure import compare
-    from npu_lora_decoding.models import embedded_folder, load
+    from npu_lora_decoding.models import embedded_folder
+    from npu_lora_decoding.decode import load
     from npu_lora_decoding.tasks import read_jsonl
     lm, target = load(device='cpu', dtype='bf16'), str(embedded_folder())
     prompts = read_jsonl(options.questions, answer=None)[:options.prompts]
@@ -49,7 +50,7 @@ def speed(options):
 
 def main():
     from npu_lora_decoding.measure import table
-    from npu_lora_decoding.quality import save_rows
+    from npu_lora_decoding.files import save_rows
     parser = argparse.ArgumentParser(prog='run speed', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--head', default=str(HEADS/'smollm2-135m'), help='folder of the head (default: the shipped one)')
     parser.add_argument('--questions', default=str(HEADS/'questions.jsonl'), help='JSON lines with prompt')
