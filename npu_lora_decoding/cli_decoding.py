@@ -15,17 +15,16 @@ from .choose import Plain
 from .tasks import get_task, read_jsonl
 from .files import json_rows, save_rows
 from .statistics import paired
-from .quality import parse_arm, score_arms
+from .quality import parse_arm, score_arms, scorer
 from .contestants import drafters, load_target
 from .measure import environment
 from .verify import check_rows, verify as verify_ways
-from .doctor import wrong
 from .tune import BETAS, advise, plot_sweep, sweep
 from .show import token_ansi, save_plot, read_rows
 from .commands import command
 from .cli_compare import prompts_of
 from .pareto import pareto_points, pareto_table, plot_pareto, unit_of
-from .page import _gradio, build, serve
+from .page import require_gradio, build, serve
 
 # %% ../nbs/cli_decoding.ipynb #44a5439f
 def _numbers(text): return tuple(float(x) for x in text.split(','))
@@ -125,7 +124,8 @@ def tune(
     "Sweep CoLD's alpha and beta on a development set and advise"
     lm, folder = load_target(model, adapter, dtype, device)
     its, its_metric, its_tokens = _items(task, data, prompts, 'dev', items)
-    settings = sweep(lm, its, metric or its_metric or 'exact_match', new_tokens or its_tokens or 64, _numbers(betas), _numbers(alphas), batch)
+    score = scorer(lm, its, metric or its_metric or 'exact_match', new_tokens or its_tokens or 64, batch)
+    settings = sweep(score, _numbers(betas), _numbers(alphas))
     advice = advise(settings)
     print(advice)
     name = Path(prompts).name if prompts else task
@@ -189,7 +189,7 @@ def page(
     port:int=7860,  # Of this computer; 0: any that is free
 ):
     "A page in the browser to type prompts on and switch methods; only this computer can open it"
-    _gradio()  # a missing package is named before the model is loaded
+    require_gradio()  # a missing package is named before the model is loaded
     lm, folder = load_target(model, adapter, dtype, device)
     system, prompt = _EXAMPLE if model is None and adapter is None else ('', 'Tell me a short story about a fisherman.')
     if head is None and model is None and adapter in (None, 'none'): head = shipped_head('king_james' if folder else 'smollm2-135m')

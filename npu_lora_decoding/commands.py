@@ -8,7 +8,6 @@ __all__ = ['COMMANDS', 'command', 'parser_of', 'run_command']
 # %% ../nbs/16a_commands.ipynb #054656ae
 from fastcore.script import anno_parser
 from .errors import DecodingError
-from .devices import is_out_of_memory
 
 # %% ../nbs/16a_commands.ipynb #55e9ceb5
 COMMANDS = {}  # Name -> function, filled by `command`

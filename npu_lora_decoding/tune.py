@@ -8,10 +8,8 @@ __all__ = ['BETAS', 'Setting', 'sweep', 'Advice', 'advise', 'plot_sweep']
 # %% ../nbs/tune.ipynb #93b01a8e
 from dataclasses import dataclass
 from .errors import require
-from .decode import LM
 from .cold import CoLD
 from .choose import Plain
-from .quality import Arm, answers, judge
 from .statistics import Interval, paired, ENOUGH
 
 # %% ../nbs/tune.ipynb #df71cc56
@@ -25,22 +23,16 @@ class Setting:
     scores:tuple  # One number an item
 
 def sweep(
-    lm:LM,  # Model and adapter
-    items:list,  # Development `Item`s
-    metric,  # Name in `METRICS`, `module:function`, or a callable
-    new_tokens:int=64,  # Longest answer
+    score,  # `target -> scores`, one number an item, for example `scorer` of `14c_quality`
     betas:tuple=BETAS,  # Strengths to try, at the first alpha
     alphas:tuple=(.1, .3, .02),  # Plausibilities to try; after the first, only at the best beta
-    batch:int=32,  # Prompts at once
     log=print,  # Called with a line a setting
 ) -> list:  # `Setting`s; the first is greedy (beta 0)
     "Return the scores of greedy and of every setting on the same items"
-    require(lm.adapter is not None, 'there is no adapter to contrast', 'give one with adapter=')
     def run(alpha, beta):
-        target = CoLD(alpha, beta) if beta else Plain()
-        s = Setting(alpha, beta, tuple(judge(answers(lm, items, Arm(target), new_tokens, batch), items, metric)))
-        log(f'alpha {alpha:<5} beta {beta:<5} score {sum(s.scores) / len(items):.4g}')
-        return s
+        setting = Setting(alpha, beta, tuple(score(CoLD(alpha, beta) if beta else Plain())))
+        log(f'alpha {alpha:<5} beta {beta:<5} score {sum(setting.scores) / len(setting.scores):.4g}')
+        return setting
     found = [run(alphas[0], 0.)] + [run(alphas[0], b) for b in betas if b]
     best = max(found[1:], key=lambda s: sum(s.scores))
     return found + [run(a, best.beta) for a in alphas[1:]]
