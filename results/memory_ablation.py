@@ -6,14 +6,14 @@ import json, math, random, sys
 from dataclasses import asdict, replace
 from pathlib import Path
 import torch
-from npu_lora_decoding.cache_reuse import Reader
-from npu_lora_decoding.timing import stopwatch
-from npu_lora_decoding.measure import environment
-from npu_lora_decoding.decode import load
-from npu_lora_decoding.files import save_rows
-from npu_lora_decoding.reading import document_ids, read_text
-from npu_lora_decoding.writing import TempLoRA
-from npu_lora_decoding.temp_lora import learn, temporary
+from npu_lora_decoding.temp_lora.cache_reuse import Reader
+from npu_lora_decoding.foundations.timing import stopwatch
+from npu_lora_decoding.evaluation.benchmark import environment
+from npu_lora_decoding.decoding.loop import load
+from npu_lora_decoding.foundations.files import save_rows
+from npu_lora_decoding.temp_lora.perplexity import document_ids, read_text
+from npu_lora_decoding.temp_lora.generation import TempLoRA
+from npu_lora_decoding.temp_lora.adapter import learn, temporary
 
 CHOSEN = TempLoRA(chunk=1024, window=1536, train_context=128, epochs=1, lr=1e-3, dropout=0.)
 

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 import matplotlib; matplotlib.use('Agg')
 import matplotlib.pyplot as plt
-from npu_lora_decoding.cli_memory import plot_gain
-from npu_lora_decoding.statistics import paired
-from npu_lora_decoding.show import read_rows
+from npu_lora_decoding.cli.memory import plot_gain
+from npu_lora_decoding.foundations.statistics import paired
+from npu_lora_decoding.evaluation.plots import read_rows
 
 HERE, OURS, THEIRS = Path(__file__).parent, 'tab:blue', 'silver'
 TASKS = {'king_james': ('King James\n(chrF)', 1), 'wikisql': ('WikiSQL\n(% right)', 100), 'gsm8k': ('GSM8K\n(% right)', 100)}  # file: its name, and what turns its scores into points

@@ -4,19 +4,19 @@ python results/tree_size.py OUT.json   (nothing else should run on the machine)
 """
 import statistics, sys
 from pathlib import Path
-from npu_lora_decoding.acceptance import Text, measure_acceptance
-from npu_lora_decoding.timing import stopwatch
-from npu_lora_decoding.head import draft_rows, frozen_of
-from npu_lora_decoding.checkpoint import load_head
-from npu_lora_decoding.features import target_features
-from npu_lora_decoding.measure import environment
-from npu_lora_decoding.models import encode_one
-from npu_lora_decoding.decode import load
-from npu_lora_decoding.files import save_rows
-from npu_lora_decoding.rows import StaticRows
-from npu_lora_decoding.sizing import pass_seconds
-from npu_lora_decoding.speculate import HASS
-from npu_lora_decoding.tasks import read_jsonl
+from npu_lora_decoding.hass.acceptance import Text, measure_acceptance
+from npu_lora_decoding.foundations.timing import stopwatch
+from npu_lora_decoding.hass.head import draft_rows, frozen_of
+from npu_lora_decoding.hass.checkpoint import load_head
+from npu_lora_decoding.hass.features import target_features
+from npu_lora_decoding.evaluation.benchmark import environment
+from npu_lora_decoding.foundations.models import encode_one
+from npu_lora_decoding.decoding.loop import load
+from npu_lora_decoding.foundations.files import save_rows
+from npu_lora_decoding.decoding.runner import StaticRows
+from npu_lora_decoding.speculation.adaptive import pass_seconds
+from npu_lora_decoding.speculation.head_drafter import HASS
+from npu_lora_decoding.foundations.tasks import read_jsonl
 
 import torch
 

@@ -5,16 +5,16 @@ python results/window_economy.py TEXT READING.json OUT.json [EVERY]   (READING.j
 import json, math, statistics, sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from npu_lora_decoding.cache_reuse import Reader
-from npu_lora_decoding.timing import stopwatch
-from npu_lora_decoding.measure import environment
-from npu_lora_decoding.decode import load
-from npu_lora_decoding.plan import learn_flops, memory_of
-from npu_lora_decoding.model_shape import read_flops, shape_of
-from npu_lora_decoding.files import save_rows
-from npu_lora_decoding.reading import change, document_ids, read_text
-from npu_lora_decoding.writing import TempLoRA
-from npu_lora_decoding.temp_lora import learn, temporary
+from npu_lora_decoding.temp_lora.cache_reuse import Reader
+from npu_lora_decoding.foundations.timing import stopwatch
+from npu_lora_decoding.evaluation.benchmark import environment
+from npu_lora_decoding.decoding.loop import load
+from npu_lora_decoding.temp_lora.budget import learn_flops, memory_of
+from npu_lora_decoding.foundations.model_shape import read_flops, shape_of
+from npu_lora_decoding.foundations.files import save_rows
+from npu_lora_decoding.temp_lora.perplexity import change, document_ids, read_text
+from npu_lora_decoding.temp_lora.generation import TempLoRA
+from npu_lora_decoding.temp_lora.adapter import learn, temporary
 
 def fresh(lm, ids, settings, start):
     "Score the chunk at `start` with as many tokens before it as the window holds; return nats and seconds"

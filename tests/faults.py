@@ -5,30 +5,33 @@ from pathlib import Path
 from unittest import mock
 import matplotlib.image, torch
 import npu_lora_decoding
-from npu_lora_decoding import finetune as ft, models, reading, train_head as th
+from npu_lora_decoding.cold import expert as ft
+from npu_lora_decoding.foundations import models
+from npu_lora_decoding.temp_lora import perplexity as reading
+from npu_lora_decoding.hass import train as th
 from transformers.models.llama.modeling_llama import LlamaMLP
-from npu_lora_decoding.adapters import fingerprint, load_adapter, toy_adapter
-from npu_lora_decoding.cold import CoLD
-from npu_lora_decoding.show import save_plot
-from npu_lora_decoding.conversations import read_conversations
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.head import HeadMLP
-from npu_lora_decoding.checkpoint import load_head, save_head
-from npu_lora_decoding.export_head import check_export, export_head
-from npu_lora_decoding.features import StoredFeatures, write_features
-from npu_lora_decoding.finetune import FinetuneConfig, finetune
-from npu_lora_decoding.measure import compare
-from npu_lora_decoding.custom_generate import Settings, read_settings, write_custom_generate
-from npu_lora_decoding.decode import load
-from npu_lora_decoding.files import json_rows, save_rows
-from npu_lora_decoding.reading import read_document
-from npu_lora_decoding.report import save_page
-from npu_lora_decoding.continuous_batching import WriteConfig
-from npu_lora_decoding.speculate import HASS
-from npu_lora_decoding.writing import TempLoRA
-from npu_lora_decoding.translating import Form, translate_document
-from npu_lora_decoding.vllm_cold import null_adapter
-from npu_lora_decoding.write import write_conversations
+from npu_lora_decoding.foundations.adapters import fingerprint, load_adapter, toy_adapter
+from npu_lora_decoding.cold.rule import CoLD
+from npu_lora_decoding.evaluation.plots import save_plot
+from npu_lora_decoding.hass.chat_data import read_conversations
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.hass.head import HeadMLP
+from npu_lora_decoding.hass.checkpoint import load_head, save_head
+from npu_lora_decoding.serving.head_export import check_export, export_head
+from npu_lora_decoding.hass.features import StoredFeatures, write_features
+from npu_lora_decoding.cold.expert import FinetuneConfig, finetune
+from npu_lora_decoding.evaluation.benchmark import compare
+from npu_lora_decoding.serving.hf_generate import Settings, read_settings, write_custom_generate
+from npu_lora_decoding.decoding.loop import load
+from npu_lora_decoding.foundations.files import json_rows, save_rows
+from npu_lora_decoding.temp_lora.perplexity import read_document
+from npu_lora_decoding.evaluation.html_report import save_page
+from npu_lora_decoding.hass.continuous_batching import WriteConfig
+from npu_lora_decoding.speculation.head_drafter import HASS
+from npu_lora_decoding.temp_lora.generation import TempLoRA
+from npu_lora_decoding.temp_lora.translation import Form, translate_document
+from npu_lora_decoding.serving.vllm_plugin import null_adapter
+from npu_lora_decoding.hass.self_chat import write_conversations
 from test_export_head import random_head
 from test_features import examples_of
 from test_report import row as measured
@@ -116,22 +119,24 @@ def _writes(call):
     if name in ('replace', 'save') and isinstance(f, ast.Attribute): return isinstance(f.value, ast.Name) and f.value.id in ('os', 'torch', 'np')
     return name in WRITES
 
-TOYS = {'adapters.toy_adapter'}  # for tests only
-TEMPORARY = {'vllm_peer.merged_folder', 'vllm_peer.__init__'}  # into a temporary folder, for the one process that asked for it
+def _module(file, folder): return '.'.join(file.relative_to(folder).with_suffix('').parts)
+
+TOYS = {'foundations.adapters.toy_adapter'}  # for tests only
+TEMPORARY = {'serving.vllm_process.merged_folder', 'serving.vllm_process.__init__'}  # into a temporary folder, for the one process that asked for it
 
 def writers_in(folder):
     "Return `module.function` of everything in the package that writes"
     found = set()
-    for file in sorted(Path(folder).glob('*.py')):
+    for file in sorted(Path(folder).rglob('*.py')):
         for f in ast.walk(ast.parse(file.read_text())):
-            if isinstance(f, ast.FunctionDef) and any(isinstance(c, ast.Call) and _writes(c) for c in ast.walk(f)): found.add(f'{file.stem}.{f.name}')
+            if isinstance(f, ast.FunctionDef) and any(isinstance(c, ast.Call) and _writes(c) for c in ast.walk(f)): found.add(f'{_module(file, folder)}.{f.name}')
     return found - TOYS - TEMPORARY
 
 def functions_called(work):
     "Return `module.function` of all functions of the package that `work` calls"
     seen = set()
     def note(frame, event, arg):
-        if event == 'call' and frame.f_code.co_filename.startswith(str(PACKAGE)): seen.add(f'{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}')
+        if event == 'call' and frame.f_code.co_filename.startswith(str(PACKAGE)): seen.add(f'{_module(Path(frame.f_code.co_filename), PACKAGE)}.{frame.f_code.co_name}')
     sys.setprofile(note)
     try: work()
     finally: sys.setprofile(None)

@@ -10,7 +10,7 @@ for o in (npu_lora_decoding, npu_lora_kernels):
     assert Path(o.__file__).is_relative_to(sys.prefix), f'{o.__name__} was imported from {o.__file__}, not from the wheel'
 
 # Without the development tools here, an import of one of them by a module fails. `_modidx` is nbdev's and holds data only.
-for o in pkgutil.iter_modules(npu_lora_decoding.__path__, 'npu_lora_decoding.'): importlib.import_module(o.name)
+for o in pkgutil.walk_packages(npu_lora_decoding.__path__, 'npu_lora_decoding.'): importlib.import_module(o.name)
 assert 'torch_npu' not in sys.modules, 'importing the package imported torch_npu, which only import_npu may do'
 
 files = [f for f in importlib.metadata.files('npu_lora_decoding') if f.suffix != '.pyc']
@@ -18,7 +18,7 @@ strays = [str(f) for f in files if f.parts[0] not in sources and not f.parts[0].
 assert not strays, f'the wheel installs files outside its two packages: {strays}'
 
 # The demo's adapter and heads, and of results nothing else
-from npu_lora_decoding.models import shipped_adapter, shipped_head
+from npu_lora_decoding.foundations.models import shipped_adapter, shipped_head
 for shipped in (shipped_adapter(), shipped_head(), shipped_head('king_james')):
     assert shipped.is_relative_to(sys.prefix), f'{shipped} lies outside the wheel'
     here, there = ({f.name: f.read_bytes() for f in o.iterdir()} for o in (root/'results'/shipped.parent.name/shipped.name, shipped))

@@ -1,14 +1,14 @@
 "Acceptance without decoding: against drafting slot by slot, and against runs of the decoding loop"
 import gzip, json, sys
 import pytest, torch
-from npu_lora_decoding.acceptance import Replay, Text, acceptance_table, best_tokens, chain_lengths, humaneval_prompts, measure_acceptance, replay, summarise_replay, target_texts, text_positions, tree_acceptance
-from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.decode import Drafter
-from npu_lora_decoding.head import DraftHead, head_config
-from npu_lora_decoding.draft_tree import HeadCache, draft_chain, draft_tree
-from npu_lora_decoding.features import target_features
-from npu_lora_decoding.tree import Tree
+from npu_lora_decoding.hass.acceptance import Replay, Text, acceptance_table, best_tokens, chain_lengths, humaneval_prompts, measure_acceptance, replay, summarise_replay, target_texts, text_positions, tree_acceptance
+from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter, toy_model
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.decoding.loop import Drafter
+from npu_lora_decoding.hass.head import DraftHead, head_config
+from npu_lora_decoding.hass.drafting import HeadCache, draft_chain, draft_tree
+from npu_lora_decoding.hass.features import target_features
+from npu_lora_decoding.decoding.tree import Tree
 from toys import toy_lm
 
 def toy(family='llama', v=5, b=4, t=24):

@@ -2,10 +2,10 @@
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from npu_lora_decoding.adapters import toy_model
-from npu_lora_decoding.align import aligned_attention, aligned_step, far_mask, near_mask, next_inputs, shift
-from npu_lora_decoding.devices import generator
-from npu_lora_decoding.head import DraftHead, HEAD_FAMILIES, head_config
+from npu_lora_decoding.foundations.adapters import toy_model
+from npu_lora_decoding.hass.alignment import aligned_attention, aligned_step, far_mask, near_mask, next_inputs, shift
+from npu_lora_decoding.foundations.devices import generator
+from npu_lora_decoding.hass.head import DraftHead, HEAD_FAMILIES, head_config
 
 def toy_head(family='llama', seed=0, dtype=torch.float32, **config):
     head, g = DraftHead(head_config(toy_model(family, **config).config)).requires_grad_(False), generator(seed)

@@ -2,11 +2,11 @@
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-from npu_lora_decoding.baseline import _filtered, apply_temperature, beam_search, draw, greedy_cached, greedy_naive, keep_min_p, keep_top_k, keep_top_p, next_logits, positions_of, sample_cached
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.devices import generator
-from npu_lora_decoding.adapters import toy_model
-from npu_lora_decoding.models import FAMILIES
+from npu_lora_decoding.decoding.baseline import _filtered, apply_temperature, beam_search, draw, greedy_cached, greedy_naive, keep_min_p, keep_top_k, keep_top_p, next_logits, positions_of, sample_cached
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.devices import generator
+from npu_lora_decoding.foundations.adapters import toy_model
+from npu_lora_decoding.foundations.models import FAMILIES
 
 WINDOWED = ('mistral', 'gemma2', 'gemma3_text')
 PAD = 1  # not 0: transformers' beam search takes a pad token of 0 for "none" and fills with the end token

@@ -3,12 +3,12 @@ import pytest, torch
 from dataclasses import replace
 from hypothesis import given, settings as examples, strategies as st
 from transformers import DynamicCache
-from npu_lora_decoding.adapters import toy_model
-from npu_lora_decoding.cache_reuse import Marks, Reader, drop_oldest, due, key_drift, parse_rule
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.devices import generator
-from npu_lora_decoding.writing import TempLoRA
-from npu_lora_decoding.temp_lora import TemporaryAdapter, learn, token_losses
+from npu_lora_decoding.foundations.adapters import toy_model
+from npu_lora_decoding.temp_lora.cache_reuse import Marks, Reader, drop_oldest, due, key_drift, parse_rule
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.devices import generator
+from npu_lora_decoding.temp_lora.generation import TempLoRA
+from npu_lora_decoding.temp_lora.adapter import TemporaryAdapter, learn, token_losses
 
 TEXT = torch.randint(3, 97, (200,), generator=generator(0))
 RULES = ('chunk', 'window', 'every:1', 'every:2', 'every:3', 'drift:0.001', 'drift:0.05', 'drift:9')

@@ -1,16 +1,17 @@
 "The command line: one sentence and status 2 for what a user should mend, result files that continue"
 import json, subprocess, sys
 import pytest
-from npu_lora_decoding import cli, quality
-from npu_lora_decoding.commands import COMMANDS, parser_of
-from npu_lora_decoding.cli import run
-from npu_lora_decoding.show import save_plot
-from npu_lora_decoding.files import json_rows
-from npu_lora_decoding.quality import parse_arm
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
-from npu_lora_decoding.decode import LM
-from npu_lora_decoding.models import embedded_folder, load_tokenizer
+from npu_lora_decoding.cli import main as cli
+from npu_lora_decoding.evaluation import judging as quality
+from npu_lora_decoding.cli.registry import COMMANDS, parser_of
+from npu_lora_decoding.cli.main import run
+from npu_lora_decoding.evaluation.plots import save_plot
+from npu_lora_decoding.foundations.files import json_rows
+from npu_lora_decoding.evaluation.judging import parse_arm
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter, toy_model
+from npu_lora_decoding.decoding.loop import LM
+from npu_lora_decoding.foundations.models import embedded_folder, load_tokenizer
 
 @pytest.fixture(scope='module')
 def toy(tmp_path_factory):
@@ -27,7 +28,7 @@ def data(tmp_path):
     file.write_text('\n'.join(json.dumps(dict(prompt=f'number {i}', answer=str(i))) for i in range(24)))
     return file
 
-def nld(*argv): return subprocess.run([sys.executable, '-c', 'from npu_lora_decoding.cli import main; main()', *map(str, argv)], capture_output=True, text=True)
+def nld(*argv): return subprocess.run([sys.executable, '-c', 'from npu_lora_decoding.cli.main import main; main()', *map(str, argv)], capture_output=True, text=True)
 
 @pytest.mark.parametrize('argv,said', [
     (['decode'], "nld: unknown command 'decode'"),
@@ -68,7 +69,7 @@ def test_compare_writes_the_contract(toy, tmp_path):
     assert all(r['equal_tokens'] == 1 for r in rows if r['method'] != 'cold')
 
 def test_verify_passes_and_fails(toy, data, tmp_path, capsys, monkeypatch):
-    from npu_lora_decoding import verify
+    from npu_lora_decoding.evaluation import equivalence as verify
     argv = ['verify', '--model', str(toy[0]), '--adapter', str(toy[1]), '--prompts', str(data), '--new-tokens', '3', '--batch', '12', '--json', str(tmp_path/'v.json')]
     run(argv)
     rows = json_rows(tmp_path/'v.json')
@@ -78,7 +79,7 @@ def test_verify_passes_and_fails(toy, data, tmp_path, capsys, monkeypatch):
     assert json_rows(tmp_path/'v.json')[0]['unexplained'] == [dict(prompt=3, step=0, lead=.5)]  # written before it refuses
 
 def test_a_verification_continues(toy, data, tmp_path, monkeypatch):
-    from npu_lora_decoding import verify
+    from npu_lora_decoding.evaluation import equivalence as verify
     argv, made, check = ['verify', '--model', str(toy[0]), '--adapter', str(toy[1]), '--prompts', str(data), '--new-tokens', '3', '--json', str(tmp_path/'v.json')], [], verify.check
     def counted(lm, name, *args):
         if len(made) == 3: raise KeyboardInterrupt
@@ -114,7 +115,7 @@ def test_tune_advises(toy, data, tmp_path, capsys, monkeypatch):
 
 def test_a_loaded_model_can_generate_at_once(toy):
     "`load` is all a user imports; the method comes from a later room"
-    code = f'from npu_lora_decoding.models import load; print(len(load({str(toy[0])!r}, {str(toy[1])!r}).generate("hello", max_new_tokens=3, eos_token_id=None).tokens[0]))'
+    code = f'from npu_lora_decoding.foundations.models import load; print(len(load({str(toy[0])!r}, {str(toy[1])!r}).generate("hello", max_new_tokens=3, eos_token_id=None).tokens[0]))'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '3'
 
 def test_generate_streams(toy, capsys):

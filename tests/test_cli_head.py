@@ -2,15 +2,15 @@
 import json
 from types import SimpleNamespace
 import pytest, torch
-from npu_lora_decoding import features, make_head as mh
-from npu_lora_decoding.adapters import fingerprint, toy_adapter, toy_model
-from npu_lora_decoding.cli import run
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.head import DraftHead, head_config
-from npu_lora_decoding.checkpoint import load_head, save_head
-from npu_lora_decoding.make_head import acceptance_gain
-from npu_lora_decoding.decode import load
-from npu_lora_decoding.recipe import HeadTraining
+from npu_lora_decoding.hass import features, pipeline as mh
+from npu_lora_decoding.foundations.adapters import fingerprint, toy_adapter, toy_model
+from npu_lora_decoding.cli.main import run
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.hass.head import DraftHead, head_config
+from npu_lora_decoding.hass.checkpoint import load_head, save_head
+from npu_lora_decoding.hass.pipeline import acceptance_gain
+from npu_lora_decoding.decoding.loop import load
+from npu_lora_decoding.hass.config import HeadTraining
 from test_conversations import CHATML, IM, lm_of
 from toys import toy_folder
 
@@ -100,7 +100,7 @@ def test_a_head_for_another_vocabulary_is_named(model, tmp_path):
 
 def test_every_option_of_training_arrives(model, tmp_path, monkeypatch):
     "Each option of `nld train-head` that names a setting, with a value that is not its default"
-    import npu_lora_decoding.cli_head as cli_head
+    import npu_lora_decoding.cli.head as cli_head
     got = []
     monkeypatch.setattr(cli_head, 'make_head', lambda *args: got.append(args))
     run(['train-head', str(tmp_path), '--model', model, '--recipe', 'align', '--steps', '7', '--tokens', '99', '--n', '2', '--k', '4', '--topk', '.5', '--feature', '.2', '--step-weights', '2,1', '--drawn', '--remember', '--vocab', '20',
@@ -141,7 +141,7 @@ def test_a_full_disk_leaves_no_half_of_a_shard(model, tmp_path, monkeypatch):
     assert (out/'last').exists()
 
 def test_the_target_is_as_it_was(model, tmp_path, monkeypatch):
-    import npu_lora_decoding.cli_head as cli_head
+    import npu_lora_decoding.cli.head as cli_head
     lm = load(model, dtype='fp32', device='cpu')
     monkeypatch.setattr(cli_head, 'load_target', lambda *_: (lm, None))
     before = {k: v.clone() for k, v in lm.model.state_dict().items()}
@@ -175,7 +175,7 @@ def test_export_says_what_it_checked_and_how_to_serve(model, toy_head, tmp_path,
     assert ('--speculative-token-map' in line) == (engine == 'sglang') == (tmp_path/'out'/'hot_tokens.pt').exists()
 
 def test_every_option_of_export_arrives(model, toy_head, tmp_path, monkeypatch, capsys):
-    import npu_lora_decoding.cli_head as cli_head
+    import npu_lora_decoding.cli.head as cli_head
     got, adapter = [], toy_adapter(load(model, device='cpu').model, tmp_path/'adapter')
     monkeypatch.setattr(cli_head, 'write_export', lambda *args: got.append(args) or dict(tensors=1, slots=2, error=0., tolerance=1.))
     run(['export-head', toy_head, 'out', '--engine', 'sglang', '--dtype', 'fp16', '--full', '--tokens', '2', '--model', model, '--adapter', str(adapter), '--device', 'cpu'])

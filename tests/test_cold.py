@@ -2,17 +2,17 @@
 import copy, math
 import pytest, torch
 from transformers import LogitsProcessorList, MinPLogitsWarper
-from npu_lora_decoding import ops
-from npu_lora_decoding.baseline import greedy_cached
-from npu_lora_decoding.choose import HARD, Plain, split_processors
-from npu_lora_decoding.cold import CoLD, cold_two_pass
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.devices import generator
-from npu_lora_decoding.decode import Decoder
-from npu_lora_decoding.lora import AdapterBank
-from npu_lora_decoding.adapters import Adapter, load_adapter, LoraWeights, toy_adapter, toy_model
-from npu_lora_decoding.models import FAMILIES
-from npu_lora_decoding.decode import LM
+from npu_lora_decoding.foundations import ops
+from npu_lora_decoding.decoding.baseline import greedy_cached
+from npu_lora_decoding.decoding.sampling import HARD, Plain, split_processors
+from npu_lora_decoding.cold.rule import CoLD, cold_two_pass
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.devices import generator
+from npu_lora_decoding.decoding.loop import Decoder
+from npu_lora_decoding.foundations.lora import AdapterBank
+from npu_lora_decoding.foundations.adapters import Adapter, load_adapter, LoraWeights, toy_adapter, toy_model
+from npu_lora_decoding.foundations.models import FAMILIES
+from npu_lora_decoding.decoding.loop import LM
 from toys import toy_tokenizer
 
 DIALS = (CoLD(), CoLD(0.05, 1.), CoLD(0.3, -0.7), CoLD(0.01, 2.))
@@ -68,7 +68,7 @@ def test_dials_matter(pair):
 
 @pytest.mark.parametrize('target', DIALS, ids=str)
 def test_one_pass_is_pefts_mixed_batch(pair, target):
-    from npu_lora_decoding.contestants import _peft_mixed
+    from npu_lora_decoding.evaluation.methods import _peft_mixed
     model, bank, path = pair
     ids, mask = prompts()
     theirs = _peft_mixed(target)(LM(model, toy_tokenizer(extra=21)), path)(ids, mask, N)

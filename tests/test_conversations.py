@@ -6,11 +6,11 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
-from npu_lora_decoding.adapters import toy_model
-from npu_lora_decoding.conversations import deduplicated, encode_all, encode_conversation, read_conversations, read_prompts
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.decode import LM, load
-from npu_lora_decoding.models import encode_one
+from npu_lora_decoding.foundations.adapters import toy_model
+from npu_lora_decoding.hass.chat_data import deduplicated, encode_all, encode_conversation, read_conversations, read_prompts
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.decoding.loop import LM, load
+from npu_lora_decoding.foundations.models import encode_one
 from toys import toy_lm
 
 def lm_of(template, special, eos, words=()):

@@ -5,11 +5,11 @@ import pytest, torch
 import npu_lora_decoding
 from safetensors import safe_open
 from safetensors.torch import load_file
-from npu_lora_decoding import core
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.files import atomic_path, cache_dir, save_tensors
-from npu_lora_decoding.devices import generator
-from npu_lora_decoding.timing import peak_memory, stopwatch, summarise, time_interleaved
+from npu_lora_decoding.foundations import files as core
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.files import atomic_path, cache_dir, save_tensors
+from npu_lora_decoding.foundations.devices import generator
+from npu_lora_decoding.foundations.timing import peak_memory, stopwatch, summarise, time_interleaved
 
 PACKAGE = Path(npu_lora_decoding.__file__).parent
 
@@ -80,14 +80,14 @@ def test_importing_the_package_leaves_torch_npu_alone():
     done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     n, found = done.stdout.strip().split('\n')[-1].split(' ', 1)
-    assert int(n) == len(list(PACKAGE.glob('*.py'))) - 1 and found == '[]'
+    assert int(n) == len(list(PACKAGE.rglob('*.py'))) - 1 and found == '[]'
 
 IMPORTS = re.compile(r'''(import|from)\s+torch_npu|(__import__|import_module)\(\s*['"]torch_npu''')
 
 def test_only_core_imports_torch_npu():
     for line in ('import torch_npu', 'from torch_npu import npu', '__import__("torch_npu")', "import_module('torch_npu')"): assert IMPORTS.search(line)
-    found = {f.name: len(IMPORTS.findall(f.read_text())) for f in PACKAGE.rglob('*.py')}
-    assert {n: k for n, k in found.items() if k} == {'core.py': 1}
+    found = {f.relative_to(PACKAGE).as_posix(): len(IMPORTS.findall(f.read_text())) for f in PACKAGE.rglob('*.py')}
+    assert {n: k for n, k in found.items() if k} == {'foundations/devices.py': 1}
 
 def test_timing_takes_turns():
     order = []

@@ -2,15 +2,15 @@
 import json
 import pytest, torch
 from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
-from npu_lora_decoding.adapters import toy_adapter, toy_model
-from npu_lora_decoding.cold import CoLD
-from npu_lora_decoding.choose import Plain
-from npu_lora_decoding.cli import run
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.custom_generate import Settings, decoder_of, read_settings, write_custom_generate
-from npu_lora_decoding.models import embedded_folder, load_tokenizer
-from npu_lora_decoding.decode import load
-import npu_lora_decoding.cli  # registers its commands
+from npu_lora_decoding.foundations.adapters import toy_adapter, toy_model
+from npu_lora_decoding.cold.rule import CoLD
+from npu_lora_decoding.decoding.sampling import Plain
+from npu_lora_decoding.cli.main import run
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.serving.hf_generate import Settings, decoder_of, read_settings, write_custom_generate
+from npu_lora_decoding.foundations.models import embedded_folder, load_tokenizer
+from npu_lora_decoding.decoding.loop import load
+import npu_lora_decoding.cli.main  # registers its commands
 from toys import toy_folder, toy_tokenizer
 
 PROMPTS, N = [[5, 6, 7, 5, 6], [9, 10, 11]], 14

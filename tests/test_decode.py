@@ -2,18 +2,18 @@
 import copy, math
 import pytest, torch
 from transformers import DynamicCache, LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteria, StoppingCriteriaList, StopStringCriteria, TextStreamer
-import npu_lora_decoding.rows as rows_module
-from npu_lora_decoding import ops
-from npu_lora_decoding.cold import CoLD
-from npu_lora_decoding.choose import Plain
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.devices import generator
-from npu_lora_decoding.decode import Decoder, Drafter, Output, bank_of
-from npu_lora_decoding.lora import AdapterBank
-from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
-from npu_lora_decoding.models import FAMILIES, embedded_folder, load_tokenizer
-from npu_lora_decoding.decode import LM
-from npu_lora_decoding.tree import Tree
+import npu_lora_decoding.decoding.runner as rows_module
+from npu_lora_decoding.foundations import ops
+from npu_lora_decoding.cold.rule import CoLD
+from npu_lora_decoding.decoding.sampling import Plain
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.devices import generator
+from npu_lora_decoding.decoding.loop import Decoder, Drafter, Output, bank_of
+from npu_lora_decoding.foundations.lora import AdapterBank
+from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter, toy_model
+from npu_lora_decoding.foundations.models import FAMILIES, embedded_folder, load_tokenizer
+from npu_lora_decoding.decoding.loop import LM
+from npu_lora_decoding.decoding.tree import Tree
 
 WINDOWED = ('mistral', 'gemma2', 'gemma3_text')
 compiled = pytest.mark.skipif(not ops.compiles(), reason='torch.compile finds no C++ compiler')
@@ -741,7 +741,7 @@ def test_the_embedded_model_is_transformers(tokenizer):
     "The one test on real weights: merged by PEFT and decoded by transformers, against our loop"
     from pathlib import Path
     from peft import PeftModel
-    from npu_lora_decoding.decode import load
+    from npu_lora_decoding.decoding.loop import load
     adapter = Path(__file__).parent.parent/'results'/'adapters'/'king_james'
     if not adapter.exists(): pytest.skip('results/adapters/king_james is not in this checkout')
     lm = load(adapter=adapter)

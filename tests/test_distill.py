@@ -2,9 +2,9 @@
 import dataclasses, json, math
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.devices import generator
-from npu_lora_decoding.distill import LINEAR, LOSSES, Objective, distill, feature_loss, frequency_topk, losses_for, teach, token_weights
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.devices import generator
+from npu_lora_decoding.hass.losses import LINEAR, LOSSES, Objective, distill, feature_loss, frequency_topk, losses_for, teach, token_weights
 
 EVERY = tuple((name, .5 + i) for i, name in enumerate(losses_for(torch.ones(1))))
 

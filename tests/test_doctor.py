@@ -1,12 +1,13 @@
 "The device check: it refuses where there is no device, and finds kernels that are wrong"
 from types import SimpleNamespace
 import pytest, torch
-from npu_lora_decoding import doctor, ops
-from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
-from npu_lora_decoding.cli import run
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.devices import has_device
-from npu_lora_decoding.decode import LM
+from npu_lora_decoding.evaluation import kernel_check as doctor
+from npu_lora_decoding.foundations import ops
+from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter, toy_model
+from npu_lora_decoding.cli.main import run
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.devices import has_device
+from npu_lora_decoding.decoding.loop import LM
 from toys import toy_items, toy_tokenizer
 
 cpu = torch.device('cpu')

@@ -3,11 +3,11 @@ import copy, json
 import pytest, torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from npu_lora_decoding.adapters import toy_model
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.devices import generator
-from npu_lora_decoding.head import DraftHead, HEAD_FAMILIES, draft_rows, frozen_of, head_config
-from npu_lora_decoding.checkpoint import load_head, save_head
+from npu_lora_decoding.foundations.adapters import toy_model
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.devices import generator
+from npu_lora_decoding.hass.head import DraftHead, HEAD_FAMILIES, draft_rows, frozen_of, head_config
+from npu_lora_decoding.hass.checkpoint import load_head, save_head
 
 @pytest.fixture
 def target(): return toy_model()
@@ -175,7 +175,7 @@ def test_saving_replaces_a_head_and_nothing_else(tmp_path, target):
 def test_a_failed_save_leaves_the_old_head(tmp_path, target, monkeypatch):
     folder = save_head(toy_head(target, seed=1), tmp_path/'head', target)
     def stop(*_, **__): raise KeyboardInterrupt
-    monkeypatch.setattr('npu_lora_decoding.files._ordered_header', stop)
+    monkeypatch.setattr('npu_lora_decoding.foundations.files._ordered_header', stop)
     with pytest.raises(KeyboardInterrupt): save_head(toy_head(target, seed=2), folder, target)
     assert same(load_head(folder, target), toy_head(target, seed=1)) and sorted(f.name for f in tmp_path.iterdir()) == ['head']
 

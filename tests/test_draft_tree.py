@@ -1,9 +1,9 @@
 "Drafting: the batched chain and tree against loops that share no code with them, ties, fillers, faults"
 import pytest, torch
-from npu_lora_decoding.adapters import toy_model
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.head import DraftHead, head_config
-from npu_lora_decoding.draft_tree import HeadCache, draft_chain, draft_tree
+from npu_lora_decoding.foundations.adapters import toy_model
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.hass.head import DraftHead, head_config
+from npu_lora_decoding.hass.drafting import HeadCache, draft_chain, draft_tree
 
 def toy(family='llama', v=23, b=3, t=11, sharp=4.):
     "A random head, tensors of a random target, tokens and features of `b` texts"

@@ -3,13 +3,13 @@ import importlib.util, json, os, shutil
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file, save_file
-from npu_lora_decoding import export_head as ex
-from npu_lora_decoding.adapters import load_adapter, toy_adapter
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.devices import generator
-from npu_lora_decoding.head import DraftHead, frozen_of, head_config
-from npu_lora_decoding.checkpoint import load_head, save_head
-from npu_lora_decoding.export_head import ENGINES, check_export, engine_tensors, export_head, read_token_map, serve_command, token_map
+from npu_lora_decoding.serving import head_export as ex
+from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.devices import generator
+from npu_lora_decoding.hass.head import DraftHead, frozen_of, head_config
+from npu_lora_decoding.hass.checkpoint import load_head, save_head
+from npu_lora_decoding.serving.head_export import ENGINES, check_export, engine_tensors, export_head, read_token_map, serve_command, token_map
 from toys import toy_lm
 
 Q, FC = 'layers.0.self_attn.q_proj.weight', 'fc.weight'

@@ -10,14 +10,19 @@ from unittest import mock
 import pytest, torch
 from safetensors.torch import load_file
 from faults import *
-from npu_lora_decoding import cli, commands, core, decode as decode_module, models, ring, temp_lora
-from npu_lora_decoding.baseline import beam_search
-from npu_lora_decoding.timing import peak_memory
-from npu_lora_decoding.decode import Result, Token
-from npu_lora_decoding.features import OnlineFeatures
-from npu_lora_decoding.models import embedded_folder, encode, load_model
-from npu_lora_decoding.show import token_ansi, token_html
-from npu_lora_decoding.show_draft import proposer_html
+from npu_lora_decoding.cli import main as cli, registry as commands
+from npu_lora_decoding.foundations import files as core
+from npu_lora_decoding.hass import continuous_batching as ring
+from npu_lora_decoding.decoding import loop as decode_module
+from npu_lora_decoding.foundations import models
+from npu_lora_decoding.temp_lora import adapter as temp_lora
+from npu_lora_decoding.decoding.baseline import beam_search
+from npu_lora_decoding.foundations.timing import peak_memory
+from npu_lora_decoding.decoding.loop import Result, Token
+from npu_lora_decoding.hass.features import OnlineFeatures
+from npu_lora_decoding.foundations.models import embedded_folder, encode, load_model
+from npu_lora_decoding.evaluation.plots import token_ansi, token_html
+from npu_lora_decoding.evaluation.draft_plots import proposer_html
 from test_temp_lora import traces
 
 ROWS = []  # Of the table: fault, where, what happens
@@ -406,8 +411,8 @@ def test_terminal(case, said, tmp_path, capsys, shell):
 def test_a_picture_of_hostile_tokens(tmp_path):
     "matplotlib would read dollars as mathematics, and fail"
     from types import SimpleNamespace
-    from npu_lora_decoding.show_draft import plot_draft
-    from npu_lora_decoding.tree import Tree
+    from npu_lora_decoding.evaluation.draft_plots import plot_draft
+    from npu_lora_decoding.decoding.tree import Tree
     n = len(NASTY)
     step = SimpleNamespace(tree=Tree(torch.arange(n)[None], torch.tensor([[-1] + [0] * (n - 1)]), 'head'), accepted=torch.tensor([[True] * 2 + [False] * (n - 2)]), tokens=[[Token(9, 'target')]])
     save_plot(lambda ax: plot_draft(step, nasty().lm, ax=ax), tmp_path/'a.png')

@@ -5,16 +5,16 @@ from types import SimpleNamespace
 import psutil, pytest, torch
 from hypothesis import given, strategies as st
 from safetensors import SafetensorError
-from npu_lora_decoding import features
-from npu_lora_decoding.adapters import LoraWeights, load_adapter, toy_adapter, toy_model
-from npu_lora_decoding.align import aligned_step, next_inputs
-from npu_lora_decoding.conversations import Example
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.devices import generator
-from npu_lora_decoding.distill import distill
-from npu_lora_decoding.head import DraftHead, check_vocab, frozen_of, head_config
-from npu_lora_decoding.features import Batch, OnlineFeatures, StoredFeatures, batch_of, check_room, data_hash, draft_vocabulary, plan_epoch, shards_bytes, target_features, write_features
-from npu_lora_decoding.decode import LM
+from npu_lora_decoding.hass import features
+from npu_lora_decoding.foundations.adapters import LoraWeights, load_adapter, toy_adapter, toy_model
+from npu_lora_decoding.hass.alignment import aligned_step, next_inputs
+from npu_lora_decoding.hass.chat_data import Example
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.devices import generator
+from npu_lora_decoding.hass.losses import distill
+from npu_lora_decoding.hass.head import DraftHead, check_vocab, frozen_of, head_config
+from npu_lora_decoding.hass.features import Batch, OnlineFeatures, StoredFeatures, batch_of, check_room, data_hash, draft_vocabulary, plan_epoch, shards_bytes, target_features, write_features
+from npu_lora_decoding.decoding.loop import LM
 from toys import toy_lm
 
 LENGTHS = (9, 1, 5, 14, 2, 7, 7, 3)

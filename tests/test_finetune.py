@@ -7,13 +7,13 @@ from hypothesis import given, settings, strategies as st
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
-from npu_lora_decoding import finetune as ft
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.finetune import FinetuneConfig, answer_loss, batch_of_step, collate, finetune, learning_rate, tokenize
-from npu_lora_decoding.lora import AdapterBank
-from npu_lora_decoding.adapters import fingerprint, load_adapter, toy_model
-from npu_lora_decoding.models import FAMILIES
-from npu_lora_decoding.decode import load
+from npu_lora_decoding.cold import expert as ft
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.cold.expert import FinetuneConfig, answer_loss, batch_of_step, collate, finetune, learning_rate, tokenize
+from npu_lora_decoding.foundations.lora import AdapterBank
+from npu_lora_decoding.foundations.adapters import fingerprint, load_adapter, toy_model
+from npu_lora_decoding.foundations.models import FAMILIES
+from npu_lora_decoding.decoding.loop import load
 from toys import toy_folder, toy_items, toy_lm
 
 CONFIG = FinetuneConfig(steps=12, batch=4, r=2, alpha=4, dropout=0.1, save_every=3, snapshots=(4, 8))

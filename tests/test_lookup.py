@@ -3,13 +3,13 @@ from types import SimpleNamespace
 import time
 import pytest, torch
 from hypothesis import given, strategies as st
-from npu_lora_decoding.adapters import toy_model
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.decode import Decoder, Drafter
-from npu_lora_decoding.joint import Joined, join
-from npu_lora_decoding.prompt_lookup import Lookup, match_lengths, paths
-from npu_lora_decoding.sizing import Sizing
-from npu_lora_decoding.tree import Tree, root_tree
+from npu_lora_decoding.foundations.adapters import toy_model
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.decoding.loop import Decoder, Drafter
+from npu_lora_decoding.speculation.joint import Joined, join
+from npu_lora_decoding.speculation.prompt_lookup import Lookup, match_lengths, paths
+from npu_lora_decoding.speculation.adaptive import Sizing
+from npu_lora_decoding.decoding.tree import Tree, root_tree
 
 texts = lambda most, least=1: st.lists(st.integers(0, 2), min_size=least, max_size=most)
 T = torch.tensor
@@ -158,7 +158,7 @@ def test_joined_binds_its_drafters():
 @pytest.mark.parametrize('adaptive', [False, True])
 def test_copies_change_nothing(monkeypatch, adaptive):
     "Lookup alone, with the answer as its corpus, and two of them joined; guesses are accepted"
-    monkeypatch.setattr('npu_lora_decoding.sizing.pass_seconds', lambda rows, sizes: {n: 1e3 + n for n in sizes})  # guessing always pays
+    monkeypatch.setattr('npu_lora_decoding.speculation.adaptive.pass_seconds', lambda rows, sizes: {n: 1e3 + n for n in sizes})  # guessing always pays
     model, ids = toy_model(vocab=9), torch.randint(3, 9, (3, 6))
     mask = T([[1] * 6, [0, 0, 0, 1, 1, 1], [0] + [1] * 5])
     said = lambda d: model.generate(input_ids=ids * mask, attention_mask=mask, custom_generate=Decoder(drafter=d), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True)
@@ -214,13 +214,13 @@ def test_of_two_that_say_the_same_one_stays():
     assert asked[7] == [True, True] and asked[8:24] == [[True, False]] * 16  # the dearer one rests, and then the other one is worth all
 
 def test_a_resting_drafter_changes_no_token(monkeypatch):
-    monkeypatch.setattr('npu_lora_decoding.sizing.pass_seconds', lambda rows, sizes: {n: 1 + n / 1e3 for n in sizes})  # guessing always pays
+    monkeypatch.setattr('npu_lora_decoding.speculation.adaptive.pass_seconds', lambda rows, sizes: {n: 1 + n / 1e3 for n in sizes})  # guessing always pays
     class Slow(Stub):
         def bind(self, rows): return Slow(self.depths, self.reach, token=self.token)
         def propose(self, state, rows): time.sleep(.01); return super().propose(state, rows)
     model, ids = toy_model(vocab=9), torch.randint(3, 9, (3, 6))
     said = lambda d: model.generate(input_ids=ids, custom_generate=Decoder(drafter=d), max_new_tokens=60, do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True)
     plain = said(None)
-    monkeypatch.setattr('npu_lora_decoding.sizing.Sizing._long_run', lambda self: 1e4)
+    monkeypatch.setattr('npu_lora_decoding.speculation.adaptive.Sizing._long_run', lambda self: 1e4)
     out = said(Joined((Lookup(corpus=tuple(plain.sequences[:, 6:])), Slow((1,), 1, token=2))))
     assert out.sequences.equal(plain.sequences) and 'guesses of stub 2 did not pay' in ' '.join(out.notes)

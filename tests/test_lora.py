@@ -2,12 +2,12 @@
 import copy
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from npu_lora_decoding import ops
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.devices import generator
-from npu_lora_decoding.lora import AdapterBank, adapter_from_peft, join_layers, lora_naive, lora_segments, lora_stacked, lora_torch as lora_slices, segments, stack_layers, stack_slices, together
-from npu_lora_decoding.adapters import Adapter, load_adapter, LoraWeights, toy_adapter, toy_model
-from npu_lora_decoding.models import FAMILIES
+from npu_lora_decoding.foundations import ops
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.devices import generator
+from npu_lora_decoding.foundations.lora import AdapterBank, adapter_from_peft, join_layers, lora_naive, lora_segments, lora_stacked, lora_torch as lora_slices, segments, stack_layers, stack_slices, together
+from npu_lora_decoding.foundations.adapters import Adapter, load_adapter, LoraWeights, toy_adapter, toy_model
+from npu_lora_decoding.foundations.models import FAMILIES
 
 compiled = pytest.mark.skipif(not ops.compiles(), reason='torch.compile finds no C++ compiler')
 TOLERANCE = dict(rtol=1e-4, atol=1e-4)  # fp32 sums of up to 40 products of normal numbers, in another order

@@ -13,25 +13,25 @@ import pytest, torch
 from tokenizers.decoders import Fuse
 from transformers import (DynamicCache, LogitsProcessorList, MinPLogitsWarper, NoBadWordsLogitsProcessor, NoRepeatNGramLogitsProcessor, PrefixConstrainedLogitsProcessor,
                           RepetitionPenaltyLogitsProcessor, StoppingCriteriaList, StopStringCriteria, TemperatureLogitsWarper, TextStreamer, TopPLogitsWarper)
-import npu_lora_decoding.rows as rows_module
-import npu_lora_decoding.sizing as sizing
-import npu_lora_decoding.speculate as speculate
-from npu_lora_decoding import ops
-from npu_lora_decoding.adapters import load_adapter, toy_adapter
-from npu_lora_decoding.cold import CoLD
-from npu_lora_decoding.choose import Plain
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.devices import generator
-from npu_lora_decoding.decode import Decoder
-from npu_lora_decoding.checkpoint import save_head
-from npu_lora_decoding.joint import Joined
-from npu_lora_decoding.prompt_lookup import Lookup
-from npu_lora_decoding.lora import AdapterBank
-from npu_lora_decoding.decode import LM
-from npu_lora_decoding.speculate import HASS
-from npu_lora_decoding.writing import TempLoRA
-from npu_lora_decoding.temp_lora import learn, temporary
-from npu_lora_decoding.writing import repetition
+import npu_lora_decoding.decoding.runner as rows_module
+import npu_lora_decoding.speculation.adaptive as sizing
+import npu_lora_decoding.speculation.head_drafter as speculate
+from npu_lora_decoding.foundations import ops
+from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter
+from npu_lora_decoding.cold.rule import CoLD
+from npu_lora_decoding.decoding.sampling import Plain
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.devices import generator
+from npu_lora_decoding.decoding.loop import Decoder
+from npu_lora_decoding.hass.checkpoint import save_head
+from npu_lora_decoding.speculation.joint import Joined
+from npu_lora_decoding.speculation.prompt_lookup import Lookup
+from npu_lora_decoding.foundations.lora import AdapterBank
+from npu_lora_decoding.decoding.loop import LM
+from npu_lora_decoding.speculation.head_drafter import HASS
+from npu_lora_decoding.temp_lora.generation import TempLoRA
+from npu_lora_decoding.temp_lora.adapter import learn, temporary
+from npu_lora_decoding.temp_lora.generation import repetition
 from test_decode import Pair, eager_dynamo
 from test_speculate import Collects, Uncompiled, calm_model, chi_square, exact, guessed, knowing_head, sampled, small  # `small` is a fixture
 from test_temp_lora import traces

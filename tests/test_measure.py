@@ -1,17 +1,17 @@
 "Answers of every arm are those of the adapted model, and an equality check finds what differs"
 import time
 import pytest, torch
-from npu_lora_decoding.adapters import load_adapter, toy_adapter
-from npu_lora_decoding.baseline import beam_search
-from npu_lora_decoding.cold import CoLD
-from npu_lora_decoding.choose import Plain
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.lora import AdapterBank
-from npu_lora_decoding.contestants import merged_model, methods
-from npu_lora_decoding.measure import memory_mb
-from npu_lora_decoding.quality import ARMS, answers
-from npu_lora_decoding.models import encode
-from npu_lora_decoding.verify import TIE, Difference, check, first_difference, gap, scores_at, verify
+from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter
+from npu_lora_decoding.decoding.baseline import beam_search
+from npu_lora_decoding.cold.rule import CoLD
+from npu_lora_decoding.decoding.sampling import Plain
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.lora import AdapterBank
+from npu_lora_decoding.evaluation.methods import merged_model, methods
+from npu_lora_decoding.evaluation.benchmark import memory_mb
+from npu_lora_decoding.evaluation.judging import ARMS, answers
+from npu_lora_decoding.foundations.models import encode
+from npu_lora_decoding.evaluation.equivalence import TIE, Difference, check, first_difference, gap, scores_at, verify
 from toys import toy_items, toy_lm
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_equality_is_promised_for_fp32_only(lm, folder):
 
 def test_a_method_that_guesses_is_judged_once_with_the_one_it_equals(lm, folder, monkeypatch):
     "...unless what it wrote differs: then it is judged for itself"
-    import npu_lora_decoding.measure as measure
+    import npu_lora_decoding.evaluation.benchmark as measure
     judged = []
     monkeypatch.setattr(measure, 'judge', lambda answers, *_: judged.append(answers) or [float(len(a)) for a in answers])
     rows = measure.compare(lm, folder, toy_items(2), ['greedy', 'lookup', 'cold'], 6, rounds=1, metric='chrf', once=True)

@@ -5,12 +5,12 @@ import pytest, torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
-from npu_lora_decoding import models
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.lora import AdapterBank
-from npu_lora_decoding.adapters import fingerprint, load_adapter, lora_scale, toy_adapter, toy_model
-from npu_lora_decoding.models import FAMILIES, embedded_folder, embedded_gguf, encode, encode_one, file_hash
-from npu_lora_decoding.decode import load
+from npu_lora_decoding.foundations import models
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.lora import AdapterBank
+from npu_lora_decoding.foundations.adapters import fingerprint, load_adapter, lora_scale, toy_adapter, toy_model
+from npu_lora_decoding.foundations.models import FAMILIES, embedded_folder, embedded_gguf, encode, encode_one, file_hash
+from npu_lora_decoding.decoding.loop import load
 from toys import toy_folder, toy_lm, toy_tokenizer
 
 def case(*args, why):

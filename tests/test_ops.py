@@ -3,10 +3,10 @@ import functools, importlib.util, sys
 from types import SimpleNamespace
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from npu_lora_decoding import ops
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.devices import generator
-from npu_lora_decoding.lora import LoraWeights, stack_slices
+from npu_lora_decoding.foundations import ops
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.devices import generator
+from npu_lora_decoding.foundations.lora import LoraWeights, stack_slices
 
 compiled = pytest.mark.skipif(not ops.compiles(), reason='torch.compile finds no C++ compiler')
 

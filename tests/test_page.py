@@ -2,16 +2,16 @@
 import importlib.util, threading
 import pytest, torch
 from browser import Browser, chromium, wait_for
-from npu_lora_decoding import page as P
-from npu_lora_decoding.adapters import load_adapter, toy_adapter
-from npu_lora_decoding.cold import CoLD
-from npu_lora_decoding.choose import Plain
-from npu_lora_decoding.cli import run
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.joint import Joined
-from npu_lora_decoding.prompt_lookup import Lookup
-from npu_lora_decoding.show_draft import COLOURS, proposer_html
-from npu_lora_decoding.speculate import HASS
+from npu_lora_decoding.serving import web_demo as P
+from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter
+from npu_lora_decoding.cold.rule import CoLD
+from npu_lora_decoding.decoding.sampling import Plain
+from npu_lora_decoding.cli.main import run
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.speculation.joint import Joined
+from npu_lora_decoding.speculation.prompt_lookup import Lookup
+from npu_lora_decoding.evaluation.draft_plots import COLOURS, proposer_html
+from npu_lora_decoding.speculation.head_drafter import HASS
 from toys import toy_lm
 
 HOSTILE = '</span><script>document.title="bad"</script><img src=x onerror="document.title=\'bad\'">${document.title="bad"}{{value}}\x1b\u202e'

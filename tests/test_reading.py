@@ -3,12 +3,12 @@ import math, os, signal, subprocess, sys, textwrap
 from dataclasses import replace
 import pytest, torch
 from hypothesis import given, settings as examples, strategies as st
-from npu_lora_decoding.adapters import load_adapter, toy_adapter
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.devices import generator
-from npu_lora_decoding.reading import Chunk, Progress, Reading, document_ids, read_document, read_text
-from npu_lora_decoding.writing import TempLoRA
-from npu_lora_decoding.temp_lora import token_losses
+from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.devices import generator
+from npu_lora_decoding.temp_lora.perplexity import Chunk, Progress, Reading, document_ids, read_document, read_text
+from npu_lora_decoding.temp_lora.generation import TempLoRA
+from npu_lora_decoding.temp_lora.adapter import token_losses
 from toys import toy_lm
 
 S = TempLoRA(chunk=16, window=48, train_context=16, r=4, alpha=4., lr=3e-3)
@@ -92,7 +92,7 @@ def test_what_cannot_be_read(tmp_path):
     with pytest.raises(DecodingError, match='another text'): read_document(LM, TEXT.flip(0), S, file)
 
 def test_a_chunk_that_is_no_number_is_noted_and_read_over(monkeypatch):
-    import npu_lora_decoding.temp_lora as t
+    import npu_lora_decoding.temp_lora.adapter as t
     true, calls = t.backward_chunk, []
     monkeypatch.setattr(t, 'backward_chunk', lambda *a: math.nan if calls.append(1) or len(calls) in (3, 8) else true(*a))
     r = read_document(LM, TEXT, S)

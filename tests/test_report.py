@@ -2,21 +2,21 @@
 import json, re
 from html.parser import HTMLParser
 import pytest, torch
-from npu_lora_decoding import cli_compare
-from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
-from npu_lora_decoding.recommend import Verdict, recommendation, verdicts
-from npu_lora_decoding.cli import run
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.devices import generator
-from npu_lora_decoding.head import DraftHead, head_config
-from npu_lora_decoding.checkpoint import save_head
-from npu_lora_decoding.contestants import methods
-from npu_lora_decoding.measure import compare, speed_ratio, table
-from npu_lora_decoding.files import json_rows
-from npu_lora_decoding.report import Looks, acceptance_svg, frontier, page, pareto_svg
-from npu_lora_decoding.tasks import Item
+from npu_lora_decoding.cli import compare as cli_compare
+from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter, toy_model
+from npu_lora_decoding.evaluation.recommend import Verdict, recommendation, verdicts
+from npu_lora_decoding.cli.main import run
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.devices import generator
+from npu_lora_decoding.hass.head import DraftHead, head_config
+from npu_lora_decoding.hass.checkpoint import save_head
+from npu_lora_decoding.evaluation.methods import methods
+from npu_lora_decoding.evaluation.benchmark import compare, speed_ratio, table
+from npu_lora_decoding.foundations.files import json_rows
+from npu_lora_decoding.evaluation.html_report import Looks, acceptance_svg, frontier, page, pareto_svg
+from npu_lora_decoding.foundations.tasks import Item
 from toys import toy_folder, toy_items, toy_lm
-import npu_lora_decoding.cli  # registers every command
+import npu_lora_decoding.cli.main  # registers every command
 
 HOSTILE = '</td></title></style>"\'><script src="https://evil.example/x.js">alert(1)</script><img src=x onerror=alert(2)>&amp;\x00\x1b\u202e'
 OLD = 'method peer model device dtype batch new_tokens ms_per_token ms_spread tokens_per_s tau quality quality_interval peak_mb equal_tokens'.split()

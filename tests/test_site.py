@@ -15,7 +15,7 @@ build = importlib.util.module_from_spec(spec); spec.loader.exec_module(build)
 
 def test_every_notebook_has_a_chapter(): assert {build.chapter_of(p) for p in build.notebooks()} == set(build.CHAPTERS)
 
-@pytest.mark.parametrize('name,chapter', [('14_cache_reuse', 'Temp-LoRA'), ('14a_tasks', 'Measuring'), ('14d_reading', 'Temp-LoRA'), ('16_show', 'Showing'), ('16a_commands', 'Command line'), ('tutorials/x', 'Tutorials')])
+@pytest.mark.parametrize('name,chapter', [('5_temp_lora/02_cache_reuse', 'Temp-LoRA'), ('0_foundations/06_tasks', 'Measuring'), ('5_temp_lora/04_perplexity', 'Temp-LoRA'), ('6_evaluation/08_plots', 'Showing'), ('8_cli/01_registry', 'Command line'), ('tutorials/x', 'Tutorials')])
 def test_chapters(name, chapter): assert build.chapter_of(Path(f'nbs/{name}.ipynb')) == chapter
 
 @pytest.mark.parametrize('name', ['18_new', '1_short', 'loose', '99a_odd'])
@@ -48,11 +48,11 @@ def test_outputs_are_as_stored():
     with pytest.raises(SystemExit, match='stores an error'): page(code('x', dict(output_type='error')))
 
 def test_names_lead_somewhere_but_not_in_code_headings_links_or_on_their_own_page():
-    targets = {'CoLD': 'api/cold.md#CoLD', '05_cold': 'lessons/05_cold.md'}
+    targets = {'CoLD': 'api/cold.md#CoLD', '2_cold/01_rule': 'lessons/05_cold.md'}
     f = lambda s, at='lessons/a.md': build.prose(s, lambda o: build.linked(o, targets, at))
-    assert f('`CoLD`, `CoLD(.1, .5)`, `05_cold`, `other`') == '[`CoLD`](../api/cold.md#CoLD), [`CoLD(.1, .5)`](../api/cold.md#CoLD), [`05_cold`](05_cold.md), `other`'
+    assert f('`CoLD`, `CoLD(.1, .5)`, `2_cold/01_rule`, `other`') == '[`CoLD`](../api/cold.md#CoLD), [`CoLD(.1, .5)`](../api/cold.md#CoLD), [`2_cold/01_rule`](2_cold/01_rule.md), `other`'
     for same in '# `CoLD`\n', '[`CoLD`](x)', '```\n`CoLD`\n```\n', '``CoLD``': assert f(same) == same
-    assert f('`05_cold`', 'lessons/05_cold.md') == '`05_cold`'
+    assert f('`2_cold/01_rule`', 'lessons/05_cold.md') == '`2_cold/01_rule`'
 
 def test_lists_get_their_blank_line():
     assert build.spaced('words:\n- a\n- b\n1. c\n') == 'words:\n\n- a\n- b\n1. c\n'

@@ -3,17 +3,17 @@ import bisect, contextlib
 from types import SimpleNamespace
 import pytest, torch
 from hypothesis import given, strategies as st
-import npu_lora_decoding.rows as rows_module
-import npu_lora_decoding.sizing as sizing
-from npu_lora_decoding import ops
-from npu_lora_decoding.adapters import toy_model
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.devices import generator
-from npu_lora_decoding.decode import Decoder, Drafter
-from npu_lora_decoding.prompt_lookup import Lookup
-from npu_lora_decoding.rows import Rows, StaticRows
-from npu_lora_decoding.sizing import Calibration, Reach, SizedDrafter, Sizing, best_size, pass_seconds, tree_sizes
-from npu_lora_decoding.tree import Tree, root_tree
+import npu_lora_decoding.decoding.runner as rows_module
+import npu_lora_decoding.speculation.adaptive as sizing
+from npu_lora_decoding.foundations import ops
+from npu_lora_decoding.foundations.adapters import toy_model
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.devices import generator
+from npu_lora_decoding.decoding.loop import Decoder, Drafter
+from npu_lora_decoding.speculation.prompt_lookup import Lookup
+from npu_lora_decoding.decoding.runner import Rows, StaticRows
+from npu_lora_decoding.speculation.adaptive import Calibration, Reach, SizedDrafter, Sizing, best_size, pass_seconds, tree_sizes
+from npu_lora_decoding.decoding.tree import Tree, root_tree
 
 CPU, CUDA = torch.device('cpu'), torch.device('cuda')
 

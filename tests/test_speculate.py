@@ -5,28 +5,28 @@ from itertools import product
 import pytest, torch
 from tokenizers.decoders import Fuse
 from transformers import StoppingCriteriaList
-import npu_lora_decoding.decode as decode_module
-import npu_lora_decoding.rows as rows_module
-import npu_lora_decoding.sizing as sizing
-import npu_lora_decoding.speculate as speculate
-from npu_lora_decoding import ops
-from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
-from npu_lora_decoding.cold import CoLD
-from npu_lora_decoding.choose import Plain
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.devices import generator
-from npu_lora_decoding.decode import Decoder, Drafter
-from npu_lora_decoding.head import DraftHead, frozen_of, head_config
-from npu_lora_decoding.checkpoint import save_head
-from npu_lora_decoding.fast_draft import DraftProgram, FastDraft, static_head_cache
-from npu_lora_decoding.joint import Joined
-from npu_lora_decoding.prompt_lookup import Lookup, paths
-from npu_lora_decoding.lora import AdapterBank
-from npu_lora_decoding.decode import LM
-from npu_lora_decoding.rows import StaticRows
-from npu_lora_decoding.sizing import Sizing
-from npu_lora_decoding.speculate import HASS, certain_slots
-from npu_lora_decoding.tree import root_tree
+import npu_lora_decoding.decoding.loop as decode_module
+import npu_lora_decoding.decoding.runner as rows_module
+import npu_lora_decoding.speculation.adaptive as sizing
+import npu_lora_decoding.speculation.head_drafter as speculate
+from npu_lora_decoding.foundations import ops
+from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter, toy_model
+from npu_lora_decoding.cold.rule import CoLD
+from npu_lora_decoding.decoding.sampling import Plain
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.devices import generator
+from npu_lora_decoding.decoding.loop import Decoder, Drafter
+from npu_lora_decoding.hass.head import DraftHead, frozen_of, head_config
+from npu_lora_decoding.hass.checkpoint import save_head
+from npu_lora_decoding.speculation.compiled_draft import DraftProgram, FastDraft, static_head_cache
+from npu_lora_decoding.speculation.joint import Joined
+from npu_lora_decoding.speculation.prompt_lookup import Lookup, paths
+from npu_lora_decoding.foundations.lora import AdapterBank
+from npu_lora_decoding.decoding.loop import LM
+from npu_lora_decoding.decoding.runner import StaticRows
+from npu_lora_decoding.speculation.adaptive import Sizing
+from npu_lora_decoding.speculation.head_drafter import HASS, certain_slots
+from npu_lora_decoding.decoding.tree import root_tree
 from test_decode import EndsOn, Pair, generate, same
 from toys import toy_tokenizer
 

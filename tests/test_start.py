@@ -3,12 +3,12 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
-from npu_lora_decoding.adapters import toy_model
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.devices import generator
-from npu_lora_decoding.head import DraftHead, HEAD_FAMILIES, head_config
-from npu_lora_decoding.checkpoint import load_head, save_head
-from npu_lora_decoding.start import Scales, least_squares, least_squares_start, measure_scales, plain_copy, precondition, random_start
+from npu_lora_decoding.foundations.adapters import toy_model
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.devices import generator
+from npu_lora_decoding.hass.head import DraftHead, HEAD_FAMILIES, head_config
+from npu_lora_decoding.hass.checkpoint import load_head, save_head
+from npu_lora_decoding.hass.initialization import Scales, least_squares, least_squares_start, measure_scales, plain_copy, precondition, random_start
 
 KINDS = [(f, {}) for f in HEAD_FAMILIES] + [('llama', dict(attention_bias=True, mlp_bias=True))]
 SCALES = Scales(torch.logspace(-2, 0, 32), torch.logspace(-1, 1.5, 32))

@@ -3,9 +3,9 @@ import gzip, json
 import pytest
 from hypothesis import given, strategies as st
 from sacrebleu import sentence_chrf
-from npu_lora_decoding import tasks
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.tasks import Item, chrf, exact_match, final_number, get_metric, get_task, gsm8k, king_james, last_number, read_bible, read_jsonl, wikisql
+from npu_lora_decoding.foundations import tasks
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.tasks import Item, chrf, exact_match, final_number, get_metric, get_task, gsm8k, king_james, last_number, read_bible, read_jsonl, wikisql
 
 def case(*args, why):
     "A case that once went wrong: `why` says how"
@@ -119,7 +119,7 @@ def test_chrf_is_sacrebleu_s():
     assert chrf(f' {a}\n', b) == sentence_chrf(a, [b]).score and chrf(a, a) == 100. and chrf('', a) == 0. and 0 < chrf(a, b) < 100
 
 def test_metrics_by_name():
-    assert get_metric('chrf') is chrf and get_metric(len) is len and get_metric('npu_lora_decoding.tasks:last_number') is last_number
+    assert get_metric('chrf') is chrf and get_metric(len) is len and get_metric('npu_lora_decoding.foundations.tasks:last_number') is last_number
     assert all(hasattr(tasks, n) and callable(f) for n, f in tasks.METRICS.items())
     assert sentence(lambda: get_metric('bleu')) == "unknown metric 'bleu': use one of exact_match, final_number, chrf, or module:function."
     assert sentence(lambda: get_metric('math:nope')) == "cannot find the metric 'math:nope' (module 'math' has no attribute 'nope'): give an importable module:function."

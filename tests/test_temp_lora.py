@@ -4,17 +4,18 @@ from contextlib import nullcontext
 from dataclasses import replace
 import pytest, torch
 from hypothesis import given, settings as examples, strategies as st
-from npu_lora_decoding import ops, temp_lora
-from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.devices import generator
-from npu_lora_decoding.document import load_document, save_document
-from npu_lora_decoding.lora import AdapterBank
-from npu_lora_decoding.models import FAMILIES
-from npu_lora_decoding.model_shape import shape_of
-from npu_lora_decoding.model_shape import TARGETS, target_layers
-from npu_lora_decoding.writing import TempLoRA
-from npu_lora_decoding.temp_lora import TemporaryAdapter, backward_chunk, copy_state, learn, logits_of, temporary, token_losses
+from npu_lora_decoding.foundations import ops
+from npu_lora_decoding.temp_lora import adapter as temp_lora
+from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter, toy_model
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.devices import generator
+from npu_lora_decoding.temp_lora.checkpoint import load_document, save_document
+from npu_lora_decoding.foundations.lora import AdapterBank
+from npu_lora_decoding.foundations.models import FAMILIES
+from npu_lora_decoding.foundations.model_shape import shape_of
+from npu_lora_decoding.foundations.model_shape import TARGETS, target_layers
+from npu_lora_decoding.temp_lora.generation import TempLoRA
+from npu_lora_decoding.temp_lora.adapter import TemporaryAdapter, backward_chunk, copy_state, learn, logits_of, temporary, token_losses
 
 SMALL = TempLoRA(chunk=16, window=48, train_context=16, r=4, alpha=4., lr=3e-3)
 TEXT = torch.randint(3, 97, (400,), generator=generator(0))
@@ -99,7 +100,7 @@ def test_loss_and_gradient_are_those_of_the_model(family):
     model = toy_model(family)
     phi = TemporaryAdapter(model, replace(SMALL, dropout=0.))
     for b in phi.B.values(): b.data.normal_(std=.1, generator=generator(1))
-    from npu_lora_decoding.temp_lora import _learning
+    from npu_lora_decoding.temp_lora.adapter import _learning
     with _learning(phi):
         labels = TEXT[:40].clone(); labels[:24] = -100
         want = torch.nn.functional.cross_entropy(model(TEXT[None, :40]).logits[0, :-1].float(), labels[1:])

@@ -8,18 +8,19 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file, save_file
-from npu_lora_decoding import core, recipe, train_head as th
-from npu_lora_decoding.acceptance import Text, measure_acceptance, target_texts
-from npu_lora_decoding.align import aligned_step
-from npu_lora_decoding.conversations import Example
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.head import DraftHead, draft_rows, frozen_of, head_config
-from npu_lora_decoding.checkpoint import load_head
-from npu_lora_decoding.features import OnlineFeatures, draft_vocabulary, plan_epoch
-from npu_lora_decoding.start import plain_copy, random_start
-from npu_lora_decoding.recipe import RECIPES, HeadTraining
-from npu_lora_decoding.training import learning_rate
-from npu_lora_decoding.train_head import start_run, train, train_step
+from npu_lora_decoding.foundations import files as core
+from npu_lora_decoding.hass import config as recipe, train as th
+from npu_lora_decoding.hass.acceptance import Text, measure_acceptance, target_texts
+from npu_lora_decoding.hass.alignment import aligned_step
+from npu_lora_decoding.hass.chat_data import Example
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.hass.head import DraftHead, draft_rows, frozen_of, head_config
+from npu_lora_decoding.hass.checkpoint import load_head
+from npu_lora_decoding.hass.features import OnlineFeatures, draft_vocabulary, plan_epoch
+from npu_lora_decoding.hass.initialization import plain_copy, random_start
+from npu_lora_decoding.hass.config import RECIPES, HeadTraining
+from npu_lora_decoding.foundations.training import learning_rate
+from npu_lora_decoding.hass.train import start_run, train, train_step
 from toys import toy_lm
 
 HERE = Path(__file__).parent

@@ -4,15 +4,15 @@ import pytest, torch
 from hypothesis import given, settings as examples, strategies as st
 from tokenizers import decoders
 from tokenizers.processors import TemplateProcessing
-from npu_lora_decoding import translating
-from npu_lora_decoding.adapters import load_adapter, toy_adapter
-from npu_lora_decoding.cold import CoLD
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.prompt_lookup import Lookup
-from npu_lora_decoding.decode import LM
-from npu_lora_decoding.writing import TempLoRA
-from npu_lora_decoding.translating import MODES, Form, one_line, translate_document
-from npu_lora_decoding.writing import repetition
+from npu_lora_decoding.temp_lora import translation as translating
+from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter
+from npu_lora_decoding.cold.rule import CoLD
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.speculation.prompt_lookup import Lookup
+from npu_lora_decoding.decoding.loop import LM
+from npu_lora_decoding.temp_lora.generation import TempLoRA
+from npu_lora_decoding.temp_lora.translation import MODES, Form, one_line, translate_document
+from npu_lora_decoding.temp_lora.generation import repetition
 from test_temp_lora import traces
 from toys import toy_lm
 
@@ -235,7 +235,7 @@ def test_a_document_in_sight_is_told_so():
 @pytest.mark.parametrize('error', [None, RuntimeError('x'), KeyboardInterrupt(), torch.OutOfMemoryError('x')])
 @pytest.mark.parametrize('where', ['learning', 'decoding', 'saying'])
 def test_no_trace(error, where, monkeypatch, tmp_path):
-    import npu_lora_decoding.temp_lora as t
+    import npu_lora_decoding.temp_lora.adapter as t
     lm = fused_lm(); lm.model.train(); lm.model.model.norm.weight.requires_grad_()
     lm.adapter = load_adapter(toy_adapter(lm.model, tmp_path), lm.model)
     before, calls = traces(lm.model), []

@@ -2,7 +2,7 @@
 from itertools import product
 import pytest, torch
 from hypothesis import given, strategies as st
-from npu_lora_decoding.tree import Tree, accept
+from npu_lora_decoding.decoding.tree import Tree, accept
 
 V = 3  # Tokens
 

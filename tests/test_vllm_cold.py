@@ -2,14 +2,14 @@
 import enum, sys, types
 import pytest, torch
 from safetensors.torch import load_file
-from npu_lora_decoding import vllm_ask, vllm_cold, vllm_pairs
-from npu_lora_decoding.adapters import toy_adapter, toy_model
-from npu_lora_decoding.commands import COMMANDS
-from npu_lora_decoding.cli import run
-from npu_lora_decoding.cold import CoLD
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.devices import generator
-from npu_lora_decoding.vllm_pairs import PairRows, Seat, Twin, WaitingRoom, contrast, read_twin
+from npu_lora_decoding.serving import vllm_client as vllm_ask, vllm_plugin as vllm_cold, vllm_pairing as vllm_pairs
+from npu_lora_decoding.foundations.adapters import toy_adapter, toy_model
+from npu_lora_decoding.cli.registry import COMMANDS
+from npu_lora_decoding.cli.main import run
+from npu_lora_decoding.cold.rule import CoLD
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.devices import generator
+from npu_lora_decoding.serving.vllm_pairing import PairRows, Seat, Twin, WaitingRoom, contrast, read_twin
 
 REFUSAL = 7
 def twin(pair, role, alpha=.1, beta=.5): return Twin(pair, role, alpha, beta, REFUSAL)

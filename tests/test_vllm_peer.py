@@ -2,16 +2,16 @@
 import os, signal, subprocess, sys, textwrap, time
 from pathlib import Path
 import pytest, torch
-from npu_lora_decoding import vllm_peer
-from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
-from npu_lora_decoding.cli import run
-from npu_lora_decoding.cold import CoLD
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.measure import compare, table
-from npu_lora_decoding.decode import LM, load
-from npu_lora_decoding.models import encode
-from npu_lora_decoding.files import json_rows
-from npu_lora_decoding.vllm_peer import Engine, find_vllm, merged_folder, vllm_peers
+from npu_lora_decoding.serving import vllm_process as vllm_peer
+from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter, toy_model
+from npu_lora_decoding.cli.main import run
+from npu_lora_decoding.cold.rule import CoLD
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.evaluation.benchmark import compare, table
+from npu_lora_decoding.decoding.loop import LM, load
+from npu_lora_decoding.foundations.models import encode
+from npu_lora_decoding.foundations.files import json_rows
+from npu_lora_decoding.serving.vllm_process import Engine, find_vllm, merged_folder, vllm_peers
 from toys import toy_folder, toy_items, toy_lm
 
 FAKE = '''
@@ -216,7 +216,7 @@ def test_engines_and_their_children_end_with_the_block(stand, lm, folders, error
 COMMAND = '''
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
-from npu_lora_decoding.cli import main
+from npu_lora_decoding.cli.main import main
 sys.argv = ['nld', 'compare', '--vllm', {python!r}, '--model', {model!r}, '--adapter', 'none', '--prompts', '1', '--methods', 'greedy,vllm_greedy', '--new-tokens', '4', '--rounds', '1', '--dtype', 'fp32', '--device', 'cpu']
 main()
 '''

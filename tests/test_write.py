@@ -5,16 +5,17 @@ from pathlib import Path
 import pytest, torch
 from peft import PeftModel
 from transformers.modeling_utils import AttentionInterface
-from npu_lora_decoding import ring, write
-from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
-from npu_lora_decoding.conversations import encode_all, read_conversations
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.devices import generator
-from npu_lora_decoding.models import FAMILIES, encode_one
-from npu_lora_decoding.decode import LM, load
-from npu_lora_decoding.ring_cache import Ring, draw_blocks
-from npu_lora_decoding.continuous_batching import Talk, WriteConfig, after_question, talks_from_nothing, talks_from_prompts, turn_edges, write_ring
-from npu_lora_decoding.write import write_conversations
+from npu_lora_decoding.hass import ring_cache as ring
+from npu_lora_decoding.hass import self_chat as write
+from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter, toy_model
+from npu_lora_decoding.hass.chat_data import encode_all, read_conversations
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.devices import generator
+from npu_lora_decoding.foundations.models import FAMILIES, encode_one
+from npu_lora_decoding.decoding.loop import LM, load
+from npu_lora_decoding.hass.ring_cache import Ring, draw_blocks
+from npu_lora_decoding.hass.continuous_batching import Talk, WriteConfig, after_question, talks_from_nothing, talks_from_prompts, turn_edges, write_ring
+from npu_lora_decoding.hass.self_chat import write_conversations
 from test_conversations import CHATML, GEMMA, IM, LLAMA2, LLAMA3, HEADER, MISTRAL, lm_of
 from toys import toy_folder, toy_lm
 
@@ -227,7 +228,7 @@ def test_ctrl_c_and_more_of_the_same(whole, tmp_path, at, capsys):
 def test_kill_9(tmp_path):
     lm = chat_lm()
     toy_folder(tmp_path/'model', lm.model, lm.tokenizer)
-    code = ("import sys, torch; torch.set_num_threads(1)\nfrom npu_lora_decoding.models import load\nfrom npu_lora_decoding.ring import WriteConfig\nfrom npu_lora_decoding.write import write_conversations\n"
+    code = ("import sys, torch; torch.set_num_threads(1)\nfrom npu_lora_decoding.foundations.models import load\nfrom npu_lora_decoding.hass.continuous_batching import WriteConfig\nfrom npu_lora_decoding.hass.self_chat import write_conversations\n"
             f"write_conversations(load({str(tmp_path/'model')!r}), sys.argv[1], WriteConfig(shards=4, per_shard=12, batch=4, user_tokens=60, new_tokens=40, min_p=0.), quiet=True)")
     p = subprocess.Popen([sys.executable, '-c', code, str(tmp_path/'killed')])
     for _ in range(2400):

@@ -2,23 +2,24 @@
 from dataclasses import replace
 import pytest, torch
 from hypothesis import given, settings as examples, strategies as st
-from npu_lora_decoding import ops, writing
-from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
-from npu_lora_decoding.cold import CoLD
-from npu_lora_decoding.choose import Plain
-from npu_lora_decoding.errors import DecodingError
-from npu_lora_decoding.devices import generator
-from npu_lora_decoding.decode import Decoder
-from npu_lora_decoding.head import DraftHead, head_config
-from npu_lora_decoding.checkpoint import save_head
-from npu_lora_decoding.lora import AdapterBank
-from npu_lora_decoding.prompt_lookup import Lookup
-from npu_lora_decoding.plan import BUDGETS
-from npu_lora_decoding.rows import Rows
-from npu_lora_decoding.speculate import HASS
-from npu_lora_decoding.writing import TempLoRA
-from npu_lora_decoding.plan import plan_memory
-from npu_lora_decoding.writing import repetition
+from npu_lora_decoding.foundations import ops
+from npu_lora_decoding.temp_lora import generation as writing
+from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter, toy_model
+from npu_lora_decoding.cold.rule import CoLD
+from npu_lora_decoding.decoding.sampling import Plain
+from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.foundations.devices import generator
+from npu_lora_decoding.decoding.loop import Decoder
+from npu_lora_decoding.hass.head import DraftHead, head_config
+from npu_lora_decoding.hass.checkpoint import save_head
+from npu_lora_decoding.foundations.lora import AdapterBank
+from npu_lora_decoding.speculation.prompt_lookup import Lookup
+from npu_lora_decoding.temp_lora.budget import BUDGETS
+from npu_lora_decoding.decoding.runner import Rows
+from npu_lora_decoding.speculation.head_drafter import HASS
+from npu_lora_decoding.temp_lora.generation import TempLoRA
+from npu_lora_decoding.temp_lora.budget import plan_memory
+from npu_lora_decoding.temp_lora.generation import repetition
 from test_temp_lora import traces
 from toys import toy_lm
 
@@ -143,7 +144,7 @@ def test_sampling_is_that_of_the_base_and_repeats_by_seed():
 
 @pytest.mark.parametrize('error', [RuntimeError('x'), KeyboardInterrupt(), torch.OutOfMemoryError('x')])
 def test_no_trace(error, monkeypatch, tmp_path):
-    import npu_lora_decoding.temp_lora as t
+    import npu_lora_decoding.temp_lora.adapter as t
     model = plain_model()
     before, true, calls = traces(model), t.backward_chunk, []
     kept = replace(STILL, lr=.01, file=str(tmp_path/'story.safetensors'))
@@ -160,7 +161,7 @@ def test_no_trace(error, monkeypatch, tmp_path):
 
 def test_an_abandoned_stream_leaves_no_trace():
     model = plain_model(); before = traces(model)
-    from npu_lora_decoding.choose import Rules
+    from npu_lora_decoding.decoding.sampling import Rules
     ids = PROMPT[None, :21]
     steps = Decoder(memory=replace(STILL, lr=.01)).steps(model, ids, torch.ones_like(ids), Rules(), 80, 0)
     for _ in range(15): next(steps)

@@ -5,9 +5,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
-from npu_lora_decoding.adapters import toy_model
-from npu_lora_decoding.decode import LM
-from npu_lora_decoding.tasks import Item
+from npu_lora_decoding.foundations.adapters import toy_model
+from npu_lora_decoding.decoding.loop import LM
+from npu_lora_decoding.foundations.tasks import Item
 
 def toy_tokenizer(extra=0):
     "One token a character; 76 tokens, and `extra` unused ones"

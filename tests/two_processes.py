@@ -3,8 +3,8 @@ import json, os, signal, sys
 from pathlib import Path
 import torch
 from accelerate import Accelerator
-from npu_lora_decoding import train_head as th
-from npu_lora_decoding.train_head import train
+from npu_lora_decoding.hass import train as th
+from npu_lora_decoding.hass.train import train
 from test_train_head import CASES, CONFIG, TEXTS, begin, noting
 
 def note(folder, name, run, norms=()):

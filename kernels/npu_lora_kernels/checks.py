@@ -1,6 +1,6 @@
 """What every host function asks of its arguments, in one sentence that names the remedy"""
 import torch
-from npu_lora_decoding.errors import require  # raises DecodingError
+from npu_lora_decoding.foundations.errors import require  # raises DecodingError
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 

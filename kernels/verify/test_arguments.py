@@ -1,6 +1,6 @@
 """What a kernel cannot take is refused with one sentence that names the remedy, before anything is launched"""
 import pytest, torch
-from npu_lora_decoding.errors import DecodingError
+from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_kernels import cold, commit, distill, lora
 from npu_lora_kernels.launch import running
 

@@ -5,15 +5,15 @@ SmolLM2-135M with its King James adapter, alone; and a random toy model for what
 import collections
 import pytest, torch
 import npu_lora_kernels
-from npu_lora_decoding import ops
-from npu_lora_decoding.adapters import load_adapter, toy_adapter, toy_model
-from npu_lora_decoding.cold import CoLD
-from npu_lora_decoding.choose import Plain
-from npu_lora_decoding.decode import Decoder, Drafter
-from npu_lora_decoding.lora import AdapterBank
-from npu_lora_decoding.models import encode, shipped_adapter
-from npu_lora_decoding.decode import load
-from npu_lora_decoding.tree import Tree
+from npu_lora_decoding.foundations import ops
+from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter, toy_model
+from npu_lora_decoding.cold.rule import CoLD
+from npu_lora_decoding.decoding.sampling import Plain
+from npu_lora_decoding.decoding.loop import Decoder, Drafter
+from npu_lora_decoding.foundations.lora import AdapterBank
+from npu_lora_decoding.foundations.models import encode, shipped_adapter
+from npu_lora_decoding.decoding.loop import load
+from npu_lora_decoding.decoding.tree import Tree
 from npu_lora_kernels.targets import ASCEND, using
 from npu_lora_kernels.launch import running
 from verify.runner import Runner

@@ -1,6 +1,6 @@
 """How work is cut: every core gets some, no part is empty, and the grid fits the device"""
 import pytest, torch
-from npu_lora_decoding import ops
+from npu_lora_decoding.foundations import ops
 from npu_lora_kernels import lora
 from npu_lora_kernels.targets import ASCEND, gpu, using
 

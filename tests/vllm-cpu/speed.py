@@ -32,12 +32,12 @@ def engine(target, longest, head=None, guesses=5):
 def speed(options):
     "Return the rows of a comparison"
     import torch, vllm
-    from npu_lora_decoding.export_head import export_head
-    from npu_lora_decoding.contestants import Method
-    from npu_lora_decoding.measure import compare
-    from npu_lora_decoding.models import embedded_folder
-    from npu_lora_decoding.decode import load
-    from npu_lora_decoding.tasks import read_jsonl
+    from npu_lora_decoding.serving.head_export import export_head
+    from npu_lora_decoding.evaluation.methods import Method
+    from npu_lora_decoding.evaluation.benchmark import compare
+    from npu_lora_decoding.foundations.models import embedded_folder
+    from npu_lora_decoding.decoding.loop import load
+    from npu_lora_decoding.foundations.tasks import read_jsonl
     lm, target = load(device='cpu', dtype='bf16'), str(embedded_folder())
     prompts = read_jsonl(options.questions, answer=None)[:options.prompts]
     with tempfile.TemporaryDirectory() as work:
@@ -49,8 +49,8 @@ def speed(options):
     return [r | more(r['method']) for r in rows]
 
 def main():
-    from npu_lora_decoding.measure import table
-    from npu_lora_decoding.files import save_rows
+    from npu_lora_decoding.evaluation.benchmark import table
+    from npu_lora_decoding.foundations.files import save_rows
     parser = argparse.ArgumentParser(prog='run speed', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--head', default=str(HEADS/'smollm2-135m'), help='folder of the head (default: the shipped one)')
     parser.add_argument('--questions', default=str(HEADS/'questions.jsonl'), help='JSON lines with prompt')

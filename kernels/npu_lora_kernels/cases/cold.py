@@ -4,7 +4,7 @@ Whole-number logits tie within a block, across blocks and across parts. Two adve
 that beats everything, and expert logits that rise from block to block, so that each earlier block's candidate falls.
 """
 import torch
-from npu_lora_decoding import ops
+from npu_lora_decoding.foundations import ops
 from npu_lora_kernels.cold import cold_scores, cold_select
 from . import Case
 

@@ -1,6 +1,6 @@
 """Cases of the KV commit: the cache is compared bit for bit, and its bits are random, so that it holds NaNs of every payload"""
 import torch
-from npu_lora_decoding import ops
+from npu_lora_decoding.foundations import ops
 from npu_lora_kernels.commit import kv_commit
 from . import Case
 

@@ -1,6 +1,6 @@
 """Cases of the Top-K distillation loss and its gradient"""
 import torch
-from npu_lora_decoding import ops
+from npu_lora_decoding.foundations import ops
 from npu_lora_kernels.distill import topk_loss_backward, topk_loss_forward
 from . import Case
 

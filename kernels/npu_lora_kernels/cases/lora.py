@@ -3,7 +3,7 @@
 Everything a kernel must not use is NaN: padding above an adapter's rank, base rows of x, what h holds for them. Base rows of y hold -0, infinities and NaN, and keep their bits: cases of base rows alone are compared bit for bit.
 """
 import torch
-from npu_lora_decoding import ops
+from npu_lora_decoding.foundations import ops
 from npu_lora_kernels import lora
 from . import Case
 

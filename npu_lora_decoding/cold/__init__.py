@@ -1,0 +1,3 @@
+from .._moved import getattr_of
+
+__getattr__ = getattr_of('cold')
