@@ -4,7 +4,7 @@ python results/alignment.py OUT.json   (nothing else should run on the machine)
 """
 import json, subprocess, sys
 import torch
-from npu_lora_decoding.hass.alignment import aligned_step, far_mask, near_mask, next_inputs
+from npu_lora_decoding.hass.alignment import aligned_step, target_mask, own_step_mask, next_inputs
 from npu_lora_decoding.foundations.devices import generator
 from npu_lora_decoding.foundations.timing import peak_memory, time_interleaved
 from npu_lora_decoding.hass.head import DraftHead, head_config

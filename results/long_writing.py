@@ -18,7 +18,7 @@ from npu_lora_decoding.temp_lora.generation import repetition
 HEAD, CHAPTER = Path(__file__).parent/'heads'/'smollm2-135m', 4096
 MEMORY = TempLoRA(chunk=1024, window=2048, train_context=128, epochs=1, lr=1e-4, dropout=0.)
 SAMPLING = dict(do_sample=True, eos_token_id=None, chat=False)
-WAYS = {'base': replace(MEMORY, epochs=0), 'Temp-LoRA': MEMORY, 'Temp-LoRA, guarded': replace(MEMORY, guard=.3)}
+WAYS = {'base': replace(MEMORY, epochs=0), 'Temp-LoRA': MEMORY, 'Temp-LoRA, guarded': replace(MEMORY, max_repetition=.3)}
 
 def perplexities(lm, text, start):
     "Return how likely the base finds every thousand tokens after `start`, with the tokens before them in sight"

@@ -6,14 +6,14 @@ import statistics, sys
 from pathlib import Path
 from npu_lora_decoding.hass.acceptance import Text, measure_acceptance
 from npu_lora_decoding.foundations.timing import stopwatch
-from npu_lora_decoding.hass.head import draft_rows, frozen_of
+from npu_lora_decoding.hass.head import draft_rows, target_weights
 from npu_lora_decoding.hass.checkpoint import load_head
 from npu_lora_decoding.hass.features import target_features
 from npu_lora_decoding.evaluation.benchmark import environment
 from npu_lora_decoding.foundations.models import encode_one
 from npu_lora_decoding.decoding.loop import load
 from npu_lora_decoding.foundations.files import save_rows
-from npu_lora_decoding.decoding.runner import StaticRows
+from npu_lora_decoding.decoding.runner import CompiledRunner
 from npu_lora_decoding.speculation.adaptive import pass_seconds
 from npu_lora_decoding.speculation.head_drafter import HASS
 from npu_lora_decoding.foundations.tasks import read_jsonl
@@ -47,13 +47,13 @@ def decode(lm, prompt, n, drafter):
 
 def predicted_tau(lm, head, prompts, answers):
     "Return the tokens a pass of each size, from a replay against the answers"
-    frozen, ids = frozen_of(lm.model), [torch.cat([p, torch.tensor(a)]) for p, a in zip(prompts, answers)]
+    frozen, ids = target_weights(lm.model), [torch.cat([p, torch.tensor(a)]) for p, a in zip(prompts, answers)]
     texts = [Text(x, len(p), f) for x, p, f in zip(ids, prompts, target_features(lm, ids))]
     return {n: measure_acceptance(head, frozen.embed, draft_rows(head, frozen), texts, head.vocab, (1,), dict(depth=DEPTH - 1, top_k=TOP_K, nodes=n))[f'tree {n}'].tau for n in SIZES}
 
 def costs(lm, prompt, n):
     "Return seconds of a pass of each size, measured as a drafter does it at load"
-    rows = StaticRows(lm.model, ('expert',), 1, len(prompt) + n, max(SIZES), True, DEPTH)
+    rows = CompiledRunner(lm.model, ('expert',), 1, len(prompt) + n, max(SIZES), True, DEPTH)
     with torch.no_grad():
         rows.prefill(prompt[None], torch.ones_like(prompt)[None])
         return pass_seconds(rows, (1, *SIZES), rounds=15)

@@ -3,7 +3,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from npu_lora_decoding.foundations.adapters import toy_model
-from npu_lora_decoding.hass.alignment import aligned_attention, aligned_step, far_mask, near_mask, next_inputs, shift
+from npu_lora_decoding.hass.alignment import aligned_attention, aligned_step, target_mask, own_step_mask, next_inputs, shift
 from npu_lora_decoding.foundations.devices import generator
 from npu_lora_decoding.hass.head import DraftHead, HEAD_FAMILIES, head_config
 
@@ -43,9 +43,9 @@ def test_attention_is_the_definition(texts, t, j, heads, seed):
 @given(st.lists(rows, min_size=1, max_size=3), st.integers(1, 9), st.integers(1, 6))
 def test_masks_cover_each_column_once(texts, t, j):
     segments = torch.tensor([as_segments(x, t) for x in texts])
-    count = far_mask(segments, j).long()
+    count = target_mask(segments, j).long()
     for o in range(j-1):
-        near = near_mask(segments, o)
+        near = own_step_mask(segments, o)
         for i in range(t):
             if i >= o: count[:, i, i-o] += near[:, i]
             else: assert not near[:, i].any()

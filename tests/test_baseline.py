@@ -50,8 +50,8 @@ def test_greedy_stops_when_all_ended(model):
 def test_rows_do_not_meet(model):
     "A row of a padded batch says what it says alone"
     ids, mask = batch()
-    together = greedy_cached(model, ids, mask, 10)
-    for row, prompt, real in zip(together, ids, mask.bool()):
+    fused_projections = greedy_cached(model, ids, mask, 10)
+    for row, prompt, real in zip(fused_projections, ids, mask.bool()):
         alone = prompt[real][None]
         same(row[7:], greedy_cached(model, alone, torch.ones_like(alone), 10)[0, alone.shape[1]:])
 

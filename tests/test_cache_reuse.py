@@ -4,7 +4,7 @@ from dataclasses import replace
 from hypothesis import given, settings as examples, strategies as st
 from transformers import DynamicCache
 from npu_lora_decoding.foundations.adapters import toy_model
-from npu_lora_decoding.temp_lora.cache_reuse import Marks, Reader, drop_oldest, due, key_drift, parse_rule
+from npu_lora_decoding.temp_lora.cache_reuse import CacheLedger, Reader, drop_oldest, should_recompute, key_drift, parse_rule
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.foundations.devices import generator
 from npu_lora_decoding.temp_lora.generation import TempLoRA
@@ -45,15 +45,15 @@ def test_nothing_stale_under_the_policy_chunk():
 
 @pytest.mark.parametrize('window,context,chunk', [(24, 6, 6), (24, 18, 6), (25, 6, 6), (40, 3, 7)])
 def test_a_prefill_serves_k_chunks(window, context, chunk):
-    s, marks, served = TempLoRA(chunk=chunk, window=window, context=context), Marks(), []
+    s, marks, served = TempLoRA(chunk=chunk, window=window, context=context), CacheLedger(), []
     for a in range(0, 60 * chunk, chunk):
-        if due(s, marks, a): marks = Marks(max(0, a - context)); served.append(0)
+        if should_recompute(s, marks, a): marks = CacheLedger(max(0, a - context)); served.append(0)
         marks.add(a + chunk - 1, 0); marks.chunks += 1; served[-1] += 1
     assert set(served[2:-1]) == {(window - context) // chunk}
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5)), max_size=12), st.integers(0, 20))
 def test_marks_know_every_column(adds, first):
-    marks, want, at = Marks(first), [], first
+    marks, want, at = CacheLedger(first), [], first
     for more, version in adds:
         at += more; want += [version] * more
         marks.add(at, version)

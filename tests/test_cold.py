@@ -4,7 +4,7 @@ import pytest, torch
 from transformers import LogitsProcessorList, MinPLogitsWarper
 from npu_lora_decoding.foundations import ops
 from npu_lora_decoding.decoding.baseline import greedy_cached
-from npu_lora_decoding.decoding.sampling import HARD, Plain, split_processors
+from npu_lora_decoding.decoding.sampling import HARD_CONSTRAINTS, Plain, split_processors
 from npu_lora_decoding.cold.rule import CoLD, cold_two_pass
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.foundations.devices import generator
@@ -302,7 +302,7 @@ def test_forbidding_everything_says_so(llama):
 
 def test_known_constraints_are_transformers_classes():
     import transformers.generation.logits_process as known
-    assert not [n for n in HARD if not hasattr(known, n)]
+    assert not [n for n in HARD_CONSTRAINTS if not hasattr(known, n)]
 
 def test_split_keeps_order_and_every_processor():
     rows = [Offset(0, x) for x in (True, False, True, False)]
@@ -336,9 +336,9 @@ def test_padding_of_the_vocabulary_is_excluded_before_the_maximum(padded):
     assert out[0, -1] == want.argmax() and want.isfinite().sum() > 1
 
 def test_the_record_counts_the_plausible_set_after_the_constraints(padded):
-    "`plausible`, `favourite` and `logp` of a token describe the distribution it was chosen from"
+    "`plausible`, `expert_top1` and `logp` of a token describe the distribution it was chosen from"
     model, bank = padded
     ids = torch.tensor([[5, 6, 7, 8]])
     e, _ = next_logits(model, bank, ids)
     token = run(model, ids, torch.ones_like(ids), CoLD(0.05, 1.), bank, dict(vocab=97), n=1, return_dict_in_generate=True).steps[0].tokens[0][0]
-    assert (token.plausible, token.favourite) == (CoLD(0.05).plausible(e[:, :97]).sum().item(), e[0, :97].argmax().item())
+    assert (token.plausible, token.expert_top1) == (CoLD(0.05).plausible(e[:, :97]).sum().item(), e[0, :97].argmax().item())

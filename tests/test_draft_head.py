@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from npu_lora_decoding.foundations.adapters import toy_model
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.foundations.devices import generator
-from npu_lora_decoding.hass.head import DraftHead, HEAD_FAMILIES, draft_rows, frozen_of, head_config
+from npu_lora_decoding.hass.head import DraftHead, HEAD_FAMILIES, draft_rows, target_weights, head_config
 from npu_lora_decoding.hass.checkpoint import load_head, save_head
 
 @pytest.fixture
@@ -41,7 +41,7 @@ LAYOUTS = dict(eagle1=dict(bias=True, embed=True, more={}), eagle2=dict(bias=Tru
 def test_published_layouts_load(tmp_path, target, name, dtype):
     layout = LAYOUTS[name]
     head = toy_head(target, layout['bias'])
-    tensors = {k: x.to(dtype) for k, x in head.state_dict().items()} | ({'embed_tokens.weight': frozen_of(target).embed.to(dtype)} if layout['embed'] else {})
+    tensors = {k: x.to(dtype) for k, x in head.state_dict().items()} | ({'embed_tokens.weight': target_weights(target).embed.to(dtype)} if layout['embed'] else {})
     got = load_head(write(tmp_path/'head', tensors, OLD | layout['more']), target)
     assert same(got, head if dtype != torch.float16 else got) and (got.fc.bias is not None) == layout['bias']
     assert got.config.rope_parameters['rope_theta'] == 500000.0  # from its old place
@@ -79,7 +79,7 @@ def test_file_is_small_and_says_whose_it_is(tmp_path, target):
         assert f.metadata()['format'] == 'pt' and len(json.loads(f.metadata()['base_fingerprint'])) == 64
         assert not any('embed' in k for k in f.keys()) and all(f.get_tensor(k).dtype == torch.bfloat16 for k in f.keys())
     full = load_file(save_head(toy_head(target), tmp_path/'head', target, embed=True, fc_bias=True)/'model.safetensors')
-    assert torch.equal(full['embed_tokens.weight'], frozen_of(target).embed.bfloat16()) and not full['fc.bias'].any()
+    assert torch.equal(full['embed_tokens.weight'], target_weights(target).embed.bfloat16()) and not full['fc.bias'].any()
     load_head(tmp_path/'head', target)
 
 def test_shards(tmp_path, target):
@@ -127,7 +127,7 @@ def test_every_fault_is_named(tmp_path, target, name):
     with pytest.raises(DecodingError, match=message): load_head(write(tmp_path/'head', tensors, OLD | changes.get('config', {}), changes.get('meta')), target)
 
 def test_one_wrong_row_of_embeddings_is_enough(tmp_path, target):
-    embed = frozen_of(target).embed.bfloat16()
+    embed = target_weights(target).embed.bfloat16()
     write(tmp_path/'head', toy_head(target).state_dict() | {'embed_tokens.weight': embed}, OLD)
     load_head(tmp_path/'head', target)
     embed[96] = -embed[96]
@@ -181,12 +181,12 @@ def test_a_failed_save_leaves_the_old_head(tmp_path, target, monkeypatch):
 
 def test_draft_vocabulary_travels(tmp_path, target):
     head = toy_head(target)
-    assert draft_rows(head, frozen_of(target)) is not None and draft_rows(head, frozen_of(target)).shape == (97, 32)
+    assert draft_rows(head, target_weights(target)) is not None and draft_rows(head, target_weights(target)).shape == (97, 32)
     for counts in (torch.tensor([9, 4, 4, 0]), None):
         head.vocab, head.counts = torch.tensor([5, 96, 0, 7]), counts
         got = load_head(save_head(head, tmp_path/'head', target), target)
         assert torch.equal(got.vocab, head.vocab) and (counts is None and got.counts is None or torch.equal(got.counts, counts))
-        assert 'vocab' not in got.state_dict() and torch.equal(draft_rows(got, frozen_of(target)), frozen_of(target).lm_head[[5, 96, 0, 7]])
+        assert 'vocab' not in got.state_dict() and torch.equal(draft_rows(got, target_weights(target)), target_weights(target).lm_head[[5, 96, 0, 7]])
     assert torch.equal(copy.deepcopy(head).vocab, head.vocab) and head.to(torch.bfloat16).vocab.dtype == torch.int64
     head.vocab = None
     assert load_head(save_head(head, tmp_path/'head', target), target).vocab is None  # the old file is gone
@@ -208,12 +208,12 @@ def test_dtype_follows_the_target_unless_told(tmp_path, target):
     with pytest.raises(DecodingError, match='does not fit into torch.float16'): load_head(save_head(big, folder, target), target, dtype=torch.float16)
 
 def test_targets_that_are_more_than_two_matrices(target):
-    with pytest.raises(DecodingError, match='gemma'): frozen_of(toy_model('gemma'))
+    with pytest.raises(DecodingError, match='gemma'): target_weights(toy_model('gemma'))
     target.lm_head = torch.nn.Linear(32, 97)
-    with pytest.raises(DecodingError, match='LM head'): frozen_of(target)
+    with pytest.raises(DecodingError, match='LM head'): target_weights(target)
     class Scaled(torch.nn.Embedding): pass
     target = toy_model(); target.model.embed_tokens = Scaled(97, 32)
-    with pytest.raises(DecodingError, match='Scaled'): frozen_of(target)
+    with pytest.raises(DecodingError, match='Scaled'): target_weights(target)
 
 def test_config_is_a_copy(target):
     before = target.config.to_dict()

@@ -7,7 +7,7 @@ from npu_lora_decoding.serving import head_export as ex
 from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.foundations.devices import generator
-from npu_lora_decoding.hass.head import DraftHead, frozen_of, head_config
+from npu_lora_decoding.hass.head import DraftHead, target_weights, head_config
 from npu_lora_decoding.hass.checkpoint import load_head, save_head
 from npu_lora_decoding.serving.head_export import ENGINES, check_export, engine_tensors, export_head, read_token_map, serve_command, token_map
 from toys import toy_lm
@@ -277,7 +277,7 @@ def test_the_vllm_check_replays_the_full_head(check, lm):
     head = random_head(lm, vocab=20)
     prompts, answers = [[1, 5, 6], [1, 9]], [[7, 8, 9, 10, 11, 12, 13], [4, 5, 6, 7, 8, 9, 10]]
     texts = check.texts_of(lm, prompts, answers)
-    frozen = frozen_of(lm.model)
+    frozen = target_weights(lm.model)
     for t in texts:  # every token is what the head would guess: all is accepted
         e, f = frozen.embed[t.ids[1:]][None], t.features[:-1][None]
         t.ids[2:] = (ex.head_features(head, e, f)[0, :-1] @ frozen.lm_head.T).argmax(-1)

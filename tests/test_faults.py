@@ -432,7 +432,7 @@ def test_symlinks(case, said, tmp_path):
 
 # --- 8. several processes at once
 
-def together(work, n):
+def fused_projections(work, n):
     "Run `work(i)` in n processes at once; return how they ended"
     pids = []
     for i in range(n):
@@ -461,7 +461,7 @@ def test_first_runs_race_for_the_cache(round, tmp_path, monkeypatch):
              mock.patch.object(models.AutoModelForCausalLM, 'from_pretrained', lambda *a, **k: toy_lm().model), mock.patch.object(models.AutoTokenizer, 'from_pretrained', late): folder = embedded_folder()
         got = load(folder).model.state_dict()
         assert all(torch.equal(got[k], x) for k, x in want.items())
-    assert together(work, 4) == [0] * 4
+    assert fused_projections(work, 4) == [0] * 4
     (folder,) = (tmp_path/'cache').iterdir()
     assert models._sealed(folder) and hidden(tmp_path/'cache') == []
 
@@ -473,7 +473,7 @@ def test_writers_race_for_a_folder(tmp_path):
         for k in range(25 if i < 2 else 800):
             if i < 2: save_head(heads[i], tmp_path/'head', LM.model)
             else: assert (tmp_path/'head'/names[k % 3]).read_bytes() in [known[0][names[k % 3]], known[1][names[k % 3]]]
-    assert together(work, 3) == [0] * 3
+    assert fused_projections(work, 3) == [0] * 3
     load_head(tmp_path/'head', LM.model)
     assert hidden(tmp_path) == []
 

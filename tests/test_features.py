@@ -12,7 +12,7 @@ from npu_lora_decoding.hass.chat_data import Example
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.foundations.devices import generator
 from npu_lora_decoding.hass.losses import distill
-from npu_lora_decoding.hass.head import DraftHead, check_vocab, frozen_of, head_config
+from npu_lora_decoding.hass.head import DraftHead, check_vocab, target_weights, head_config
 from npu_lora_decoding.hass.features import Batch, OnlineFeatures, StoredFeatures, batch_of, check_room, data_hash, draft_vocabulary, plan_epoch, shards_bytes, target_features, write_features
 from npu_lora_decoding.decoding.loop import LM
 from toys import toy_lm
@@ -303,7 +303,7 @@ def losses(batch, head, frozen, n=3):
 def test_packed_rows_learn_the_same(family):
     "Loss and gradient of packed rows are those of rows with one text"
     lm = toy_lm(family)
-    read, frozen = OnlineFeatures(lm, examples_of()).read(range(8)), frozen_of(lm.model)
+    read, frozen = OnlineFeatures(lm, examples_of()).read(range(8)), target_weights(lm.model)
     grads, values = [], []
     for batch in (batch_of([[x] for x in read]), batch_of([[read[3], read[1]], [read[0], read[2]], [read[5], read[6]], [read[4], read[7]]])):
         torch.manual_seed(0)

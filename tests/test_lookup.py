@@ -6,9 +6,9 @@ from hypothesis import given, strategies as st
 from npu_lora_decoding.foundations.adapters import toy_model
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.decoding.loop import Decoder, Drafter
-from npu_lora_decoding.speculation.joint import Joined, join
-from npu_lora_decoding.speculation.prompt_lookup import Lookup, match_lengths, paths
-from npu_lora_decoding.speculation.adaptive import Sizing
+from npu_lora_decoding.speculation.joint import JointDrafter, join
+from npu_lora_decoding.speculation.prompt_lookup import PromptLookup, match_lengths, paths
+from npu_lora_decoding.speculation.adaptive import TreeSizing
 from npu_lora_decoding.decoding.tree import Tree, root_tree
 
 texts = lambda most, least=1: st.lists(st.integers(0, 2), min_size=least, max_size=most)
@@ -38,7 +38,7 @@ def naive_copy(text, corpus, guesses, longest, shortest):
 
 @given(texts(16), st.lists(texts(8, 0), max_size=2), st.integers(1, 5), st.integers(1, 3), st.integers(0, 3))
 def test_copy_is_searching(text, corpus, guesses, shortest, more):
-    got, n = Lookup(guesses, shortest + more, shortest, corpus).copy(T(text))
+    got, n = PromptLookup(guesses, shortest + more, shortest, corpus).copy(T(text))
     assert (got.tolist(), n) == naive_copy(text, corpus, guesses, shortest + more, shortest)
 
 @pytest.mark.parametrize('text,kw,want', [
@@ -50,26 +50,26 @@ def test_copy_is_searching(text, corpus, guesses, shortest, more):
     ([2, 3, 9, 1, 2, 3], dict(corpus=([1, 2, 3, 4],)), ([4], 3)), ([2, 3, 9, 2, 3], dict(corpus=([2, 3, 4],)), ([9, 2, 3], 2)),  # a longer match in the corpus wins, an equal one does not
     ([1, 2], dict(corpus=([], [7], [1, 2, 8], [1, 2, 9])), ([8], 2))], ids=str)  # texts without a place, the first of equals
 def test_copies_by_hand(text, kw, want):
-    got, n = Lookup(**kw).copy(T(text))
+    got, n = PromptLookup(**kw).copy(T(text))
     assert (got.tolist(), n) == want
 
 def test_paths_of_a_batch():
     state = SimpleNamespace(text=[T([5, 6, 7, 5, 6]), T([1, 2, 3]), T([4, 1, 2, 8, 9, 9, 4, 1, 2])])
     state.last = T([6, 3, 2])
-    tree = Lookup(guesses=4).propose(state, None).checked()
+    tree = PromptLookup(guesses=4).propose(state, None).checked()
     assert tree.tokens.tolist()[0] == [6, 7, 5, 6, 6] and tree.tokens[2].tolist() == [2, 8, 9, 9, 4] and tree.tokens[:, 0].equal(state.last)
     assert tree.parents.tolist() == [[-1, 0, 1, 2, -2], [-1, -2, -2, -2, -2], [-1, 0, 1, 2, 3]]
     torch.testing.assert_close(tree.scores, T([[1., 3/4, 9/16, 27/64, 0.], [1., 0., 0., 0., 0.], [1., .8, .64, .512, .4096]]))  # 2 and 3 tokens agree
-    assert tree.who(0, [1]) == ['lookup']
+    assert tree.proposers(0, [1]) == ['lookup']
     state.text = [T([1, 2, 3])]; state.last = T([3])
-    assert Lookup().propose(state, None).checked().size == 1
+    assert PromptLookup().propose(state, None).checked().size == 1
 
 def test_corpora_of_every_kind():
-    assert [c.tolist() for c in Lookup(corpus=([1, 2], T([[3, 4]]), T([5], dtype=torch.int32))).corpus] == [[1, 2], [3, 4], [5]]
+    assert [c.tolist() for c in PromptLookup(corpus=([1, 2], T([[3, 4]]), T([5], dtype=torch.int32))).corpus] == [[1, 2], [3, 4], [5]]
 
 @pytest.mark.parametrize('kw', [dict(guesses=0), dict(shortest=0), dict(shortest=3, longest=2)], ids=str)
 def test_copies_that_cannot_be(kw):
-    with pytest.raises(DecodingError, match='longest no smaller'): Lookup(**kw)
+    with pytest.raises(DecodingError, match='longest no smaller'): PromptLookup(**kw)
 
 # --- one tree for several drafters
 
@@ -85,7 +85,7 @@ def read(tree, b):
     "Path -> score and who proposed it"
     found = [()]
     for t, p in zip(tree.tokens[b, 1:].tolist(), tree.parents[b, 1:].tolist()): found.append(None if p == -2 else (*found[p], t))
-    who = tree.who(b, range(tree.size))
+    who = tree.proposers(b, range(tree.size))
     return {p: (float(tree.scores[b, i]), who[i]) for i, p in enumerate(found) if p is not None}
 
 @st.composite
@@ -118,7 +118,7 @@ def test_joined_batches_are_filled():
     b = tree_of([{(): 1., (3,): .6, (5,): .1}, {(): 1., (7,): .2}], 'b', 4)
     tree = join([a, b], 16)
     assert tree.parents.tolist() == [[-1, 0, 1, 0], [-1, 0, -2, -2]] and tree.tokens.tolist() == [[50, 3, 4, 5], [50, 7, 0, 0]]
-    assert tree.who(0, [1, 2, 3]) == ['a', 'a', 'b'] and tree.who(1, [1]) == ['b']  # who is trusted most owns a guess of several
+    assert tree.proposers(0, [1, 2, 3]) == ['a', 'a', 'b'] and tree.proposers(1, [1]) == ['b']  # who is trusted most owns a guess of several
     torch.testing.assert_close(tree.scores[0], T([1., .6, .4, .1]))  # but the higher score counts
     assert join([a], 1).size == 1
 
@@ -129,31 +129,31 @@ def test_trees_without_scores_are_not_joined():
 
 class Stub(Drafter):
     "A drafter that notes what it is asked"
-    def __init__(self, depths, reach, notes=(), reads=False, token=3): self.depths, self.depth, self.reach, self.notes, self.reads_hidden, self.skipped, self.token = depths, depths[-1], reach, notes, reads, 0, token
-    def bind(self, rows): out = Stub(self.depths, self.reach, self.notes, self.reads_hidden, self.token); out.rows = rows; return out
+    def __init__(self, depths, reach, notes=(), reads=False, token=3): self.depths, self.depth, self.max_draft_depth, self.notes, self.reads_hidden, self.skipped, self.token = depths, depths[-1], reach, notes, reads, 0, token
+    def bind(self, rows): out = Stub(self.depths, self.max_draft_depth, self.notes, self.reads_hidden, self.token); out.rows = rows; return out
     def skip(self, state, rows): self.skipped += 1
     def propose(self, state, rows): return paths([T([self.token])] * len(state.last), state.last, [.5] * len(state.last), f'stub {self.token}')
 
 def test_joined_speaks_for_all():
     deep, wide = Stub((1, 2, 3), 3, ['a'], True), Stub((8,), 8, ['b', 'c'], token=4)
     for both in ((deep, wide), (wide, deep)):
-        j = Joined(both, nodes=12)
-        assert j.reads_hidden and j.reach == 8 and j.depths == (1, 2, 3) and sorted(j.notes) == ['a', 'b', 'c'] and j.spare == 12 and j.depth == 3
-    assert not Joined((wide,)).reads_hidden and Joined((deep, wide)).notes == ['a', 'b', 'c'] and Joined((wide,), nodes=1).spare == 2
-    j = Joined((deep, wide))
+        j = JointDrafter(both, nodes=12)
+        assert j.reads_hidden and j.max_draft_depth == 8 and j.depths == (1, 2, 3) and sorted(j.notes) == ['a', 'b', 'c'] and j.draft_capacity == 12 and j.depth == 3
+    assert not JointDrafter((wide,)).reads_hidden and JointDrafter((deep, wide)).notes == ['a', 'b', 'c'] and JointDrafter((wide,), nodes=1).draft_capacity == 2
+    j = JointDrafter((deep, wide))
     j.depth = 2; assert (deep.depth, wide.depth, j.depth) == (2, 8, 2)
     j.depth = 8; assert (deep.depth, wide.depth) == (2, 8)  # one that cannot go so far stays
     j.skip(None, None); assert deep.skipped == wide.skipped == 1
 
 def test_joined_binds_its_drafters():
-    j = Joined((Stub((1, 2), 2), Stub((8,), 8, token=4)), nodes=5, adaptive=False)
+    j = JointDrafter((Stub((1, 2), 2), Stub((8,), 8, token=4)), nodes=5, adaptive=False)
     bound = j.bind('rows')
     assert bound is not j and [d.rows for d in bound.drafters] == ['rows'] * 2 and (bound.nodes, bound.adaptive) == (5, False)
     assert not hasattr(j.drafters[0], 'rows')  # what a user holds is not changed
     state = SimpleNamespace(last=T([7, 8]))
     tree = bound.propose(state, None).checked()
     assert [read(tree, b) for b in range(2)] == [{(): (1., 'stub 3'), (3,): (.5, 'stub 3'), (4,): (.5, 'stub 4')}] * 2
-    assert Joined((Stub((1,), 1), Stub((1,), 1, token=4)), nodes=2).bind(None).propose(state, None).size == 2
+    assert JointDrafter((Stub((1,), 1), Stub((1,), 1, token=4)), nodes=2).bind(None).propose(state, None).size == 2
 
 @pytest.mark.parametrize('adaptive', [False, True])
 def test_copies_change_nothing(monkeypatch, adaptive):
@@ -164,9 +164,9 @@ def test_copies_change_nothing(monkeypatch, adaptive):
     said = lambda d: model.generate(input_ids=ids * mask, attention_mask=mask, custom_generate=Decoder(drafter=d), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True)
     plain = said(None)
     corpus = tuple(plain.sequences[:, 6:])
-    for d, passes in ((Lookup(adaptive=adaptive), 29), (Lookup(corpus=corpus, adaptive=adaptive), 20), (Joined((Lookup(2), Lookup(corpus=corpus)), adaptive=adaptive), 20)):
+    for d, passes in ((PromptLookup(adaptive=adaptive), 29), (PromptLookup(corpus=corpus, adaptive=adaptive), 20), (JointDrafter((PromptLookup(2), PromptLookup(corpus=corpus)), adaptive=adaptive), 20)):
         out = said(d)
-        assert out.sequences.equal(plain.sequences) and len(out.steps) <= passes < len(plain.steps) and isinstance(d._last, Sizing) == adaptive
+        assert out.sequences.equal(plain.sequences) and len(out.steps) <= passes < len(plain.steps) and isinstance(d._last, TreeSizing) == adaptive
         assert d.notes == () or list(d.notes) == []
         assert {t.proposer for s in out.steps for r in s.tokens for t in r} == {'lookup', 'target'}
 
@@ -181,7 +181,7 @@ def passes(joined, state, rate, n, seconds):
         asked.append([len(w.seconds) > k for w, k in zip(joined._worth, before)])
         for w, a, s in zip(joined._worth, asked[-1], seconds):
             if a: w.seconds[-1] = s
-        joined.judge(state, T([True] * len(state.last)), rate)
+        joined.record_outcome(state, T([True] * len(state.last)), rate)
     return asked
 
 def accepts(*tokens, b=2):
@@ -191,36 +191,36 @@ def accepts(*tokens, b=2):
 
 def test_a_drafter_that_adds_nothing_rests():
     right, wrong = Stub((1,), 1, token=3), Stub((1,), 1, token=4)
-    j = Joined((right, wrong)).bind(None)
+    j = JointDrafter((right, wrong)).bind(None)
     asked = passes(j, accepts(3), 10., 100, (.01, .01))
     assert all(a for a, _ in asked)
     rests = [i for i, (_, b) in enumerate(asked) if not b]
     assert rests == [*range(8, 24), *range(32, 64), *range(72, 100)]  # asked again, less and less often
     assert j.drafters[1].skipped == len(rests) and j.notes == [f'guesses of stub 4 did not pay beside the others: left out of {len(rests)} of 100 proposals']
     tree = j.propose(accepts(3), None).checked()
-    assert tree.proposer == ('stub 3', 'stub 4') and tree.who(0, [1]) == ['stub 3']  # names keep their places while one rests
+    assert tree.proposer == ('stub 3', 'stub 4') and tree.proposers(0, [1]) == ['stub 3']  # names keep their places while one rests
 
 def test_a_drafter_that_is_right_and_dear_rests():
     "One guess of two sequences a pass, for time in which three tokens would have come"
-    j = Joined((Stub((1,), 1, token=3), Stub((1,), 1, token=4))).bind(None)
+    j = JointDrafter((Stub((1,), 1, token=3), Stub((1,), 1, token=4))).bind(None)
     asked = passes(j, accepts(4), 10., 12, (.001, .3))
     assert asked[7] == [True, True] and asked[8:] == [[True, False]] * 4
-    j = Joined((Stub((1,), 1, token=3), Stub((1,), 1, token=4))).bind(None)
+    j = JointDrafter((Stub((1,), 1, token=3), Stub((1,), 1, token=4))).bind(None)
     assert passes(j, accepts(4), 10., 12, (.0, .19)) == [[True, True]] * 12
 
 def test_of_two_that_say_the_same_one_stays():
-    j = Joined((Stub((1,), 1), Stub((1,), 1))).bind(None)
+    j = JointDrafter((Stub((1,), 1), Stub((1,), 1))).bind(None)
     asked = passes(j, accepts(3), 10., 30, (.02, .05))
     assert asked[7] == [True, True] and asked[8:24] == [[True, False]] * 16  # the dearer one rests, and then the other one is worth all
 
 def test_a_resting_drafter_changes_no_token(monkeypatch):
     monkeypatch.setattr('npu_lora_decoding.speculation.adaptive.pass_seconds', lambda rows, sizes: {n: 1 + n / 1e3 for n in sizes})  # guessing always pays
     class Slow(Stub):
-        def bind(self, rows): return Slow(self.depths, self.reach, token=self.token)
+        def bind(self, rows): return Slow(self.depths, self.max_draft_depth, token=self.token)
         def propose(self, state, rows): time.sleep(.01); return super().propose(state, rows)
     model, ids = toy_model(vocab=9), torch.randint(3, 9, (3, 6))
     said = lambda d: model.generate(input_ids=ids, custom_generate=Decoder(drafter=d), max_new_tokens=60, do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True)
     plain = said(None)
-    monkeypatch.setattr('npu_lora_decoding.speculation.adaptive.Sizing._long_run', lambda self: 1e4)
-    out = said(Joined((Lookup(corpus=tuple(plain.sequences[:, 6:])), Slow((1,), 1, token=2))))
+    monkeypatch.setattr('npu_lora_decoding.speculation.adaptive.TreeSizing._long_run', lambda self: 1e4)
+    out = said(JointDrafter((PromptLookup(corpus=tuple(plain.sequences[:, 6:])), Slow((1,), 1, token=2))))
     assert out.sequences.equal(plain.sequences) and 'guesses of stub 2 did not pay' in ' '.join(out.notes)

@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 from npu_lora_decoding.foundations import ops
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.foundations.devices import generator
-from npu_lora_decoding.foundations.lora import AdapterBank, adapter_from_peft, join_layers, lora_naive, lora_segments, lora_stacked, lora_torch as lora_slices, segments, stack_layers, stack_slices, together
+from npu_lora_decoding.foundations.lora import AdapterBank, adapter_from_peft, join_layers, lora_naive, lora_segments, lora_stacked, lora_torch as lora_slices, segments, stack_layers, stack_slices, fused_projections
 from npu_lora_decoding.foundations.adapters import Adapter, load_adapter, LoraWeights, toy_adapter, toy_model
 from npu_lora_decoding.foundations.models import FAMILIES
 
@@ -116,7 +116,7 @@ def test_slices_equal_their_layers_one_by_one(ranks, seed):
 
 def test_together_groups_layers_of_one_parent_by_name():
     paths = ['a.q_proj', 'a.o_proj', 'a.v_proj', 'b.q_proj', 'b.up_proj', 'b.gate_proj', 'b.down_proj', 'lm_head']
-    assert together(paths) == [('a.q_proj', 'a.v_proj'), ('a.o_proj',), ('b.q_proj',), ('b.up_proj', 'b.gate_proj'), ('b.down_proj',), ('lm_head',)]
+    assert fused_projections(paths) == [('a.q_proj', 'a.v_proj'), ('a.o_proj',), ('b.q_proj',), ('b.up_proj', 'b.gate_proj'), ('b.down_proj',), ('lm_head',)]
 
 class Block(torch.nn.Module):
     "Calls its projections with the input it is told to"

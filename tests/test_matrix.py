@@ -24,8 +24,8 @@ from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.foundations.devices import generator
 from npu_lora_decoding.decoding.loop import Decoder
 from npu_lora_decoding.hass.checkpoint import save_head
-from npu_lora_decoding.speculation.joint import Joined
-from npu_lora_decoding.speculation.prompt_lookup import Lookup
+from npu_lora_decoding.speculation.joint import JointDrafter
+from npu_lora_decoding.speculation.prompt_lookup import PromptLookup
 from npu_lora_decoding.foundations.lora import AdapterBank
 from npu_lora_decoding.decoding.loop import LM
 from npu_lora_decoding.speculation.head_drafter import HASS
@@ -53,7 +53,7 @@ ENTRIES = ('decoder', 'decoder, no adapter', 'lm', 'lm, no adapter', 'peft', 'pe
 ASKS = ('nothing', 'beams', 'scores', 'guidance', 'contrastive search', 'filled cache', 'own positions', 'flex attention', 'max_length')  # beyond the first: what is not supported
 
 FACTORS = dict(target=tuple(TARGETS), drafter=DRAFTERS, memory=tuple(MEMORIES), batch=('one', 'padded', 'three'), cache=('growing', 'static'),
-               entry=ENTRIES, family=tuple(FAMILIES), amateur=('base', 'task', 'phi'), guard=(1., .05), sizing=('pays', 'loses', 'fixed'), how=('greedy', 'draws', 'top_p', 'min_p', 'torch'),
+               entry=ENTRIES, family=tuple(FAMILIES), amateur=('base', 'task', 'phi'), max_repetition=(1., .05), sizing=('pays', 'loses', 'fixed'), how=('greedy', 'draws', 'top_p', 'min_p', 'torch'),
                rules=('none', 'penalty', 'n-grams', 'banned', 'grammar'), ends=('length', 'eos', 'strings', 'pair', 'one'), stream=('no', 'text', 'tokens'), record=(True, False), attention=('own', 'eager'), ask=ASKS)
 CORE = dict(target=('plain', 'cold', 'back', 'one', 'each'), drafter=('none', 'lookup', 'chain', 'tree', 'tree cut', 'joined'), memory=tuple(MEMORIES), batch=FACTORS['batch'], cache=FACTORS['cache'])  # multiplied out
 Case = namedtuple('Case', FACTORS, defaults=[v[0] for v in FACTORS.values()])
@@ -138,10 +138,10 @@ class Subject:
         key = c.drafter, c.sizing == 'fixed', c.entry in ('peft, merged',), c.entry.startswith('peft')
         if c.drafter != 'none' and key not in self._drafters:
             adaptive = c.sizing != 'fixed'
-            lookup = Lookup(shortest=1, guesses=4, corpus=[naive(Case(family=self.family))[0][0]], adaptive=adaptive)
+            lookup = PromptLookup(shortest=1, guesses=4, corpus=[naive(Case(family=self.family))[0][0]], adaptive=adaptive)
             folder = subject('llama' if self.family == 'gemma2' else self.family).heads['cut' in c.drafter]  # this family has no heads
             hass = HASS(folder, chain='chain' in c.drafter, depth=3, top_k=3, nodes=7, adaptive=adaptive)
-            self._drafters[key] = lookup if c.drafter == 'lookup' else hass if c.drafter != 'joined' else Joined((hass, lookup), nodes=7, adaptive=adaptive)
+            self._drafters[key] = lookup if c.drafter == 'lookup' else hass if c.drafter != 'joined' else JointDrafter((hass, lookup), nodes=7, adaptive=adaptive)
         return self._drafters.get(key)
 
 @lru_cache(None)
@@ -188,7 +188,7 @@ class Naive:
         s, (ids, mask) = subject(c.family), batch(c)
         self.c, self.b, self.model, self.padded, self.memory, self.target = c, b, s.bare(c), ids[b], MEMORIES[c.memory], TARGETS[c.target].of(b)
         self.text, self.given, self.learned, self.first, self.served = ids[b, mask[b].bool()], int(mask[b].sum()), 0, 0, 1
-        self.memory = self.memory and replace(self.memory, amateur=c.amateur, guard=c.guard)
+        self.memory = self.memory and replace(self.memory, amateur=c.amateur, max_repetition=c.max_repetition)
         self.learns = self.memory is not None and self.memory.lr > 0
         self.task = s.adapter if adapted(c) else None
         if c.entry.startswith('peft'): self.model = self.model if c.entry == 'peft, merged' else s.model
@@ -219,7 +219,7 @@ class Naive:
         every = dict(chunk=1, every=2).get(m.recompute.partition(':')[0])
         while len(self.text) - self.learned >= m.chunk:
             stop = self.learned + m.chunk
-            if self.learns and repetition(self.text[max(self.learned, self.given):stop]) <= m.guard: learn(self.phi, self.text[max(0, self.learned - m.train_context):stop], m.chunk); new = True
+            if self.learns and repetition(self.text[max(self.learned, self.given):stop]) <= m.max_repetition: learn(self.phi, self.text[max(0, self.learned - m.train_context):stop], m.chunk); new = True
             self.learned = stop
         if not complete: return False
         due = self.learned - self.first + m.chunk > m.window or self.served == every or 'drift' in m.recompute and new
@@ -253,7 +253,7 @@ def told_apart(c):
     if c.memory == 'roomy' and (not cold(c) or c.amateur == 'base' and adapted(c)): drop |= dict(memory='none')  # learns nothing and sees everything
     memory = drop.get('memory', c.memory)
     if memory == 'none' or not cold(c): drop |= dict(amateur='base')
-    if memory in ('none', 'roomy', 'tight'): drop |= dict(guard=1.)
+    if memory in ('none', 'roomy', 'tight'): drop |= dict(max_repetition=1.)
     entry = c.entry if c.entry == 'peft, merged' or of_lm(c) and c.family == 'wide' and cold(c) else 'decoder' if adapted(c) else 'decoder, no adapter'
     return c._replace(**drop, entry=entry)
 
@@ -316,7 +316,7 @@ def options(c):
     return out | {k: v for k, v in asked(c).items() if not (k == 'return_dict_in_generate' and of_lm(c))}
 
 def parts(c):
-    memory = MEMORIES[c.memory] and replace(MEMORIES[c.memory], amateur=c.amateur, guard=c.guard)
+    memory = MEMORIES[c.memory] and replace(MEMORIES[c.memory], amateur=c.amateur, max_repetition=c.max_repetition)
     return TARGETS[c.target], subject(c.family).drafter(c), memory
 
 def run(c, bench):
@@ -399,7 +399,7 @@ def test_each_factor_acts():
     for name in ('how', 'rules'):
         for x in FACTORS[name][1:]: assert x == 'torch' or any(said(family=f, **{name: x}) != said(family=f) for f in FAMILIES), x
     assert len({said(target='cold', memory='window', amateur=a) for a in FACTORS['amateur']}) == 3 and len({said(entry=e) for e in ENTRIES}) > 1
-    assert any(seen(family=f, memory='window', guard=.05) != seen(family=f, memory='window') for f in FAMILIES)
+    assert any(seen(family=f, memory='window', max_repetition=.05) != seen(family=f, memory='window') for f in FAMILIES)
     assert len({len(said(ends=e)) for e in ('length', 'eos', 'strings', 'one')}) > 2
 
 @pytest.mark.parametrize('memory', ['none', 'window'])
@@ -474,7 +474,7 @@ def test_drawn_tokens_have_the_distribution(small, target, drafter, warp, cache)
         for p in processors: scores = p(texts, scores)
         return scores
     hass = HASS(small.folder, nodes=6, depth=2, top_k=3, chain=drafter == 'chain')
-    d = Lookup(shortest=1, corpus=[[3, 1, 2, 1], [2, 2]]) if drafter == 'lookup' else Joined((hass, Lookup(shortest=1))) if drafter == 'joined' else hass
+    d = PromptLookup(shortest=1, corpus=[[3, 1, 2, 1], [2, 2]]) if drafter == 'lookup' else JointDrafter((hass, PromptLookup(shortest=1))) if drafter == 'joined' else hass
     with settings(Case(cache=cache)):
         counts, p, hits = sampled(small, TARGETS[target], d, 500, 2, process=process, rows=dict(compile=cache == 'static'), **kw)
         got, limit = chi_square(counts, p, 500)

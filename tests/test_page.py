@@ -8,15 +8,15 @@ from npu_lora_decoding.cold.rule import CoLD
 from npu_lora_decoding.decoding.sampling import Plain
 from npu_lora_decoding.cli.main import run
 from npu_lora_decoding.foundations.errors import DecodingError
-from npu_lora_decoding.speculation.joint import Joined
-from npu_lora_decoding.speculation.prompt_lookup import Lookup
+from npu_lora_decoding.speculation.joint import JointDrafter
+from npu_lora_decoding.speculation.prompt_lookup import PromptLookup
 from npu_lora_decoding.evaluation.draft_plots import COLOURS, proposer_html
 from npu_lora_decoding.speculation.head_drafter import HASS
 from toys import toy_lm
 
 HOSTILE = '</span><script>document.title="bad"</script><img src=x onerror="document.title=\'bad\'">${document.title="bad"}{{value}}\x1b\u202e'
 PROMPT = 'say it again'
-STEADY = {(False, False): None, (False, True): Lookup(adaptive=False)}  # how much an adaptive one guesses depends on clocks
+STEADY = {(False, False): None, (False, True): PromptLookup(adaptive=False)}  # how much an adaptive one guesses depends on clocks
 
 def forgetful_lm(folder=None):
     "A model whose next token depends on the last one only, so that its text must go round in circles, where copies are right"
@@ -31,7 +31,7 @@ def told(writer, choice, made=STEADY): return list(P.answer(writer, made, PROMPT
 
 # --- without a browser
 
-@pytest.mark.parametrize('choice,target,kind', [(P.Choice(), Plain(), type(None)), (P.Choice(lookup=True), Plain(), Lookup), (P.Choice(True, .3, .7), CoLD(.3, .7), type(None)), (P.Choice(True, head=True), CoLD(.1, .1), HASS), (P.Choice(head=True, lookup=True), Plain(), Joined)])
+@pytest.mark.parametrize('choice,target,kind', [(P.Choice(), Plain(), type(None)), (P.Choice(lookup=True), Plain(), PromptLookup), (P.Choice(True, .3, .7), CoLD(.3, .7), type(None)), (P.Choice(True, head=True), CoLD(.1, .1), HASS), (P.Choice(head=True, lookup=True), Plain(), JointDrafter)])
 def test_switches_are_arguments(choice, target, kind):
     got = P.arguments(choice, P.guessers('a folder'))
     assert got['target'] == target and type(got['drafter']) is kind and got['memory'] is None and got['max_new_tokens'] == 128

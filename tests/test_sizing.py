@@ -10,9 +10,9 @@ from npu_lora_decoding.foundations.adapters import toy_model
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.foundations.devices import generator
 from npu_lora_decoding.decoding.loop import Decoder, Drafter
-from npu_lora_decoding.speculation.prompt_lookup import Lookup
-from npu_lora_decoding.decoding.runner import Rows, StaticRows
-from npu_lora_decoding.speculation.adaptive import Calibration, Reach, SizedDrafter, Sizing, best_size, pass_seconds, tree_sizes
+from npu_lora_decoding.speculation.prompt_lookup import PromptLookup
+from npu_lora_decoding.decoding.runner import BatchRunner, CompiledRunner
+from npu_lora_decoding.speculation.adaptive import Calibration, Reach, AdaptiveDrafter, TreeSizing, best_size, pass_seconds, tree_sizes
 from npu_lora_decoding.decoding.tree import Tree, root_tree
 
 CPU, CUDA = torch.device('cpu'), torch.device('cuda')
@@ -44,10 +44,10 @@ class Clock(torch.nn.Module):
     "A model whose passes take what the test says"
     device = CPU
 
-def clocked(model, seconds, b=2, keeps=False, roles=('expert',)):
+def clocked(model, seconds, b=2, keep_hidden=False, roles=('expert',)):
     asked = []
     def time(tree): asked.append(tree.checked()); return seconds[tree.size].pop(0)
-    return SimpleNamespace(model=model, b=b, roles=roles, keeps=keeps, time=time, asked=asked)
+    return SimpleNamespace(model=model, b=b, roles=roles, keep_hidden=keeps, time=time, asked=asked)
 
 def test_the_median_without_the_first_pass():
     rows = clocked(Clock(), {1: [100., 1., 9., 2.], 4: [100., 5., 3., 8.]})  # the first may compile
@@ -60,7 +60,7 @@ def test_measured_once_for_each_model_and_kind_of_rows():
     first = pass_seconds(clocked(model, again()), (1, 2))
     nothing = clocked(model, {})
     assert pass_seconds(nothing, (1, 2)) == first and not nothing.asked
-    for other in (dict(b=3), dict(keeps=True), dict(roles=('expert', 'base'))):
+    for other in (dict(b=3), dict(keep_hidden=True), dict(roles=('expert', 'base'))):
         rows = clocked(model, again(), **other)
         assert pass_seconds(rows, (1, 2)) and rows.asked
     rows = clocked(model, again()); assert pass_seconds(rows, (1, 3)) == {1: 1., 3: 3.}
@@ -75,7 +75,7 @@ def test_measuring_leaves_no_trace(monkeypatch, static, keeps):
     monkeypatch.setattr(ops, 'compiles', lambda device=None: True)
     monkeypatch.setattr(rows_module, '_compiled_step', rows_module._step); monkeypatch.setattr(rows_module, '_compiled_step_hidden', rows_module._step_hidden)
     model, mask = toy_model(vocab=11), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
-    rows = (StaticRows if static else Rows)(model, ('expert',), 2, 30, 8, keeps, 3)
+    rows = (CompiledRunner if static else BatchRunner)(model, ('expert',), 2, 30, 8, keeps, 3)
     tree = Tree(torch.tensor([[4, 5, 6, 7], [8, 9, 3, 4]]), torch.tensor([[-1, 0, 0, 1], [-1, 0, 1, -2]]))
     with torch.no_grad():
         rows.prefill(torch.randint(3, 11, (2, 5)) * mask, mask)
@@ -87,7 +87,7 @@ def test_measuring_leaves_no_trace(monkeypatch, static, keeps):
         for a, b in zip(before, held(), strict=True): assert torch.equal(a, b)
         got = rows.forward(tree)[0]
         for b in range(2):
-            twin = Rows(model, ('expert',), 1, 30, 8); seen = held()
+            twin = BatchRunner(model, ('expert',), 1, 30, 8); seen = held()
             twin.cache.update(seen[0][b:b+1, :, valid[b]], seen[1][b:b+1, :, valid[b]], 0); twin.cache.update(seen[2][b:b+1, :, valid[b]], seen[3][b:b+1, :, valid[b]], 1)
             twin.valid = torch.ones(1, int(valid[b].sum()), dtype=torch.bool)
             real = tree.parents[b] >= -1
@@ -244,7 +244,7 @@ def naps(sizes):
 @pytest.fixture
 def make(monkeypatch):
     def make(costs, a_node=.01, **kw):
-        s = Sizing(Inner(**kw), tuple(costs), costs)
+        s = TreeSizing(Inner(**kw), tuple(costs), costs)
         fake_seconds(monkeypatch, lambda: s, a_node)
         return s
     return make
@@ -288,7 +288,7 @@ def test_ended_sequences_have_no_say(make):
             tree = super().propose(state, rows)
             return Tree(tree.tokens, tree.parents, 'inner', scores=torch.tensor([[.99], [.01]]) ** torch.arange(tree.size))
     for done, size in ((0, 1), (1, 4)):
-        s = Sizing(Two(), (1, 2, 4), {1: 1., 2: 1.3, 4: 1.9})
+        s = TreeSizing(Two(), (1, 2, 4), {1: 1., 2: 1.3, 4: 1.9})
         assert run(s, lambda i: 0, 1, done=(done,)) == [(size, False)]
 
 def test_rates_count_what_is_emitted_while_alive(make):
@@ -299,7 +299,7 @@ def test_rates_count_what_is_emitted_while_alive(make):
 def test_costs_are_measured_once_after_the_prefill(monkeypatch):
     asked = []
     monkeypatch.setattr(sizing, 'pass_seconds', lambda rows, sizes: asked.append((rows, sizes)) or {n: 1. for n in sizes})
-    s = Sizing(Inner(), (1, 2, 4)); run(s, lambda i: 3, 4)
+    s = TreeSizing(Inner(), (1, 2, 4)); run(s, lambda i: 3, 4)
     assert asked == [(None, (1, 2, 4))]
 
 def test_inner_notes_come_first(make):
@@ -310,7 +310,7 @@ def test_inner_notes_come_first(make):
 def test_a_root_alone_is_nothing_to_size(make):
     class Silent(Inner):
         def propose(self, state, rows): return root_tree(state.last)
-    s = Sizing(Silent(), (1, 2), {1: 1., 2: 1.1})
+    s = TreeSizing(Silent(), (1, 2), {1: 1., 2: 1.1})
     assert run(s, lambda i: 0, 5) == [(1, False)] * 5 and not s.calibration.tried.any()
 
 def test_explain_says_what_was_seen(make):
@@ -329,7 +329,7 @@ def answer(model, drafter, n=12, **kw):
 
 def test_nothing_to_explain():
     model = toy_model(vocab=11)
-    for d in (Lookup(), Lookup(adaptive=False)):
+    for d in (PromptLookup(), PromptLookup(adaptive=False)):
         with pytest.raises(DecodingError, match='nothing to explain yet'): d.explain()
         plain = answer(model, None)
         assert answer(model, d).equal(plain)
@@ -339,12 +339,12 @@ def test_nothing_to_explain():
 
 def test_explaining_a_text_that_ended_at_once():
     "One token: it comes with the prefill, and nothing was proposed or measured"
-    d = Lookup(); answer(toy_model(vocab=11), d, n=1)
+    d = PromptLookup(); answer(toy_model(vocab=11), d, n=1)
     assert 'Nothing was proposed' in d.explain()
 
 def test_each_batch_starts_anew():
-    model, d = toy_model(vocab=11), Lookup()
+    model, d = toy_model(vocab=11), PromptLookup()
     answer(model, d); first = d._last
-    answer(model, d); assert d._last is not first and isinstance(first, Sizing) and d._last.sizes == first.sizes == tree_sizes(1, 9, CPU)
-    assert Lookup(guesses=1).spare == 2 and Lookup(guesses=20).spare == 21
-    assert isinstance(d, SizedDrafter) and isinstance(d, Drafter)
+    answer(model, d); assert d._last is not first and isinstance(first, TreeSizing) and d._last.sizes == first.sizes == tree_sizes(1, 9, CPU)
+    assert PromptLookup(guesses=1).draft_capacity == 2 and PromptLookup(guesses=20).draft_capacity == 21
+    assert isinstance(d, AdaptiveDrafter) and isinstance(d, Drafter)

@@ -16,15 +16,15 @@ from npu_lora_decoding.decoding.sampling import Plain
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.foundations.devices import generator
 from npu_lora_decoding.decoding.loop import Decoder, Drafter
-from npu_lora_decoding.hass.head import DraftHead, frozen_of, head_config
+from npu_lora_decoding.hass.head import DraftHead, target_weights, head_config
 from npu_lora_decoding.hass.checkpoint import save_head
 from npu_lora_decoding.speculation.compiled_draft import DraftProgram, FastDraft, static_head_cache
-from npu_lora_decoding.speculation.joint import Joined
-from npu_lora_decoding.speculation.prompt_lookup import Lookup, paths
+from npu_lora_decoding.speculation.joint import JointDrafter
+from npu_lora_decoding.speculation.prompt_lookup import PromptLookup, paths
 from npu_lora_decoding.foundations.lora import AdapterBank
 from npu_lora_decoding.decoding.loop import LM
-from npu_lora_decoding.decoding.runner import StaticRows
-from npu_lora_decoding.speculation.adaptive import Sizing
+from npu_lora_decoding.decoding.runner import CompiledRunner
+from npu_lora_decoding.speculation.adaptive import TreeSizing
 from npu_lora_decoding.speculation.head_drafter import HASS, certain_slots
 from npu_lora_decoding.decoding.tree import root_tree
 from test_decode import EndsOn, Pair, generate, same
@@ -101,8 +101,8 @@ def equals_plain(t, drafter, target=PLAIN, lengths=(7, 3, 5, 1), rows={}, least=
     assert guessed(fast) >= least and len(fast.steps) <= len(plain.steps)
     return plain, fast
 
-DRAFTERS = dict(chain=lambda f: HASS(f, chain=True), tree=lambda f: HASS(f), fixed=lambda f: HASS(f, adaptive=False), lookup=lambda f: Lookup(shortest=1),
-                joined=lambda f: Joined((HASS(f), Lookup(shortest=1)), adaptive=False), sized=lambda f: Joined((Lookup(shortest=1), HASS(f, chain=True)), nodes=9))
+DRAFTERS = dict(chain=lambda f: HASS(f, chain=True), tree=lambda f: HASS(f), fixed=lambda f: HASS(f, adaptive=False), lookup=lambda f: PromptLookup(shortest=1),
+                joined=lambda f: JointDrafter((HASS(f), PromptLookup(shortest=1)), adaptive=False), sized=lambda f: JointDrafter((PromptLookup(shortest=1), HASS(f, chain=True)), nodes=9))
 
 # --- greedy: the same tokens
 
@@ -167,7 +167,7 @@ def inner(drafter):
     "The head at work"
     d = drafter._last if hasattr(drafter, '_last') else drafter
     while hasattr(d, 'inner'): d = d.inner
-    return d.drafters[0] if isinstance(d, Joined) else d
+    return d.drafters[0] if isinstance(d, JointDrafter) else d
 
 def cache_is_right(t, guesses, out, mask, bank=None):
     "Every certain slot is the one of a single pass; sequences that went on to the last pass lack that one only"
@@ -188,7 +188,7 @@ def test_the_head_has_read_the_text(llama, rows, name, target):
 class Naps(Drafter):
     "A head that is asked only in some passes"
     reads_hidden = True
-    def __init__(self, hass, naps): self.hass, self.naps, self.spare, self.reach, self.i = hass, naps, hass.spare, hass.reach, 0
+    def __init__(self, hass, naps): self.hass, self.naps, self.draft_capacity, self.max_draft_depth, self.i = hass, naps, hass.draft_capacity, hass.max_draft_depth, 0
     def start(self, rows): self.inner, self.i = self.hass.start(rows), 0; return self
     def propose(self, state, rows):
         self.i += 1
@@ -287,7 +287,7 @@ def test_drafts_that_cannot_be(kw):
 
 def test_a_chain_has_its_own_size():
     d = HASS('head', chain=True, depth=4)
-    assert (d.nodes, d.spare, d.reach) == (5, 5, 4) and HASS('head').spare == 16
+    assert (d.nodes, d.draft_capacity, d.max_draft_depth) == (5, 5, 4) and HASS('head').draft_capacity == 16
 
 # --- a head that fails
 
@@ -404,7 +404,7 @@ def test_records_survive_guesses(llama):
     plain, fast = equals_plain(llama, HASS(llama.folder), COLD, least=9)
     for b in range(4):
         for x, y in zip(*([x for s in o.steps for x in s.tokens[b]] for o in (fast, plain)), strict=True):
-            assert (x.id, x.favourite, x.plausible) == (y.id, y.favourite, y.plausible) and x.logp == pytest.approx(y.logp, abs=1e-3)
+            assert (x.id, x.expert_top1, x.plausible) == (y.id, y.expert_top1, y.plausible) and x.logp == pytest.approx(y.logp, abs=1e-3)
 
 # --- near the end of a static cache
 
@@ -413,8 +413,8 @@ def test_records_survive_guesses(llama):
 def test_guesses_near_the_end_of_a_static_cache(llama, rows, name):
     drafter = DRAFTERS[name](llama.folder)
     for lengths in ((200,), (200, 198, 3)):
-        _, fast = equals_plain(llama, drafter, lengths=lengths, rows=rows, max_new_tokens=256 - drafter.spare - 200, least=9)
-        assert fast.sequences.shape[1] == 256 - drafter.spare
+        _, fast = equals_plain(llama, drafter, lengths=lengths, rows=rows, max_new_tokens=256 - drafter.draft_capacity - 200, least=9)
+        assert fast.sequences.shape[1] == 256 - drafter.draft_capacity
         cache_is_right(llama, inner(drafter), fast, prompts(lengths)[1])
 
 @pytest.mark.parametrize('rows', ['static'], indirect=True)
@@ -438,7 +438,7 @@ def test_one_sequence_ends_long_before_the_others(llama, rows, naps):
 @pytest.mark.parametrize('ended', [100, 239])
 def test_many_slots_beside_an_ended_sequence(llama, rows, ended):
     "The head's cache alone: 40 new slots of one sequence, none of another that has ended"
-    guesses = HASS(llama.folder).bind(StaticRows(llama.model, ('expert',), 2, 240, 16, True, 5))
+    guesses = HASS(llama.folder).bind(CompiledRunner(llama.model, ('expert',), 2, 240, 16, True, 5))
     guesses.cache.length.copy_(torch.tensor([ended, 60]))
     f, follows, count = guesses._catch_up(torch.randn(2, 40, 32), torch.arange(80).view(2, 40) % 23, torch.tensor([0, 40]))
     assert guesses.cache.length.tolist() == [ended, 99] and follows[1].tolist() == [79 % 23] and count.tolist() == [[False], [True]]
@@ -511,7 +511,7 @@ def test_a_rule_that_prefers_guesses_is_found_out(small, monkeypatch):
 def test_compiled_drafts_of_equal_shapes_stay_apart():
     "Once seen, programs run without guards: neither another depth nor another head may answer"
     model = toy_model()
-    frozen, d = frozen_of(model), model.config.hidden_size
+    frozen, d = target_weights(model), model.config.hidden_size
     def head(seed):
         h, g = DraftHead(head_config(model.config)).requires_grad_(False), generator(seed)
         for p in h.parameters(): p.copy_(torch.randn(p.shape, generator=g) * p.shape[-1]**-.5)

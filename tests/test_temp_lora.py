@@ -160,7 +160,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(DecodingError, match='damaged'): load_document(phi, file, TEXT)
 
-@pytest.mark.parametrize('bad', [dict(chunk=48), dict(chunk=60), dict(chunk=0), dict(context=40), dict(context=0), dict(r=0), dict(epochs=-1), dict(dropout=1.), dict(lr=-1.), dict(targets='k'), dict(amateur='x'), dict(warmup=0), dict(guard=0.), dict(guard=1.1)])
+@pytest.mark.parametrize('bad', [dict(chunk=48), dict(chunk=60), dict(chunk=0), dict(context=40), dict(context=0), dict(r=0), dict(epochs=-1), dict(dropout=1.), dict(lr=-1.), dict(targets='k'), dict(amateur='x'), dict(warmup=0), dict(max_repetition=0.), dict(max_repetition=1.1)])
 def test_settings_that_make_no_sense_are_refused(bad):
     with pytest.raises(DecodingError, match=': '): replace(SMALL, **bad)
 

@@ -14,7 +14,7 @@ from npu_lora_decoding.hass.acceptance import Text, measure_acceptance, target_t
 from npu_lora_decoding.hass.alignment import aligned_step
 from npu_lora_decoding.hass.chat_data import Example
 from npu_lora_decoding.foundations.errors import DecodingError
-from npu_lora_decoding.hass.head import DraftHead, draft_rows, frozen_of, head_config
+from npu_lora_decoding.hass.head import DraftHead, draft_rows, target_weights, head_config
 from npu_lora_decoding.hass.checkpoint import load_head
 from npu_lora_decoding.hass.features import OnlineFeatures, draft_vocabulary, plan_epoch
 from npu_lora_decoding.hass.initialization import plain_copy, random_start
@@ -246,7 +246,7 @@ def test_two_processes_are_as_one(tmp_path):
 
 def literal(head, config, rows, numbers, spread, vocab=None):
     "Mean over all kept places of the loss of each alignment step, text by text, nothing in pieces, and the sum that is differentiated"
-    frozen, sums, count = frozen_of(LM.model), [0.] * config.n, 0
+    frozen, sums, count = target_weights(LM.model), [0.] * config.n, 0
     lm_head = frozen.lm_head if vocab is None else frozen.lm_head[vocab]
     for i in numbers:
         ids, response, f = rows[i]
@@ -294,7 +294,7 @@ def test_next_feature_training_is_eagle_2(tmp_path):
     "n = 1, nothing of ours but the head: causal attention, two losses, torch's AdamW, clipping and the rate written out"
     config = replace(CONFIG, n=1, noise=0., scaled=False, start='random', optimizer='adamw', losses=(('soft_ce', 1.),), steps=6)
     run = train(begin(tmp_path, config))
-    head, frozen, losses = random_start(DraftHead(head_config(LM.model.config)), 0), frozen_of(LM.model), []
+    head, frozen, losses = random_start(DraftHead(head_config(LM.model.config)), 0), target_weights(LM.model), []
     opt = torch.optim.AdamW(head.parameters(), betas=(.9, .95), weight_decay=0.)
     steps = [[i for r in b for i in r] for epoch in range(6) for b in plan_epoch(STORE.lengths, config.tokens, 0, epoch)]
     for step, numbers in enumerate(steps[:6]):
@@ -540,7 +540,7 @@ def test_recorded_acceptance_is_that_of_the_saved_head(written, tmp_path):
     run = train(start_run(lm, store, tmp_path, replace(LEARNING, precision='bf16', steps=45, eval_every=20, vocab=60), draft_vocabulary(store.examples, 60, 76)[:2]), held, tree)
     log = [json.loads(line) for line in (tmp_path/'log.jsonl').read_text().splitlines()]
     assert [r['losses'] for r in log[:45]] == run.losses and [r['step'] for r in log[:45]] == list(range(1, 46)) and log[45:] == run.history and [h['step'] for h in run.history] == [20, 40, 45]
-    best, frozen = max(run.history, key=lambda h: h['chain_5']), frozen_of(lm.model)  # the first of equals
+    best, frozen = max(run.history, key=lambda h: h['chain_5']), target_weights(lm.model)  # the first of equals
     assert best['chain_5'] > 1.1  # else any head would do
     for name, row in (('last', run.history[-1]), ('best', best)):
         head = load_head(tmp_path/name, lm.model, torch.bfloat16)

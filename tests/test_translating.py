@@ -8,7 +8,7 @@ from npu_lora_decoding.temp_lora import translation as translating
 from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter
 from npu_lora_decoding.cold.rule import CoLD
 from npu_lora_decoding.foundations.errors import DecodingError
-from npu_lora_decoding.speculation.prompt_lookup import Lookup
+from npu_lora_decoding.speculation.prompt_lookup import PromptLookup
 from npu_lora_decoding.decoding.loop import LM
 from npu_lora_decoding.temp_lora.generation import TempLoRA
 from npu_lora_decoding.temp_lora.translation import MODES, Form, one_line, translate_document
@@ -93,9 +93,9 @@ def test_drafters_contrast_and_task_adapters_pass_through(mode, tmp_path):
     lm = LM(TOY.model, TOY.tokenizer, load_adapter(toy_adapter(TOY.model, tmp_path), TOY.model), 'toy')
     want = translate(mode, lm=lm).texts
     assert want != translate(mode).texts
-    assert translate(mode, lm=lm, drafter=Lookup()).texts == want
+    assert translate(mode, lm=lm, drafter=PromptLookup()).texts == want
     learned = translate(mode, LEARNS, lm=lm)
-    assert translate(mode, LEARNS, lm=lm, drafter=Lookup()).texts == learned.texts != want and learned.learned > 2
+    assert translate(mode, LEARNS, lm=lm, drafter=PromptLookup()).texts == learned.texts != want and learned.learned > 2
     cold, task = CoLD(beta=.9), replace(STILL, amateur='task')
     contrast = translate(mode, lm=lm, target=cold).texts
     assert contrast != want and translate(mode, task, lm=lm, target=cold).texts == want  # nothing learned: expert and amateur are one
@@ -180,7 +180,7 @@ def test_the_last_sentence_is_not_learned(taught):
     assert len(taught) == 1
 
 def test_the_guard_passes_over_what_the_model_repeats_and_nothing_it_was_given(taught):
-    out = translate(s=replace(LEARNS, guard=.05), new_tokens=24)
+    out = translate(s=replace(LEARNS, max_repetition=.05), new_tokens=24)
     chunks, pending = [], []
     for x, y in [(x, y) for x, y in zip(SOURCES[:-1], out.texts) if y]:
         pair, asks = TOY.tokenizer(PLAIN.pair(x, y)).input_ids, len(TOY.tokenizer(PLAIN.prompt(x)).input_ids)
@@ -191,7 +191,7 @@ def test_the_guard_passes_over_what_the_model_repeats_and_nothing_it_was_given(t
     assert sum('repeats itself' in n for n in out.notes) == len(chunks) - len(worth)
     taught.clear()
     same = ['AAAAAAAA'] * 16
-    assert translate('gold', replace(LEARNS, guard=.05), references=same).learned == len(taught) > 5
+    assert translate('gold', replace(LEARNS, max_repetition=.05), references=same).learned == len(taught) > 5
 
 def test_an_empty_translation_is_not_kept(monkeypatch):
     true = LM.generate

@@ -9,11 +9,11 @@ from npu_lora_decoding.cli.main import run
 from npu_lora_decoding.cold.rule import CoLD
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.foundations.devices import generator
-from npu_lora_decoding.serving.vllm_pairing import PairRows, Seat, Twin, WaitingRoom, contrast, read_twin
+from npu_lora_decoding.serving.vllm_pairing import PairRows, PairedRow, PairRequest, WaitingRoom, contrast, read_twin
 
 REFUSAL = 7
-def twin(pair, role, alpha=.1, beta=.5): return Twin(pair, role, alpha, beta, REFUSAL)
-def seat(pair, role, output=(), like=None, **dials): return Seat(twin(pair, role, **dials), like, list(output))
+def twin(pair, role, alpha=.1, beta=.5): return PairRequest(pair, role, alpha, beta, REFUSAL)
+def seat(pair, role, output=(), like=None, **dials): return PairedRow(twin(pair, role, **dials), like, list(output))
 
 # --- rows
 

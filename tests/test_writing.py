@@ -13,9 +13,9 @@ from npu_lora_decoding.decoding.loop import Decoder
 from npu_lora_decoding.hass.head import DraftHead, head_config
 from npu_lora_decoding.hass.checkpoint import save_head
 from npu_lora_decoding.foundations.lora import AdapterBank
-from npu_lora_decoding.speculation.prompt_lookup import Lookup
+from npu_lora_decoding.speculation.prompt_lookup import PromptLookup
 from npu_lora_decoding.temp_lora.budget import BUDGETS
-from npu_lora_decoding.decoding.runner import Rows
+from npu_lora_decoding.decoding.runner import BatchRunner
 from npu_lora_decoding.speculation.head_drafter import HASS
 from npu_lora_decoding.temp_lora.generation import TempLoRA
 from npu_lora_decoding.temp_lora.budget import plan_memory
@@ -73,7 +73,7 @@ def test_drafters_change_nothing(who, t, rule, head):
     "All in sight, in a small window, and while learning: no pass reaches across the end of a chunk"
     roomy, learns = replace(STILL, window=200, context=192, recompute=rule), replace(STILL, lr=.01, recompute=rule)
     plain = {s: write(s, 50, t) for s in (None, learns)}
-    drafter = Lookup(shortest=1, corpus=[x[t:] for x in plain.values()]) if who == 'lookup' else HASS(head, nodes=4, depth=2, top_k=2, adaptive=False)
+    drafter = PromptLookup(shortest=1, corpus=[x[t:] for x in plain.values()]) if who == 'lookup' else HASS(head, nodes=4, depth=2, top_k=2, adaptive=False)
     assert torch.equal(write(roomy, 50, t, drafter=drafter), plain[None]) and torch.equal(write(learns, 50, t, drafter=drafter), plain[learns])
     assert not torch.equal(plain[learns], plain[None])
 
@@ -88,7 +88,7 @@ def test_the_guard_skips_what_the_model_repeats_and_nothing_it_was_given(t, monk
     learned = []
     monkeypatch.setattr(writing, 'learn', lambda phi, ids, n: learned.append(ids[-n:].tolist()))
     long = replace(STILL, chunk=20, window=60, context=20)
-    text = write(replace(long, guard=.1), 150, t).tolist()
+    text = write(replace(long, max_repetition=.1), 150, t).tolist()
     chunks = [text[a:a+20] for a in range(0, len(text) - 19, 20)]
     share = lambda k: repetition(torch.tensor(text[max(20 * k, t):20 * k + 20]))
     worth = [c for k, c in enumerate(chunks) if share(k) <= .1]
@@ -106,7 +106,7 @@ def test_a_text_that_fits_its_window_is_told_so():
 def test_what_was_given_is_learned_even_where_it_repeats_itself(monkeypatch):
     learned, ids = [], torch.full((1, 20), 7)
     monkeypatch.setattr(writing, 'learn', lambda phi, ids, n: learned.append(ids[-n:].tolist()))
-    MODEL.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=Decoder(memory=replace(STILL, guard=.05)), max_new_tokens=3, pad_token_id=0)
+    MODEL.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=Decoder(memory=replace(STILL, max_repetition=.05)), max_new_tokens=3, pad_token_id=0)
     assert learned == [[7] * 8] * 2
 
 def test_a_head_reads_what_is_in_sight_of_a_long_prompt(head):
@@ -161,9 +161,9 @@ def test_no_trace(error, monkeypatch, tmp_path):
 
 def test_an_abandoned_stream_leaves_no_trace():
     model = plain_model(); before = traces(model)
-    from npu_lora_decoding.decoding.sampling import Rules
+    from npu_lora_decoding.decoding.sampling import SamplingRules
     ids = PROMPT[None, :21]
-    steps = Decoder(memory=replace(STILL, lr=.01)).steps(model, ids, torch.ones_like(ids), Rules(), 80, 0)
+    steps = Decoder(memory=replace(STILL, lr=.01)).steps(model, ids, torch.ones_like(ids), SamplingRules(), 80, 0)
     for _ in range(15): next(steps)
     steps.close()
     assert traces(model) == before
@@ -174,11 +174,11 @@ def test_a_memory_that_has_ended_holds_nothing():
     assert not (memory.phi.A or memory.phi.B or memory.phi.opt or memory.phi.bank or memory.bank)
 
 def test_a_head_still_reads_the_last_pass_after_rows_began_again():
-    rows = Rows(MODEL, ('expert',), 1, 64, keeps=True)
+    rows = BatchRunner(MODEL, ('expert',), 1, 64, keep_hidden=True)
     with torch.no_grad():
         rows.prefill(PROMPT[None, :9], torch.ones(1, 9)); rows.commit(None)
         before = rows.hidden
-        rows.reread(PROMPT[None, 4:9])
+        rows.reset_prefix(PROMPT[None, 4:9])
     assert rows.hidden is before and rows.valid.shape[1] == rows.cache.get_seq_length() == 5
 
 def test_a_prompt_longer_than_the_context_is_read_in_chunks():

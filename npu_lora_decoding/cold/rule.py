@@ -54,7 +54,7 @@ class CoLD(Target):
 
     def combine(self,
         expert:torch.Tensor,  # Logits `(b, ..., v)`
-        base:torch.Tensor|None=None,  # Logits `(b, ..., v)`
+        base:torch.Tensor,  # Logits `(b, ..., v)`
     ) -> torch.Tensor:  # `(b, ..., v)` fp32, minus infinity outside the plausible set
         "Return the contrastive scores; raises `DecodingError` naming a row whose best logit is NaN or infinite"
         for who, x in (('expert', expert), ('base', base)): check_finite(who, ~x.amax(-1).isfinite())
@@ -62,7 +62,7 @@ class CoLD(Target):
 
     def select(self,
         expert:torch.Tensor,  # Logits `(b, ..., v)`
-        base:torch.Tensor|None=None,  # Logits `(b, ..., v)`
+        base:torch.Tensor,  # Logits `(b, ..., v)`
     ) -> torch.Tensor:  # Token of each row `(b, ...)`
         "Return the best token of each row in one pass over its logits"
         token = ops.cold_select(*_alike(expert, base), _column(self.alpha, expert), _column(self.beta, expert))

@@ -17,10 +17,10 @@ from ..foundations.errors import require, visible
 from ..foundations.devices import generator
 from ..foundations.models import LoadedModel, encode, load_parts
 from ..foundations.lora import AdapterBank, adapter_from_peft
-from .tree import Tree, accept, in_step, root_tree
-from .runner import Rows, StaticRows
-from .sampling import Plain, Rules, State, Target, choose, split_processors
-from .hf_bridge import refuse, stream, streamer_of, told_to_generate
+from .tree import Tree, accept, accept_in_lockstep, root_tree
+from .runner import BatchRunner, CompiledRunner
+from .sampling import Plain, SamplingRules, DecodingState, Target, choose, split_processors
+from .hf_bridge import check_supported, stream, streamer_of, intercepted_arguments
 
 # %% ../../nbs/1_decoding/06_loop.ipynb #e1a63cee
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Token:
     proposer:str  # `target`, or the drafter that guessed it
     logp:float|None=None  # Expert's log-probability
     base_logp:float|None=None  # Base's log-probability (CoLD)
-    favourite:int|None=None  # The expert's own best token
+    expert_top1:int|None=None  # The expert's own best token
     plausible:int|None=None  # Size of the plausible set (CoLD)
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Step:
 def _measure(target, logits, drawn):
     "Return the record fields of every node as nested lists `(b, n)`"
     logps = [l.float().log_softmax(-1) for l in logits]
-    out = dict(favourite=logits[0].argmax(-1).tolist())
+    out = dict(expert_top1=logits[0].argmax(-1).tolist())
     for name, lp in zip(('logp', 'base_logp'), logps): out[name] = lp.gather(-1, drawn.clamp(min=0)[..., None])[..., 0].tolist()
     if len(logits) > 1: out['plausible'] = target.plausible(logits[0]).sum(-1).tolist()
     return out
@@ -56,7 +56,7 @@ def _emitted(tree, accepted, final, record):
     for b in range(len(final)):
         path = accepted[b].nonzero().flatten().tolist()
         ids = tree.tokens[b, path[1:]].tolist() + [int(final[b])]
-        who = tree.who(b, path[1:]) + ['target']
+        who = tree.proposers(b, path[1:]) + ['target']
         gained.append([Token(t, w, **{k: v[b][node] for k, v in record.items()}) for t, w, node in zip(ids, who, path)])
     return gained
 
@@ -67,7 +67,7 @@ def _advance(state, gained, rules):
         live = [b for b, g in enumerate(gained) if j < len(g) and not state.done[b]]
         for b, g in enumerate(gained):
             if b in live: kept[b].append(g[j])
-            if b in live or longest == 1 or not rules.alone:
+            if b in live or longest == 1 or not rules.per_sequence:
                 token = g[j].id if b in live else state.pad_id
                 state.text[b] = torch.cat([state.text[b], state.text[b].new_tensor([token])])
         _stop(state, live, rules)
@@ -82,8 +82,8 @@ def _stop(state, live, rules):
 # %% ../../nbs/1_decoding/06_loop.ipynb #bfd52e11
 class Drafter:
     "Guesses several tokens at once; subclasses have at least `propose`"
-    spare = 64  # Largest tree: columns that a static cache keeps free for it
-    reach = 63  # Farthest guess: one pass makes at most so many certain, and one more
+    draft_capacity = 64  # Largest tree: columns that a static cache keeps free for it
+    max_draft_depth = 63  # Farthest guess: one pass makes at most so many certain, and one more
     reads_hidden = False  # Whether passes keep their hidden states in `rows.hidden`
     notes = ()  # What a user should know about how it went
     depths:tuple  # Depths it can guess to, rising; only those whose trees are sized have it, and `depth`
@@ -96,7 +96,7 @@ class Drafter:
         raise NotImplementedError
     def skip(self, state, rows):
         "Take note of a pass after which nobody asks for a proposal"
-    def judge(self, state, live, rate):
+    def record_outcome(self, state, live, rate):
         "Take note of what the last proposal was worth, `live` of the sequences still being written, at `rate` tokens a second in the long run"
 
 class Memory:
@@ -117,23 +117,23 @@ class Memory:
 
 @torch.no_grad()
 def decode(
-    rows:Rows,  # Model and cache
+    rows:BatchRunner,  # Model and cache
     ids:torch.Tensor,  # Prompts `(b, t)`, padded left
     mask:torch.Tensor,  # `(b, t)`
     target:Target,  # Whose distribution is decoded
-    rules:Rules,  # Processors, stopping criteria, sampling
+    rules:SamplingRules,  # Processors, stopping criteria, sampling
     drafter:Drafter|None=None,  # Started on these rows
     memory:Memory|None=None,  # Started
     pad_id:int=0,  # Written after a sequence has ended
     record:bool=True,  # Whether tokens carry log-probabilities
 ):
     "Yield a `Step` for every forward pass until all sequences have ended; `state` is the generator's return value"
-    state = State(list(ids), torch.zeros(len(ids), dtype=torch.bool, device=ids.device), pad_id)
+    state = DecodingState(list(ids), torch.zeros(len(ids), dtype=torch.bool, device=ids.device), pad_id)
     start, tree, logits = time.perf_counter(), root_tree(ids[:, -1]), rows.prefill(*((ids, mask) if memory is None else memory.read(ids, mask)))
     while True:
         drawn, logits = choose(target, tree, logits, state, rules)
         accepted, final = accept(tree, drawn) if tree.size > 1 else (torch.ones_like(drawn, dtype=torch.bool), drawn[:, 0])
-        if tree.size > 1 and not rules.alone: accepted, final = in_step(tree, accepted, drawn, state.done)
+        if tree.size > 1 and not rules.per_sequence: accepted, final = accept_in_lockstep(tree, accepted, drawn, state.done)
         gained = _emitted(tree, accepted, final, _measure(target, logits, drawn) if record else {})
         kept = _advance(state, gained, rules)
         state.accepted, state.drawn = accepted, drawn
@@ -143,7 +143,7 @@ def decode(
         yield Step(kept, now - start, *((tree, accepted) if record else ()))
         if state.done.all(): return state
         start, tree = now, drafter.propose(state, rows).checked() if drafter is not None else root_tree(state.last)
-        if memory is not None: tree = tree.within(memory.room(state) - 1)  # a pass writes one token more than it accepts guesses
+        if memory is not None: tree = tree.truncate_depth(memory.room(state) - 1)  # a pass writes one token more than it accepts guesses
         logits = rows.forward(tree)
 
 # %% ../../nbs/1_decoding/06_loop.ipynb #9e3508e1
@@ -176,17 +176,17 @@ class Decoder:
     seed:int|None=None  # Of sampling; None uses torch's global state, as transformers does
     record:bool=True  # Whether tokens carry log-probabilities
     vocab:int|None=None  # Size of the tokenizer, where the model's logits are wider
-    told:object=None  # Function that is given every `Step` as soon as it is made; what it raises ends the text
+    on_step:object=None  # Function that is given every `Step` as soon as it is made; what it raises ends the text
     _last_bank:AdapterBank|None=field(default=None, init=False, repr=False)  # Of the PEFT model last decoded
 
     def __call__(self, model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **model_kwargs):
         "Decode as transformers' generation methods do: returns ids `(b, t + n)`, or `Output` with `return_dict_in_generate`"
-        mask, told = model_kwargs.get('attention_mask'), told_to_generate(model)
+        mask, given = model_kwargs.get('attention_mask'), intercepted_arguments(model)
         mask = torch.ones_like(input_ids) if mask is None else mask
-        refuse(generation_config, model_kwargs, told, mask, self.drafter is None and self.memory is None and 'base' not in self.target.roles)
-        rules = Rules(*split_processors(logits_processor or []), stopping_criteria, generation_config.do_sample, self._generator(input_ids.device), self.vocab)
+        check_supported(generation_config, model_kwargs, given, mask, self.drafter is None and self.memory is None and 'base' not in self.target.roles)
+        rules = SamplingRules(*split_processors(logits_processor or []), stopping_criteria, generation_config.do_sample, self._generator(input_ids.device), self.vocab)
         pad_id = int(generation_config.pad_token_id or 0)
-        steps, notes = _collect(self.steps(model, input_ids, mask, rules, generation_config.max_length, pad_id), streamer_of(self.streamer, told, input_ids))
+        steps, notes = _collect(self.steps(model, input_ids, mask, rules, generation_config.max_length, pad_id), streamer_of(self.streamer, given, input_ids))
         sequences = _sequences(input_ids, steps, pad_id)
         return Output(sequences=sequences, steps=steps, notes=notes) if generation_config.return_dict_in_generate else sequences
 
@@ -202,18 +202,18 @@ class Decoder:
     def steps(self, model, ids, mask, rules, max_length, pad_id):
         "Yield the `Step`s of decoding `ids`; the generator returns the notes of drafter and memory"
         self.target.check(len(ids))
-        bank, reach = self.bank or self._bank_of_peft(model), 0 if self.drafter is None else self.drafter.reach
+        bank, max_draft_depth = self.bank or self._bank_of_peft(model), 0 if self.drafter is None else self.drafter.max_draft_depth
         memory = None if self.memory is None else self.memory.start(model, bank, self.target.roles, ids, self.compile)
         if memory is None: adapter_of = dict(expert=-1 if bank is None else 0, base=-1)
-        else: bank, adapter_of, max_length = memory.bank, memory.adapter_of, min(max_length, memory.longest + reach + 1)
+        else: bank, adapter_of, max_length = memory.bank, memory.adapter_of, min(max_length, memory.longest + max_draft_depth + 1)
         require('base' not in self.target.roles or bank is not None, 'CoLD contrasts an adapter with its base, but there is no adapter', 'load one with adapter=, or call generate on a PeftModel')
         roles = [adapter_of[role] for role in self.target.roles for _ in range(len(ids))]
-        spare, keeps = (0, False) if self.drafter is None else (self.drafter.spare, self.drafter.reads_hidden)
-        rows = (StaticRows if self.compile else Rows)(model, self.target.roles, len(ids), max_length, spare, keeps, reach)
+        draft_capacity, keep_hidden = (0, False) if self.drafter is None else (self.drafter.draft_capacity, self.drafter.reads_hidden)
+        rows = (CompiledRunner if self.compile else BatchRunner)(model, self.target.roles, len(ids), max_length, draft_capacity, keep_hidden, max_draft_depth)
         drafter = None if self.drafter is None else self.drafter.start(rows)
         with memory or contextlib.nullcontext(), (bank or AdapterBank(model, [])).attached(roles):
             for step in decode(rows, ids, mask, self.target, rules, drafter, memory, pad_id, self.record):
-                if self.told is not None: self.told(step)
+                if self.on_step is not None: self.on_step(step)
                 yield step
         return [note for o in (drafter, memory) if o is not None for note in o.notes]
 
@@ -262,8 +262,8 @@ class Result:
     @property
     def changed(self):
         "Share of tokens that are not the expert's own favourite"
-        all_tokens = [t for ts in self.tokens for t in ts if t.favourite is not None]
-        return sum(t.id != t.favourite for t in all_tokens) / len(all_tokens) if all_tokens else None
+        all_tokens = [t for ts in self.tokens for t in ts if t.expert_top1 is not None]
+        return sum(t.id != t.expert_top1 for t in all_tokens) / len(all_tokens) if all_tokens else None
     def __str__(self): return '\n\n'.join(self.texts)
 
 def bank_of(
@@ -296,14 +296,14 @@ class LM(LoadedModel):
         **options,  # transformers' generation options: `temperature`, `top_p`, `stop_strings`, ...
     ) -> Result:  # Texts, tokens and speed
         "Write answers to `prompts`"
-        told, stream = (stream, False) if callable(stream) else (None, stream)
+        on_step, stream = (stream, False) if callable(stream) else (None, stream)
         ids, mask = encode(self, prompts, chat, None if memory is None else math.inf)
         require(not (stream and len(ids) > 1), 'only one answer can be streamed', 'give one prompt, or stream=False')
         require(not (stream and options.get('streamer')), 'there are two streamers', 'give stream=True or streamer=')
         require('max_length' not in options, 'lm.generate counts the tokens that it adds', 'give max_new_tokens')
         require('num_beams' not in options, 'lm.generate does not search beams', 'use beam_search of npu_lora_decoding.decoding.baseline')
         decoder = Decoder(target, drafter, memory, bank_of(self), _Printed(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
-                          compile, seed, record, self.vocab if 'base' in target.roles else None, told)
+                          compile, seed, record, self.vocab if 'base' in target.roles else None, on_step)
         # transformers builds this criterion from a tokenizer, which it does not hand on to callables
         if strings := options.pop('stop_strings', None): options['stopping_criteria'] = [*options.get('stopping_criteria', []), StopStringCriteria(self.tokenizer, strings)]
         n = max_new_tokens if memory is not None else min(max_new_tokens, self.context - ids.shape[1])

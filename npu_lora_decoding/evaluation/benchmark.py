@@ -17,7 +17,7 @@ from ..foundations.model_shape import shape_of
 from ..decoding.loop import LM
 from ..cold.rule import CoLD
 from .judging import answers, batches_of, judge
-from .methods import JUDGED, methods
+from .methods import EVAL_BATCH_SIZE, methods
 from .flops import adapter_weights, draft_shape, flops_of, tokens_a_pass, watched
 import npu_lora_decoding
 
@@ -151,7 +151,7 @@ def _turns(runs, batches, rounds, n):
 
 def _scores(lm, prompts, runs, known, tokens, batch, metric, twins):
     "Return every method's score of every prompt's answer"
-    wide = lambda name: 1 if known[name].single else max(batch, JUDGED)
+    wide = lambda name: 1 if known[name].single else max(batch, EVAL_BATCH_SIZE)
     found = {name: judge(answers(lm, prompts, run, tokens, wide(name)), prompts, metric) for name, run in runs.items() if name not in twins}
     return {name: found[twins.get(name, name)] for name in runs}
 

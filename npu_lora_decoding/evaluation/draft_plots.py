@@ -52,7 +52,7 @@ def plot_draft(
     tree, accepted = step.tree, step.accepted
     if tree is None or accepted is None: raise DecodingError('the trees of this result were not kept: generate with record=True.')
     parents, tokens, taken = tree.parents[b].tolist(), tree.tokens[b].tolist(), accepted[b].tolist()
-    who, places = tree.who(b, list(range(len(parents)))), _places(parents)
+    who, places = tree.proposers(b, list(range(len(parents)))), _places(parents)
     leaves, deepest = 1 - min(y for _, y in places.values()), max(x for x, _ in places.values())
     ax = ax or plt.subplots(figsize=(1.5 * (deepest + 2), .32 * leaves + .8))[1]
     name = lambda t: repr(lm.tokenizer.decode([t]))[1:-1] or '∅'

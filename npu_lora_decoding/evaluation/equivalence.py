@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 import torch
 from ..foundations.errors import require
-from ..decoding.runner import Rows
+from ..decoding.runner import BatchRunner
 from ..decoding.sampling import Plain
 from ..decoding.loop import LM, bank_of
 from ..cold.rule import CoLD
@@ -28,7 +28,7 @@ def scores_at(
 ) -> torch.Tensor:  # The target's scores of the next token `(v,)`
     "Return what the target thinks of every next token, by a pass over the whole sequence"
     bank, ids = bank_of(lm), ids[None].to(lm.device)
-    rows = Rows(lm.model, target.roles, 1, ids.shape[1])
+    rows = BatchRunner(lm.model, target.roles, 1, ids.shape[1])
     with nullcontext() if bank is None else bank.attached([0 if role == 'expert' else -1 for role in target.roles]): logits = rows.prefill(ids, torch.ones_like(ids))
     return target.combine(*(l[:, -1, :lm.vocab if 'base' in target.roles else None] for l in logits))[0]
 

@@ -38,7 +38,7 @@ def _tip(token, decode):
     "Return what is known of a token, one fact a line"
     facts = [f'expert {math.exp(token.logp):.3f}'] if token.logp is not None else []
     if token.base_logp is not None: facts += [f'base {math.exp(token.base_logp):.3f}', f'contrast {contrast(token):+.2f} nats', f'{token.plausible} plausible']
-    if token.favourite is not None and token.favourite != token.id: facts.append(f'expert preferred {decode(token.favourite)!r}')
+    if token.expert_top1 is not None and token.expert_top1 != token.id: facts.append(f'expert preferred {decode(token.favourite)!r}')
     if token.proposer != 'target': facts.append(f'proposed by {token.proposer}')
     return '\n'.join(facts)
 
@@ -49,7 +49,7 @@ def token_html(
     "Return one answer as coloured tokens; the facts of each appear under the mouse"
     decode, spans = (lambda t: visible(str(result.lm.tokenizer.decode([t])))), []
     for t in result.tokens[i]:
-        frame = 'outline:2px solid #d07000;' if t.favourite is not None and t.id != t.favourite else ''
+        frame = 'outline:2px solid #d07000;' if t.expert_top1 is not None and t.id != t.expert_top1 else ''
         text = html.escape(decode(t.id)).replace('\n', '↵<br>') or '∅'
         spans.append(f'<span title="{html.escape(visible(_tip(t, decode)))}" style="background:rgb{shade(contrast(t))};color:black;{frame}white-space:pre-wrap">{text}</span>')
     return '<div style="font-family:sans-serif;line-height:1.7">' + ''.join(spans) + '</div>'
@@ -64,7 +64,7 @@ def token_ansi(
     decode, out = (lambda t: visible(str(result.lm.tokenizer.decode([t])))), []  # a token may hold what a terminal obeys
     for t in result.tokens[i]:
         if t.id in result.lm.eos_ids: continue
-        changed, text = t.favourite is not None and t.id != t.favourite, decode(t.id)
+        changed, text = t.expert_top1 is not None and t.id != t.expert_top1, decode(t.id)
         if colour: out.append(f'\033[48;2;{";".join(map(str, shade(contrast(t))))};30{";1;4" if changed else ""}m{text}\033[0m')
         else: out.append(f'[{text}]' if changed else text)
     return ''.join(out)

@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from ..foundations.errors import require, DecodingError
 from ..foundations.files import atomic_path, read_json, save_tensors
 from ..foundations.adapters import fingerprint, recorded_base, same_base
-from .head import DraftHead, HEAD_FAMILIES, check_family, check_vocab, frozen_of
+from .head import DraftHead, HEAD_FAMILIES, check_family, check_vocab, target_weights
 
 # %% ../../nbs/3_hass/02_checkpoint.ipynb #7e022c2e
 HEAD_FILES = ('config.json', 'model.safetensors', 'draft_vocab.safetensors', 'README.md')
@@ -31,7 +31,7 @@ def _head_tensors(head, target, dtype, embed, fc_bias):
     "Return the tensors of the checkpoint, on the CPU"
     out = dict(head.state_dict())
     if fc_bias and head.fc.bias is None: out['fc.bias'] = torch.zeros_like(head.fc.weight[:, 0])
-    if embed: out['embed_tokens.weight'] = frozen_of(target).embed
+    if embed: out['embed_tokens.weight'] = target_weights(target).embed
     out = {k: x.detach().to('cpu', dtype) for k, x in out.items()}
     for k, x in out.items(): require(bool(x.isfinite().all()), f'the head\'s {k} is not finite in {dtype}', 'train it again with a lower learning rate, or save in fp32')
     return out
@@ -49,7 +49,7 @@ def save_head(
     folder, tensors = Path(folder), _head_tensors(head, target, dtype, embed, fc_bias)
     other = sorted(f.name for f in folder.iterdir() if f.name not in HEAD_FILES) if folder.is_dir() else []
     require(not other, f'{folder} holds {other[:1]}, which is no part of a head', 'save the head into a folder of its own')
-    if head.vocab is not None: check_vocab(head.vocab, head.counts, frozen_of(target).embed.shape[0])
+    if head.vocab is not None: check_vocab(head.vocab, head.counts, target_weights(target).embed.shape[0])
     with atomic_path(folder) as tmp:
         tmp.mkdir()
         (tmp/'config.json').write_text(_config_json(head, dtype, extra), encoding='utf-8')
@@ -117,7 +117,7 @@ def _check_target(folder, tensors, meta, target):
     remedy, other = 'give the head that was made for this target', f'the head in {folder} is a head for another model'
     known = recorded_base(meta, folder)
     require(known is None or same_base(known, fingerprint(target)), f'{other} (its fingerprint differs)', remedy)
-    e, own = tensors.pop('embed_tokens.weight', None), frozen_of(target).embed
+    e, own = tensors.pop('embed_tokens.weight', None), target_weights(target).embed
     if e is None: return
     require(e.shape == own.shape, f'{other} (its embeddings are {tuple(e.shape)}, the target\'s {tuple(own.shape)})', remedy)
     # both sides may be rounded to bf16: half a step of 2**-8 each; a few thousand rows at a time, for the vocabulary may be large

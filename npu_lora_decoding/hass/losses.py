@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'LINEAR', 'soft_cross_entropy', 'topk', 'forward_kl', 'reverse_kl', 'total_variation', 'weighted_topk',
-           'token_weights', 'frequency_topk', 'losses_for', 'feature_loss', 'Objective', 'Taught', 'join_taught',
-           'taught', 'linear_losses', 'teach', 'distill']
+           'token_weights', 'frequency_topk', 'losses_for', 'feature_loss', 'Objective', 'LinearTargets',
+           'join_targets', 'taught', 'linear_losses', 'teach', 'distill']
 
 # %% ../../nbs/3_hass/04_losses.ipynb #25d5a890
 import math
@@ -149,28 +149,28 @@ class Objective:
 
 # %% ../../nbs/3_hass/04_losses.ipynb #0208a5ca
 @dataclass(frozen=True)
-class Taught:
+class LinearTargets:
     "What a linear loss keeps of the target: `c lse(W g) - m g + rest`, position by position"
     c:torch.Tensor  # `(t,)` fp32
     m:torch.Tensor  # `(t, d)` fp32
     rest:torch.Tensor  # `(t,)` fp32: what no guess can change
-    def __getitem__(self, i): return Taught(self.c[i], self.m[i], self.rest[i])
+    def __getitem__(self, i): return LinearTargets(self.c[i], self.m[i], self.rest[i])
     def to(self, dtype):
         "Return a copy whose vectors are in `dtype`; the numbers stay fp32"
-        return Taught(self.c, self.m.to(dtype), self.rest)
+        return LinearTargets(self.c, self.m.to(dtype), self.rest)
     def split(self, sizes):
         "Return one for each of `sizes` positions"
-        return [Taught(*x) for x in zip(*(x.split(sizes) for x in (self.c, self.m, self.rest)))]
+        return [LinearTargets(*x) for x in zip(*(x.split(sizes) for x in (self.c, self.m, self.rest)))]
 
-def join_taught(
-    parts,  # `Taught`s of one loss
-) -> Taught:
+def join_targets(
+    parts,  # `LinearTargets`s of one loss
+) -> LinearTargets:
     "Return the positions of all `parts`, one after the other"
-    return Taught(*(torch.cat([getattr(x, k) for x in parts]) for k in ('c', 'm', 'rest')))
+    return LinearTargets(*(torch.cat([getattr(x, k) for x in parts]) for k in ('c', 'm', 'rest')))
 
-def _from_all(p, head, rest): return Taught(p.new_ones(len(p)), _wide(p.to(head.dtype) @ head), rest)
+def _from_all(p, head, rest): return LinearTargets(p.new_ones(len(p)), _wide(p.to(head.dtype) @ head), rest)
 
-def _from_top(p, i, head): return Taught(p.sum(-1), _wide(p[:, None].to(head.dtype) @ head[i])[:, 0], p.new_zeros(len(p)))
+def _from_top(p, i, head): return LinearTargets(p.sum(-1), _wide(p[:, None].to(head.dtype) @ head[i])[:, 0], p.new_zeros(len(p)))
 
 def _linear(name, z, p, head, k, rarity):
     "Return what the loss `name` keeps of the target, with logits `z` and probabilities `p`"
@@ -187,18 +187,18 @@ def taught(
     head:torch.Tensor,  # Rows of the LM head `(v, d)`
     objective:Objective,  # Of linear losses
     rarity:torch.Tensor|None=None,  # For `frequency_topk`
-) -> list:  # A `Taught` for each loss on tokens
+) -> list:  # A `LinearTargets` for each loss on tokens
     "Return what the target says to each loss, from its logits of `chunk` positions at a time"
     def some(f):
         z = _wide(f @ head.T)
         p = z.softmax(-1)
         return [_linear(name, z, p, head, objective.k, rarity) for name, _ in objective.tokens]
-    return [join_taught(parts) for parts in zip(*(some(f) for f in feature.split(objective.chunk)))]
+    return [join_targets(parts) for parts in zip(*(some(f) for f in feature.split(objective.chunk)))]
 
 def linear_losses(
     guess:torch.Tensor,  # Guessed features `(t, d)`
     head:torch.Tensor,  # Rows of the LM head `(v, d)`
-    said:list,  # A `Taught` for each loss
+    said:list,  # A `LinearTargets` for each loss
     weights:list,  # Of each loss
 ) -> tuple:  # Losses `(t,)` each; the gradient of their weighted sum in the guesses `(t, d)`
     "Return losses and gradient from one softmax of the draft"
@@ -254,7 +254,7 @@ def teach(
     head:torch.Tensor,  # Rows of the LM head `(v, d)`
     objective:Objective=Objective(),  # Says which losses need what
     rarity:torch.Tensor|None=None,  # For `frequency_topk`
-) -> list|None:  # A `Taught` for each loss, of the places that count; None where a loss is not linear
+) -> list|None:  # A `LinearTargets` for each loss, of the places that count; None where a loss is not linear
     "Return what `distill` needs of the target, for several guesses at the same places"
     _check(feature.shape, feature, keep, head, objective, rarity)
     return taught(feature[keep], head.detach(), objective, rarity) if objective.linear else None

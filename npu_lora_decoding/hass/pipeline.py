@@ -13,7 +13,7 @@ import torch
 from ..foundations.errors import require
 from ..foundations.devices import generator
 from ..decoding.loop import LM
-from .head import draft_rows, frozen_of
+from .head import draft_rows, target_weights
 from .checkpoint import load_head
 from .chat_data import deduplicated, encode_all, read_conversations, read_prompts
 from .continuous_batching import WriteConfig
@@ -156,7 +156,7 @@ def acceptance_rows(
     full:bool=False,  # Draft from the whole vocabulary, also where the head has a draft vocabulary
 ) -> list:  # Dictionaries: head, set, draft, tau, interval, rates, taus
     "Return how well every head is accepted on every set of texts"
-    rows, frozen = [], frozen_of(lm.model)
+    rows, frozen = [], target_weights(lm.model)
     for folder in heads:
         head = load_head(folder, lm.model)
         vocab, lm_head = (None, frozen.lm_head) if full else (head.vocab, draft_rows(head, frozen))

@@ -19,7 +19,7 @@ from ..foundations.adapters import fingerprint
 from ..foundations.models import encode_one, end_tokens
 from ..decoding.loop import LM
 from .chat_data import read_prompts
-from .continuous_batching import WriteConfig, after_question, heat, room_for, talks_from_nothing, talks_from_prompts, turn_edges, write_ring
+from .continuous_batching import WriteConfig, after_question, sampling_params, room_for, self_dialogues, prompted_dialogues, turn_edges, write_ring
 
 # %% ../../nbs/3_hass/09_self_chat.ipynb #d948b9f8
 def _usable(lm, prompts, room, quiet):
@@ -75,7 +75,7 @@ def vllm_engine(
 def write_vllm(
     lm:LM,  # Tokenizer and settings
     engine,  # From `vllm_engine`
-    talks,  # Iterator of `Talk`
+    talks,  # Iterator of `Dialogue`
     count:int,  # How many are wanted
     config:WriteConfig,  # Lengths, min_p
     seed:int,  # Of the draws
@@ -85,7 +85,7 @@ def write_vllm(
     (head, turn_ends), room, ready = turn_edges(lm), room_for(lm, config), []
     def say(batch, ends, longest):
         if not batch: return
-        heats = [heat(t, config) for t in batch]
+        heats = [sampling_params(t, config) for t in batch]
         params = [SamplingParams(temperature=h, min_p=m, max_tokens=longest, stop_token_ids=sorted(ends), detokenize=False, seed=seed + t.index) for t, (h, m) in zip(batch, heats)]
         for t, out in zip(batch, engine.generate([dict(prompt_token_ids=t.tokens) for t in batch], params)):
             new = list(out.outputs[0].token_ids)
@@ -168,7 +168,7 @@ def _write_missing(lm, config, prompts, engine, files, missing, quiet):
 
 def _shard(lm, s, config, prompts, engine, ahead, quiet):
     "Return the talks of shard `s`"
-    talks, count = (talks_from_nothing(lm, config, s), config.per_shard) if prompts is None else (talks_from_prompts(lm, prompts, config.temperatures), len(prompts))
+    talks, count = (self_dialogues(lm, config, s), config.per_shard) if prompts is None else (prompted_dialogues(lm, prompts, config.temperatures), len(prompts))
     seed = random.Random(f'draws-{config.seed}-{s}').getrandbits(31)
     steps = write_ring(lm, talks, count, config, generator(seed)) if engine is None else write_vllm(lm, engine, talks, count, config, seed)
     return _collect(lm, steps, count, config, ahead, quiet)

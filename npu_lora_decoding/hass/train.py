@@ -25,9 +25,9 @@ from ..foundations.devices import generator
 from ..foundations.files import atomic_path, ctrl_c, save_tensors
 from ..foundations.training import learning_rate
 from ..decoding.loop import LM
-from .head import DraftHead, Frozen, draft_rows, frozen_of, head_config
+from .head import DraftHead, TargetWeights, draft_rows, target_weights, head_config
 from .checkpoint import save_head
-from .losses import distill, join_taught, teach, token_weights
+from .losses import distill, join_targets, teach, token_weights
 from .alignment import aligned_step, next_inputs
 from .features import Batch, batch_of, plan_epoch
 from .acceptance import measure_acceptance
@@ -91,7 +91,7 @@ class Run:
     "A training run: what it learns, from what, and how far it is"
     lm:LM  # The target
     head:DraftHead  # The head that learns
-    frozen:Frozen  # In the precision of training, on the device
+    frozen:TargetWeights  # In the precision of training, on the device
     store:object  # `OnlineFeatures` or `StoredFeatures`
     config:HeadTraining  # How it learns
     folder:Path  # Where the run is kept
@@ -132,7 +132,7 @@ class Run:
                 # each example by itself: how a product is rounded may depend on what else is in it, and a run that goes on meets the example in another batch
                 places = batch.keep[r] & (batch.segments[r] == j)
                 self.memory[i] = [x.to(batch.features.dtype) for x in teach(batch.next_features[r:r+1, places], places[None, places])]
-        return [join_taught(x).to(torch.float32) for x in zip(*(self.memory[i] for i in numbers))]
+        return [join_targets(x).to(torch.float32) for x in zip(*(self.memory[i] for i in numbers))]
 
     def _batches(self, epoch):
         while len(self.sizes) <= epoch: self.sizes.append(len(self._plan(len(self.sizes))))
@@ -296,8 +296,8 @@ def start_run(
 ) -> Run:
     "Return a run before its first step, or where the last call left it"
     acc = accelerator or new_accelerator(lm, config)
-    frozen, dtype = frozen_of(lm.model), torch.bfloat16 if config.precision == 'bf16' else torch.float32
-    frozen = Frozen(frozen.embed.to(acc.device, dtype), frozen.lm_head.to(acc.device, dtype))
+    frozen, dtype = target_weights(lm.model), torch.bfloat16 if config.precision == 'bf16' else torch.float32
+    frozen = TargetWeights(frozen.embed.to(acc.device, dtype), frozen.lm_head.to(acc.device, dtype))
     sample = [(ids.cpu(), response.cpu(), f.cpu()) for ids, response, f in store.read(sample_numbers(store, config.seed))]
     scales = measure_scales(sample, frozen.embed.cpu())
     with torch.random.fork_rng(devices=[]): head = DraftHead(head_config(lm.model.config)) if init is None else plain_copy(init)

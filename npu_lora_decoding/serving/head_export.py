@@ -22,7 +22,7 @@ from ..foundations.errors import DecodingError, require
 from ..foundations.files import atomic_path, read_json, save_tensors
 from ..foundations.adapters import fingerprint
 from ..decoding.loop import LM
-from ..hass.head import DraftHead, check_vocab, frozen_of
+from ..hass.head import DraftHead, check_vocab, target_weights
 from ..hass.checkpoint import load_head, read_checkpoint
 from ..hass.features import target_features
 
@@ -209,7 +209,7 @@ def text_inputs(
     ids = torch.tensor(lm.tokenizer(text).input_ids[:min(512, lm.context)])
     require(len(ids) >= 8, f'the text has {len(ids)} tokens', 'give a text of at least 8')
     f = target_features(lm, [ids])[0]
-    e = frozen_of(lm.model).embed[ids.to(f.device)]
+    e = target_weights(lm.model).embed[ids.to(f.device)]
     return e[1:].float().cpu()[None], f[:-1].float().cpu()[None]
 
 @torch.no_grad()

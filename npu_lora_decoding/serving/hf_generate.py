@@ -15,7 +15,7 @@ from ..foundations.errors import require
 from ..foundations.files import atomic_path, read_json
 from ..foundations.adapters import load_adapter, read_adapter_config
 from ..foundations.lora import AdapterBank
-from ..decoding.hf_bridge import told_to_generate
+from ..decoding.hf_bridge import intercepted_arguments
 from ..decoding.loop import Decoder
 from ..hass.checkpoint import read_checkpoint
 from ..evaluation.methods import drafters
@@ -86,7 +86,7 @@ def _write(folder, about, adapter, head):
 # %% ../../nbs/7_serving/01_hf_generate.ipynb #ae77ccf2
 def _folder_of(model):
     "Return the folder whose generate.py was called"
-    named = told_to_generate(model).get('custom_generate')
+    named = intercepted_arguments(model).get('custom_generate')
     folder = Path(named if isinstance(named, str) else model.name_or_path)/'custom_generate'
     require((folder/'settings.json').exists(), f'there is no {folder}/settings.json here', 'give the folder that nld custom-generate wrote, as a path; a repository of a hub has to be downloaded first')
     return folder

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from ..foundations.errors import DecodingError, require
 from ..cold.rule import CoLD
-from .vllm_pairing import Twin
+from .vllm_pairing import PairRequest
 
 # %% ../../nbs/7_serving/05_vllm_client.ipynb #598b7cbf
 def refusal_token(
@@ -58,7 +58,7 @@ def generate(
     stops, job, params = [*(options.pop('stop_token_ids', None) or ()), refusal], uuid.uuid4().hex, []
     for k, _ in enumerate(prompts):
         seed, t = {} if options.get('seed') is None else dict(seed=options['seed'] + k), target.of(k)
-        params += [SamplingParams(**options | seed, stop_token_ids=stops, extra_args=Twin(f'{job} {k}', role, t.alpha, t.beta, refusal, vocab).args) for role in t.roles]
+        params += [SamplingParams(**options | seed, stop_token_ids=stops, extra_args=PairRequest(f'{job} {k}', role, t.alpha, t.beta, refusal, vocab).args) for role in t.roles]
     outputs = llm.generate([_prompt(p) for p in prompts for _ in range(2)], params, lora_request=_loras(adapter, zeros) * len(prompts), use_tqdm=False)
     for a, b in zip(outputs[::2], outputs[1::2]):
         answer_of((list(a.outputs[0].token_ids), list(b.outputs[0].token_ids)), (a.outputs[0].stop_reason, b.outputs[0].stop_reason), refusal)
@@ -85,7 +85,7 @@ def probe(
 ) -> float:  # How far the two rows lie apart, in log probabilities
     "Raise `DecodingError` unless the engine refuses a lone twin and gives twins rows of their own"
     loras = _loras(adapter, zeros)
-    _, (lone,) = _first(llm, prompt, loras[:1], stop_token_ids=[refusal], extra_args=Twin(uuid.uuid4().hex, 'expert', .1, .5, refusal).args)
+    _, (lone,) = _first(llm, prompt, loras[:1], stop_token_ids=[refusal], extra_args=PairRequest(uuid.uuid4().hex, 'expert', .1, .5, refusal).args)
     require(lone.outputs[0].stop_reason == refusal, 'vLLM answered a twin that came alone, so nothing contrasts', 'start it with what `engine_options` returns')
     (expert, base), alone = _first(llm, prompt, loras, logprobs=20)[0], [_first(llm, prompt, [x], logprobs=20)[0][0] for x in loras]
     apart = _apart(expert, base)
@@ -107,7 +107,7 @@ def server_bodies(
     options, pair = dict(temperature=0.) | options, uuid.uuid4().hex
     require(not options.get('stream'), 'a streamed pair cannot be compared', 'send the bodies without stream')
     stops = [*(options.pop('stop_token_ids', None) or ()), refusal]
-    return [what | options | dict(model=m, stop_token_ids=stops, vllm_xargs=Twin(pair, role, refusal=refusal, vocab=vocab, **asdict(target)).args) for m, role in zip(models, target.roles)]
+    return [what | options | dict(model=m, stop_token_ids=stops, vllm_xargs=PairRequest(pair, role, refusal=refusal, vocab=vocab, **asdict(target)).args) for m, role in zip(models, target.roles)]
 
 def _post(url, body, timeout):
     path = '/v1/chat/completions' if 'messages' in body else '/v1/completions'

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from ..foundations.errors import DecodingError, require
 from ..foundations.files import atomic_path, save_tensors
 from ..foundations.adapters import layer_names, read_adapter_config
-from .vllm_pairing import PairRows, Seat, WaitingRoom, contrast, read_twin
+from .vllm_pairing import PairRows, PairedRow, WaitingRoom, contrast, read_twin
 
 # %% ../../nbs/7_serving/04_vllm_plugin.ipynb #389458d6
 _FILES = ('adapter_config.json', 'adapter_model.safetensors')
@@ -105,10 +105,10 @@ def seat_of(
     params,  # vLLM's `SamplingParams`
     prompt:list|None,  # Token ids
     output:list,  # That vLLM appends to
-) -> Seat|None:  # None for a request that wants no contrast
+) -> PairedRow|None:  # None for a request that wants no contrast
     "Return what the tracker needs to know of a request"
     twin = read_twin(getattr(params, 'extra_args', None))
-    return None if twin is None else Seat(twin, (prompt, [getattr(params, k, None) for k in _ALIKE]), output)
+    return None if twin is None else PairedRow(twin, (prompt, [getattr(params, k, None) for k in _ALIKE]), output)
 
 # %% ../../nbs/7_serving/04_vllm_plugin.ipynb #0af55dc6
 log = logging.getLogger('npu_lora_decoding')

@@ -15,7 +15,7 @@ from ..foundations.model_shape import shape_of
 from ..decoding.loop import LM
 from ..cold.rule import CoLD
 from ..evaluation.judging import prompt_of
-from ..evaluation.methods import JUDGED, Method, merged_model
+from ..evaluation.methods import EVAL_BATCH_SIZE, Method, merged_model
 from .vllm_plugin import engine_options, null_adapter
 from .vllm_client import refusal_token
 import npu_lora_decoding
@@ -145,7 +145,7 @@ class Peers:
         target:CoLD,  # Dials of the contrast
         patience:float,  # Seconds until an answer is given up
     ):
-        self.python, self.work, self.target, self.patience, self.width = python, work, target, patience, max(batch, JUDGED)
+        self.python, self.work, self.target, self.patience, self.width = python, work, target, patience, max(batch, EVAL_BATCH_SIZE)
         self.longest, self.cache = min(longest, lm.context), shape_of(lm.model, None).cache
         self.stack, self.about = contextlib.ExitStack(), {}
         (work/'path').mkdir(); (work/'path'/'npu_lora_decoding').symlink_to(Path(npu_lora_decoding.__file__).resolve().parent)

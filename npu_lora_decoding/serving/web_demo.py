@@ -15,8 +15,8 @@ from ..foundations.tasks import Item
 from ..decoding.sampling import Plain
 from ..decoding.loop import LM, Result, Step
 from ..cold.rule import CoLD
-from ..speculation.prompt_lookup import Lookup
-from ..speculation.joint import Joined
+from ..speculation.prompt_lookup import PromptLookup
+from ..speculation.joint import JointDrafter
 from ..speculation.head_drafter import HASS
 from ..temp_lora.generation import TempLoRA
 from ..evaluation.plots import token_html
@@ -39,11 +39,11 @@ def guessers(
     head=None,  # Folder of a draft head
 ) -> dict:  # (head, lookup) -> a drafter, or None
     "Return who guesses at each setting of the two switches"
-    copies = Lookup()
+    copies = PromptLookup()
     made = {(False, False): None, (False, True): copies}
     if head is None: return made
     tree = HASS(head)
-    return made | {(True, False): tree, (True, True): Joined((tree, copies))}
+    return made | {(True, False): tree, (True, True): JointDrafter((tree, copies))}
 
 def arguments(
     choice:Choice,  # The switches

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from ..foundations.errors import require
 from ..decoding.tree import Tree, root_tree
-from ..decoding.runner import StaticRows
+from ..decoding.runner import CompiledRunner
 from ..decoding.loop import Drafter
-from ..hass.head import DraftHead, draft_rows, frozen_of
+from ..hass.head import DraftHead, draft_rows, target_weights
 from ..hass.checkpoint import load_head
 from ..hass.drafting import HeadCache, draft_chain, draft_tree
-from .adaptive import SizedDrafter, tree_sizes
+from .adaptive import AdaptiveDrafter, tree_sizes
 from .compiled_draft import DraftProgram, FastDraft, static_head_cache
 
 # %% ../../nbs/4_speculation/05_head_drafter.ipynb #e0c5a36f
@@ -92,7 +92,7 @@ class _FastGuesses(_Guesses):
     "A head at work in compiled programs, one for each of two depths"
     def __init__(self, hass, bound, rows):
         super().__init__(hass, bound, rows)
-        self.width, self.depths = rows.reach + 1, tuple(sorted({-(-hass.depth // 2), hass.depth})) if hass.adaptive else (hass.depth,)
+        self.width, self.depths = rows.max_draft_depth + 1, tuple(sorted({-(-hass.depth // 2), hass.depth})) if hass.adaptive else (hass.depth,)
         self.cache = static_head_cache(bound.head, rows.b, rows.columns + self.width)
 
     def _draft(self, slots, roots, several):
@@ -117,7 +117,7 @@ class _FastGuesses(_Guesses):
 
 # %% ../../nbs/4_speculation/05_head_drafter.ipynb #c72692fa
 @dataclass(eq=False)
-class HASS(SizedDrafter):
+class HASS(AdaptiveDrafter):
     "Guess with a trained draft head"
     folder:str|Path  # Of the head, in the layout of EAGLE and HASS
     nodes:int=16  # Largest tree, the root included
@@ -135,11 +135,11 @@ class HASS(SizedDrafter):
         if self.chain: self.nodes = self.depth + 1
 
     @property
-    def reach(self): return self.depth
+    def max_draft_depth(self): return self.depth
     def bind(self, rows):
         "Return the drafter of one batch of texts"
         if self._bound is None or self._bound.model is not rows.model: self._bound = self._load(rows.model)
-        return (_FastGuesses if isinstance(rows, StaticRows) else _Guesses)(self.fitted(rows.b, rows.model.device), self._bound, rows)
+        return (_FastGuesses if isinstance(rows, CompiledRunner) else _Guesses)(self.fitted(rows.b, rows.model.device), self._bound, rows)
 
     def fitted(self,
         b:int,  # Sequences
@@ -152,6 +152,6 @@ class HASS(SizedDrafter):
 
     def _load(self, model):
         "Return the head of `model`, and the rows of its LM head to draft with"
-        head, frozen = load_head(self.folder, model).requires_grad_(False), frozen_of(model)
+        head, frozen = load_head(self.folder, model).requires_grad_(False), target_weights(model)
         require(self.words is None or head.vocab is not None, f'the head in {self.folder} has no draft vocabulary', 'leave words out, or train the head with a draft vocabulary')
         return _Bound(model, head, frozen.embed, draft_rows(head, frozen)[:self.words].contiguous(), None if head.vocab is None else head.vocab[:self.words])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AMATEURS', 'TempLoRAConfig', 'logits_of', 'token_losses', 'backward_chunk', 'put_adapter', 'TemporaryAdapter',
-           'temporary', 'copy_state', 'put_back', 'learn']
+           'temporary', 'copy_state', 'restore_state', 'learn']
 
 # %% ../../nbs/5_temp_lora/01_adapter.ipynb #14b71e29
 import contextlib, math
@@ -41,7 +41,7 @@ class TempLoRAConfig:
     warmup:int=2  # Chunks in which the rate rises
     recompute:str='window'  # When cached keys are computed anew: chunk, window, every:K, drift:X, or in reading slide:S
     amateur:str='base'  # What CoLD contrasts with: base, task (without what was learned here) or phi (without the task adapter)
-    guard:float=1.  # Writing: a chunk is not learned when a larger share of what the model wrote of it repeats itself (4-grams); 1 learns all
+    max_repetition:float=1.  # Writing: a chunk is not learned when a larger share of what the model wrote of it repeats itself (4-grams); 1 learns all
     seed:int=0  # Of the adapter's weights and dropout
     file:str|None=None  # Writing: keep what was learned in this file, and go on from it
 
@@ -50,7 +50,7 @@ class TempLoRAConfig:
         require(self.epochs >= 0 and self.lr >= 0 and 0 <= self.dropout < 1, f'epochs is {self.epochs}, lr {self.lr} and dropout {self.dropout}', 'give epochs and lr of at least 0 and dropout in [0, 1)')
         require(self.chunk < self.window, f'a chunk of {self.chunk} tokens leaves nothing of a window of {self.window} for what came before', 'choose a smaller chunk or a larger window')
         require(1 <= self.latest <= self.window - self.chunk, f'{self.latest} tokens of context and a chunk of {self.chunk} do not fit into a window of {self.window}', f'choose a context from 1 to {self.window - self.chunk}')
-        require(0 < self.guard <= 1, f'guard is {self.guard}', 'give a share of at most 1, which learns all')
+        require(0 < self.max_repetition <= 1, f'max_repetition is {self.max_repetition}', 'give a share of at most 1, which learns all')
         require(self.targets in TARGETS, f'unknown targets {self.targets!r}', f'use one of {", ".join(TARGETS)}')
         require(self.amateur in AMATEURS, f'unknown amateur {self.amateur!r}', f'use one of {", ".join(AMATEURS)}')
 
@@ -210,7 +210,7 @@ def copy_state(
     "Return a copy of everything that learning changes"
     return [w.detach().clone() for w in phi.parameters()], [{k: v.clone() for k, v in phi.moments(w).items()} for w in phi.parameters()], phi.noise.get_state()
 
-def put_back(
+def restore_state(
     phi:TemporaryAdapter,  # Changed
     kept:tuple,  # From `copy_state`
 ):
@@ -243,7 +243,7 @@ def learn(
         with _learning(phi):
             ids = ids.clone()  # made in inference mode it could not be kept for a backward pass
             while len(losses) < phi.settings.epochs and all(map(math.isfinite, losses)): losses.append(_update(phi, ids, n))
-    except BaseException: put_back(phi, kept); raise
+    except BaseException: restore_state(phi, kept); raise
     if all(map(math.isfinite, losses)): phi.version += 1; phi.refresh()
-    else: put_back(phi, kept); phi.notes.append(f'the loss of the chunk after version {phi.version} was no finite number: it was not learned')
+    else: restore_state(phi, kept); phi.notes.append(f'the loss of the chunk after version {phi.version} was no finite number: it was not learned')
     return losses

@@ -11,7 +11,7 @@ from ..foundations.errors import require
 from ..foundations.model_shape import Shape, read_flops, shape_of
 from ..decoding.loop import LM
 from .adapter import TempLoRAConfig
-from .cache_reuse import Marks, due, surplus
+from .cache_reuse import CacheLedger, should_recompute, surplus
 from .generation import TempLoRA
 
 # %% ../../nbs/5_temp_lora/06_budget.ipynb #0845d591
@@ -41,12 +41,12 @@ def cost_of(
     length:int,  # Tokens of the text
 ) -> Cost:
     "Return what reading a text costs, learning included"
-    s, marks, read, learned = settings, Marks(), 0, 0
+    s, marks, read, learned = settings, CacheLedger(), 0, 0
     r = s.r if s.epochs else 0
     rule = replace(s, recompute='window') if s.recompute.startswith('drift') else s
     for a in range(0, length, s.chunk):
         b = min(a + s.chunk, length)
-        if due(rule, marks, a): marks = Marks(max(0, a - s.latest))
+        if should_recompute(rule, marks, a): marks = CacheLedger(max(0, a - s.latest))
         if (gone := surplus(rule, marks, a))[0]: marks.drop(*gone)
         if b - 1 > marks.stop: read += read_flops(shape, r, b - 1 - marks.stop, b - 1 - marks.first + marks.sinks, b - max(a, 1))
         marks.add(b - 1, 0); marks.chunks += 1

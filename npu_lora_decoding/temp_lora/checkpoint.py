@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from ..foundations.errors import DecodingError, require
 from ..foundations.files import atomic_path, save_tensors
 from ..foundations.adapters import Adapter, fingerprint, recorded_base, same_base
-from .adapter import TemporaryAdapter, put_back
+from .adapter import TemporaryAdapter, restore_state
 
 # %% ../../nbs/5_temp_lora/03_checkpoint.ipynb #3a6f96dd
 _SHAPES = ('r', 'alpha', 'targets', 'dropout', 'lr', 'betas', 'eps', 'clip', 'warmup', 'epochs', 'chunk', 'train_context', 'seed')  # what must not change in the middle of a document
@@ -43,7 +43,7 @@ def set_phi(
     "Put kept tensors into an adapter"
     ours = [(f'{kind}/{p}', w) for kind in 'AB' for p, w in getattr(phi, kind).items()]
     moments = [{k: tensors[f'adam/{k}/{n}'].to(w.device if k != 'step' else 'cpu') for k in ('step', 'exp_avg', 'exp_avg_sq') if f'adam/{k}/{n}' in tensors} for n, w in ours]
-    put_back(phi, ([tensors[n] for n, _ in ours], moments, tensors['noise']))
+    restore_state(phi, ([tensors[n] for n, _ in ours], moments, tensors['noise']))
     phi.version = version
     phi.refresh()
 

@@ -12,7 +12,7 @@ import torch
 from ..foundations.errors import require
 from ..decoding.loop import Memory
 from .adapter import TempLoRAConfig, TemporaryAdapter, learn
-from .cache_reuse import Marks, check_layers, due, key_drift, probe
+from .cache_reuse import CacheLedger, check_layers, should_recompute, key_drift, probe
 from .checkpoint import load_document, save_document
 from .perplexity import check_lengths
 
@@ -29,7 +29,7 @@ def repetition(
 class _Writing(Memory):
     "A memory at work on one text"
     def __init__(self, settings, model, bank, roles, ids):
-        self.settings, self.longest, self.learned, self.marks, self.notes = settings, settings.window, 0, Marks(), []
+        self.settings, self.longest, self.learned, self.marks, self.notes = settings, settings.window, 0, CacheLedger(), []
         amateur = (settings.amateur,) if 'base' in roles and settings.amateur != 'base' else ()
         self.phi = TemporaryAdapter(model, settings, bank.adapters[0] if bank is not None and bank.adapters else None, ('expert', *amateur))
         self.bank, self.adapter_of = self.phi.bank, dict(expert=0, base=1 if amateur else -1)
@@ -47,7 +47,7 @@ class _Writing(Memory):
         "Learn the prompt's complete chunks; return what is in sight of it"
         require(bool(mask.all()), 'the prompt is padded', 'give it without padding, since it is alone')
         self._learn()
-        self.marks = Marks(max(0, self.learned - self.settings.latest), chunks=1)
+        self.marks = CacheLedger(max(0, self.learned - self.settings.latest), chunks=1)
         seen = ids[:, self.marks.first:]
         self.marks.add(ids.shape[1], self.phi.version)
         return seen, torch.ones_like(seen)
@@ -61,7 +61,7 @@ class _Writing(Memory):
         if len(self.text) - self.learned < self.settings.chunk: return
         self._learn()
         if state.done.all(): return
-        if due(self.settings, self.marks, self.learned, lambda: self._drift(rows)): self._reread(rows)
+        if should_recompute(self.settings, self.marks, self.learned, lambda: self._drift(rows)): self._reread(rows)
         else: self.marks.chunks += 1
 
     def _learn(self):
@@ -76,13 +76,13 @@ class _Writing(Memory):
     def _worth_learning(self, stop):
         "Return whether what the model wrote of a chunk says something new; what it was given is always learned"
         share = repetition(self.text[max(self.learned, self.given):stop])
-        if share > self.settings.guard: self.phi.notes.append(f'the chunk before token {stop} repeats itself ({share:.0%} of its 4-grams): it was not learned')
-        return share <= self.settings.guard
+        if share > self.settings.max_repetition: self.phi.notes.append(f'the chunk before token {stop} repeats itself ({share:.0%} of its 4-grams): it was not learned')
+        return share <= self.settings.max_repetition
 
     def _reread(self, rows):
         first, last = max(0, self.learned - self.settings.latest), len(self.text) - 1
-        rows.reread(self.text[None, first:last])
-        self.marks = Marks(first, chunks=1)
+        rows.reset_prefix(self.text[None, first:last])
+        self.marks = CacheLedger(first, chunks=1)
         self.marks.add(last, self.phi.version)
 
     def _drift(self, rows):

@@ -18,7 +18,7 @@ from ..foundations.timing import stopwatch
 from ..foundations.statistics import Interval, paired
 from ..decoding.loop import LM
 from .adapter import TempLoRAConfig, learn, temporary
-from .cache_reuse import Marks, Reader, check_layers, parse_rule
+from .cache_reuse import CacheLedger, Reader, check_layers, parse_rule
 from .checkpoint import load_document, save_document
 
 # %% ../../nbs/5_temp_lora/04_perplexity.ipynb #90415dd0
@@ -129,7 +129,7 @@ def _restore(reader, out, tensors, meta, device):
     "Put kept chunks, marks and cache back"
     number = lambda row: [int(x) if k in ('start', 'stop', 'tokens', 'version', 'first') else x for k, x in zip(Chunk.__dataclass_fields__, row)]
     out.chunks, out.notes, marks = [Chunk(*number(row)) for row in tensors['chunks'].tolist()], json.loads(meta['notes']), json.loads(meta['marks'])
-    reader.marks = Marks(marks['first'], [tuple(s) for s in marks['spans']], marks['chunks'], marks['sinks'])
+    reader.marks = CacheLedger(marks['first'], [tuple(s) for s in marks['spans']], marks['chunks'], marks['sinks'])
     reader.cache = DynamicCache(config=reader.model.config)
     for i in range(sum(k.startswith('cache/k/') for k in tensors)): reader.cache.update(*(tensors[f'cache/{kind}/{i}'].to(device) for kind in 'kv'), i)
 

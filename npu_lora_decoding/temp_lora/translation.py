@@ -147,8 +147,8 @@ class _Document:
         "Return whether what the model wrote of a chunk says something new"
         own = torch.cat(self.own)[self.learned:stop]
         share = repetition(text[self.learned:stop][own])
-        if share > self.phi.settings.guard: self.phi.notes.append(f'the chunk before token {stop} repeats itself ({share:.0%} of its 4-grams): it was not learned')
-        return share <= self.phi.settings.guard
+        if share > self.phi.settings.max_repetition: self.phi.notes.append(f'the chunk before token {stop} repeats itself ({share:.0%} of its 4-grams): it was not learned')
+        return share <= self.phi.settings.max_repetition
 
 # %% ../../nbs/5_temp_lora/07_translation.ipynb #65ccd17f
 def _sentences(texts, what):

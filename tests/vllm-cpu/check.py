@@ -60,8 +60,8 @@ def replayed(lm, head, texts, emitted, k):
     "Return drafts and how many reached each length, over all texts"
     import torch
     from npu_lora_decoding.hass.acceptance import chain_lengths
-    from npu_lora_decoding.hass.head import frozen_of
-    frozen, drafts, reached = frozen_of(lm.model), 0, [0] * k
+    from npu_lora_decoding.hass.head import target_weights
+    frozen, drafts, reached = target_weights(lm.model), 0, [0] * k
     for text, n in zip(texts, emitted):
         lengths = chain_lengths(head, frozen.embed, frozen.lm_head, text.ids[None], text.features[None], torch.zeros(1, len(text.ids), dtype=torch.long), k)[0]
         d, r = counted(lengths, text.prompt - 1, n, k)
@@ -79,14 +79,14 @@ def texts_of(lm, prompts, answers):
 def check_chain(lm, target, folder, head, prompts, endless, new_tokens, k):
     "Serve with a chain of `k` and return rows and failures"
     from npu_lora_decoding.hass.acceptance import measure_acceptance
-    from npu_lora_decoding.hass.head import frozen_of
+    from npu_lora_decoding.hass.head import target_weights
     want = [until_end(a, set(lm.eos_ids), new_tokens) for a in endless]
     got, counts = alone(serve, target, prompts, new_tokens, dict(method='eagle', model=str(folder), num_speculative_tokens=k))
     differ = differences(lm, prompts, want, got)
     broken = [d for d in differ if d['gap'] is None or d['gap'] > TIE]
     drafts, reached = replayed(lm, head, texts_of(lm, prompts, endless), list(map(len, want)), k)
     theirs, ours = [a / max(1, counts['drafts']) for a in counts['accepted_tokens_per_pos']], [r / max(1, drafts) for r in reached]
-    frozen = frozen_of(lm.model)
+    frozen = target_weights(lm.model)
     measured = measure_acceptance(head, frozen.embed, frozen.lm_head, texts_of(lm, prompts, want), None, (k,))[f'chain {k}']
     rows = [dict(method='vllm_equality', chain=k, prompts=len(prompts), tokens=sum(map(len, want)), equal=len(prompts) - len(differ), ties=[d for d in differ if d not in broken], broken=broken),
             dict(method='vllm_acceptance', chain=k, drafts=counts['drafts'], replay_drafts=drafts, reached=counts['accepted_tokens_per_pos'], replay_reached=reached, rates=theirs, replay_rates=ours,

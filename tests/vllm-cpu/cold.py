@@ -55,8 +55,8 @@ def mixed(prompts, adapter, zeros, refusal):
     "Return what stopped twins with different prompts, and what a request without contrast wrote beside them"
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
-    from npu_lora_decoding.serving.vllm_pairing import Twin
-    twin = lambda role: SamplingParams(temperature=0., max_tokens=8, stop_token_ids=[refusal], extra_args=Twin('unlike', role, .1, .5, refusal).args)
+    from npu_lora_decoding.serving.vllm_pairing import PairRequest
+    twin = lambda role: SamplingParams(temperature=0., max_tokens=8, stop_token_ids=[refusal], extra_args=PairRequest('unlike', role, .1, .5, refusal).args)
     e, z = LoRARequest(str(adapter), 1, str(adapter)), LoRARequest(str(zeros), 2, str(zeros))
     out = LLM.generate([dict(prompt_token_ids=p) for p in (prompts[0], prompts[1], prompts[2])], [twin('expert'), SamplingParams(temperature=0., max_tokens=8, ignore_eos=True), twin('base')], lora_request=[e, e, z], use_tqdm=False)
     return [out[0].outputs[0].stop_reason, out[2].outputs[0].stop_reason], list(out[1].outputs[0].token_ids)
