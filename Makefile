@@ -31,7 +31,7 @@ site: $(READY) ## Build the documentation site into docs/_build/site, offline, a
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash docs/run
 
 results: $(READY) ## Make the files under results/ again (DATA=folder adds the tasks that need files)
-	bash results/make.sh $(DATA)
+	bash results/scripts/make.sh $(DATA)
 
 kernels: ## Verify the Ascend kernels, in an environment of their own (kernels/README.md)
 	bash kernels/verify/run

@@ -100,7 +100,7 @@ def plot_reached(
 
 # %% ../../nbs/6_evaluation/09_draft_plots.ipynb #1a7b8095
 def plot_sizes(
-    rows:list,  # Of a file that `results/tree_size.py` wrote
+    rows:list,  # Of a file that `results/scripts/tree_size.py` wrote
     axes=None,  # Two matplotlib axes
 ):  # The axes
     "Plot speed-up against tree size, measured and predicted, and the shares of a step's time"

@@ -1,6 +1,6 @@
 """Keys that older versions of the adapter made, against keys computed anew: perplexity and time on the same chunks of a book
 
-python results/cache_reuse.py TEXT OUT.json [TOKENS] [TARGETS,...] [WINDOW]   (what OUT.json holds already is left out)
+python results/scripts/cache_reuse.py TEXT OUT.json [TOKENS] [TARGETS,...] [WINDOW]   (what OUT.json holds already is left out)
 
 Learning does not look at the cache, so one adapter serves both ways of reading: each chunk is read twice, in turns, and learned once.
 """

@@ -1,6 +1,6 @@
 """What changes to Temp-LoRA are worth: each variant reads the same development text, chunk by chunk
 
-python results/memory_ablation.py TEXT OUT.json [TOKENS] [VARIANT,...]   (a variant that OUT.json holds already is left out)
+python results/scripts/memory_ablation.py TEXT OUT.json [TOKENS] [VARIANT,...]   (a variant that OUT.json holds already is left out)
 """
 import json, math, random, sys
 from dataclasses import asdict, replace

@@ -1,6 +1,6 @@
 """What a training step of a draft head costs: vocabularies, alignment steps, drawn steps, remembered targets
 
-python results/head_cost.py OUT.json   (nothing else should run on the machine)
+python results/scripts/head_cost.py OUT.json   (nothing else should run on the machine)
 """
 import sys, tempfile
 from dataclasses import replace
@@ -35,7 +35,7 @@ def updates(run, count):
 
 def main(out, conversations=96, count=2, rounds=3):
     lm = load(dtype='bf16')
-    examples, _ = encode_all(lm, read_conversations(Path(__file__).parent/'heads/conversations')[:conversations])
+    examples, _ = encode_all(lm, read_conversations(Path(__file__).parent.parent/'heads/conversations')[:conversations])
     store, v = Kept(lm, examples), lm.model.config.vocab_size
     ids, counts, _ = draft_vocabulary(examples, BASE.vocab, v)
     runs = {name: start_run(lm, store, tempfile.mkdtemp(), c, (ids, counts) if c.vocab else None) for name, c in CASES.items()}

@@ -1,6 +1,6 @@
 """How much faster decoding gets with trees of each size, as measured and as the cost curve predicts, and where the time of a step goes
 
-python results/tree_size.py OUT.json   (nothing else should run on the machine)
+python results/scripts/tree_size.py OUT.json   (nothing else should run on the machine)
 """
 import statistics, sys
 from pathlib import Path
@@ -20,7 +20,7 @@ from npu_lora_decoding.foundations.tasks import read_jsonl
 
 import torch
 
-HEADS, SIZES = Path(__file__).parent/'heads', (2, 4, 8, 16, 32)
+HEADS, SIZES = Path(__file__).parent.parent/'heads', (2, 4, 8, 16, 32)
 DEPTH, TOP_K = 5, 8
 
 def clocked(call, times, device):

@@ -1,6 +1,6 @@
 """Twenty thousand tokens continued from a chapter: does what was written repeat itself, and how likely does the base find it?
 
-python results/long_writing.py TEXT OUT.json [TOKENS] [TEMPERATURE] [TOP_P] [WAY,...]   (what OUT.json holds already is left out)
+python results/scripts/long_writing.py TEXT OUT.json [TOKENS] [TEMPERATURE] [TOP_P] [WAY,...]   (what OUT.json holds already is left out)
 """
 import json, math, sys
 from dataclasses import asdict, replace
@@ -15,7 +15,7 @@ from npu_lora_decoding.speculation.head_drafter import HASS
 from npu_lora_decoding.temp_lora.generation import TempLoRA
 from npu_lora_decoding.temp_lora.generation import repetition
 
-HEAD, CHAPTER = Path(__file__).parent/'heads'/'smollm2-135m', 4096
+HEAD, CHAPTER = Path(__file__).parent.parent/'heads'/'smollm2-135m', 4096
 MEMORY = TempLoRA(chunk=1024, window=2048, train_context=128, epochs=1, lr=1e-4, dropout=0.)
 SAMPLING = dict(do_sample=True, eos_token_id=None, chat=False)
 WAYS = {'base': replace(MEMORY, epochs=0), 'Temp-LoRA': MEMORY, 'Temp-LoRA, guarded': replace(MEMORY, max_repetition=.3)}

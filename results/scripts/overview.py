@@ -1,6 +1,6 @@
 """The three questions in one picture: are answers better, is decoding faster, is a long text read better?
 
-python results/overview.py OUT.png
+python results/scripts/overview.py OUT.png
 """
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from npu_lora_decoding.cli.memory import plot_gain
 from npu_lora_decoding.foundations.statistics import paired
 from npu_lora_decoding.evaluation.plots import read_rows
 
-HERE, OURS, THEIRS = Path(__file__).parent, 'tab:blue', 'silver'
+HERE, OURS, THEIRS = Path(__file__).parent.parent/'data', 'tab:blue', 'silver'
 TASKS = {'king_james': ('King James\n(chrF)', 1), 'wikisql': ('WikiSQL\n(% right)', 100), 'gsm8k': ('GSM8K\n(% right)', 100)}  # file: its name, and what turns its scores into points
 WAYS = {'transformers_greedy': 'transformers', 'transformers_lookup': 'its prompt lookup', 'vllm': 'vLLM', 'vllm_head': 'vLLM, our head', 'greedy': 'our loop', 'lookup': 'copies', 'hass_chain': 'HASS chain', 'hass_tree': 'HASS tree'}
 

@@ -1,6 +1,6 @@
 """Harmonised alignment, efficient form against the literal one: seconds and peak memory of a training step
 
-python results/alignment.py OUT.json   (nothing else should run on the machine)
+python results/scripts/alignment.py OUT.json   (nothing else should run on the machine)
 """
 import json, subprocess, sys
 import torch

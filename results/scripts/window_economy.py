@@ -1,6 +1,6 @@
 """A small window that learns against the model's full window that does not: perplexity, work and time on the same chunks of a book
 
-python results/window_economy.py TEXT READING.json OUT.json [EVERY]   (READING.json is what `nld perplexity` wrote of both methods; every EVERYth chunk is compared)
+python results/scripts/window_economy.py TEXT READING.json OUT.json [EVERY]   (READING.json is what `nld perplexity` wrote of both methods; every EVERYth chunk is compared)
 """
 import json, math, statistics, sys
 from dataclasses import asdict, replace
