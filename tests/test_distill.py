@@ -4,7 +4,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.foundations.devices import generator
-from npu_lora_decoding.hass.losses import LINEAR, LOSSES, Objective, distill, feature_loss, frequency_topk, losses_for, teach, token_weights
+from npu_lora_decoding.hass.losses import LINEAR, LOSSES, Objective, distill, feature_loss, frequency_topk, losses_for, distill_targets, token_weights
 
 EVERY = tuple((name, .5 + i) for i, name in enumerate(losses_for(torch.ones(1))))
 
@@ -72,7 +72,7 @@ def test_chunks_change_nothing(linear, seed, b, t, chunk, k):
     want, wanted = plain(guess, feature, keep, head, objective, scale, rarity)
     torch.testing.assert_close((total, parts), (want, wanted))
     torch.testing.assert_close(torch.autograd.grad(2.5 * total, guess)[0], torch.autograd.grad(2.5 * want, guess)[0])
-    told, _ = distill(guess, feature, keep, head, objective, scale, rarity, teach(feature, keep, head, objective, rarity))
+    told, _ = distill(guess, feature, keep, head, objective, scale, rarity, distill_targets(feature, keep, head, objective, rarity))
     assert torch.equal(told, total)
 
 def test_no_place_counts():

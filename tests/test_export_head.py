@@ -145,7 +145,7 @@ def test_faults_that_need_the_head(tmp_path, lm):
     with pytest.raises(DecodingError, match='has fc.bias, for which vLLM'): check_export(tmp_path/'out', head, lm)
 
 @pytest.mark.parametrize('plant', [  # bugs of the library, on both sides of the comparison of weights: only features show them
-    (DraftHead, 'join', lambda self, e, g: self.fc(torch.cat([g, e], -1))),
+    (DraftHead, 'fuse_inputs', lambda self, e, g: self.fc(torch.cat([g, e], -1))),
     (DraftHead, 'rotations', lambda self, positions: self.rotary(self.fc.weight, 2 * positions)),
     (DraftHead, 'finish', lambda self, u, c: u + self.layers[0].self_attn.o_proj(c.transpose(1, 2).flatten(2)))], ids=['halves', 'positions', 'no_mlp'])
 def test_a_misunderstanding_of_our_own_shows(tmp_path, lm, monkeypatch, plant):

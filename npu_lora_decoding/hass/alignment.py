@@ -62,9 +62,9 @@ def aligned_step(
     segments:torch.Tensor,  # `(b, t)`
 ) -> torch.Tensor:  # Guessed features `(b, t, d)`
     "Return what the head guesses at step j = len(inputs); keys and values of earlier steps are made anew, so that they have gradients"
-    us = [head.join(e, g) for g in inputs]
-    keys, values = zip(*(head.heads(u, rotations, 'kv') for u in us))
-    (q,) = head.heads(us[-1], rotations, 'q')
+    us = [head.fuse_inputs(e, g) for g in inputs]
+    keys, values = zip(*(head.qkv(u, rotations, 'kv') for u in us))
+    (q,) = head.qkv(us[-1], rotations, 'q')
     return head.finish(us[-1], aligned_attention(q, keys, values, segments))
 
 # %% ../../nbs/3_hass/05_alignment.ipynb #387b9798

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPENERS', 'WriteConfig', 'Dialogue', 'turn_edges', 'self_dialogues', 'prompted_dialogues', 'after_question',
-           'room_for', 'sampling_params', 'write_ring']
+           'room_for', 'sampling_params', 'generate_dialogues']
 
 # %% ../../nbs/3_hass/08_continuous_batching.ipynb #f34d7773
 import itertools, random
@@ -53,7 +53,7 @@ class Dialogue:
     temperature:float  # Of its answer
     tokens:list  # Known so far
     messages:list|None=None  # The prompt; None while the target writes the user's turn
-    cut:int=0  # Where the answer begins; 0 while the user's turn is written
+    answer_start:int=0  # Where the answer begins; 0 while the user's turn is written
     finished:bool=False  # Whether the answer came to its end
 
 def _common(a, b):
@@ -117,7 +117,7 @@ def sampling_params(
     config:WriteConfig,  # min_p of the user's turn
 ) -> tuple:  # Temperature, min_p
     "Return how a talk's next token is drawn"
-    return (talk.temperature, 0.) if talk.cut else (1., config.min_p)
+    return (talk.temperature, 0.) if talk.answer_start else (1., config.min_p)
 
 def _choose(logits, rows, drawing, config, u):
     "Return the next token of every row: the best, or where the row is `drawing`, one drawn at its own temperature"
@@ -132,10 +132,10 @@ def _choose(logits, rows, drawing, config, u):
 def _hear(lm, talk, token, config, edges, room):
     "Return the talk after the model said `token`, and whether it is over; None for a user's turn that came to nothing"
     head, turn_ends, ends = edges
-    if talk.cut:
+    if talk.answer_start:
         talk.finished = token in ends
         if not talk.finished: talk.tokens.append(token)
-        return talk, talk.finished or len(talk.tokens) - talk.cut >= config.new_tokens
+        return talk, talk.finished or len(talk.tokens) - talk.answer_start >= config.new_tokens
     if token not in turn_ends:
         talk.tokens.append(token)
         return (talk if len(talk.tokens) - len(head) < config.user_tokens else None), False
@@ -165,7 +165,7 @@ class _Rows:
         self.left, self.failed = self.left + 1, self.failed + 1
         self.refill(i)
 
-def write_ring(
+def generate_dialogues(
     lm:LM,  # Model, tokenizer and, where it has one, adapter
     talks,  # Iterator of `Dialogue`
     count:int,  # How many are wanted

@@ -97,7 +97,7 @@ class DraftHead(nn.Module):
         object.__setattr__(self, 'rotary', LlamaRotaryEmbedding(config))  # type: ignore[arg-type]  # any Llama-like config will do; no weights, and no part of the checkpoint
         for name in ('vocab', 'counts'): self.register_buffer(name, None, persistent=False)  # follow the head to its device, not into its state dict
 
-    def join(self,
+    def fuse_inputs(self,
         e:torch.Tensor,  # Embeddings of the next tokens `(b, t, d)`
         g:torch.Tensor,  # Features `(b, t, d)`
     ) -> torch.Tensor:  # `(b, t, d)`
@@ -111,7 +111,7 @@ class DraftHead(nn.Module):
         if self.rotary.inv_freq.device != positions.device: self.rotary.to(positions.device)
         return self.rotary(self.fc.weight, positions)
 
-    def heads(self,
+    def qkv(self,
         u:torch.Tensor,  # `(b, t, d)`
         rotations:tuple,  # From `rotations`
         which:str='qkv',  # Any of q, k and v
@@ -142,8 +142,8 @@ class DraftHead(nn.Module):
         past:tuple|None=None,  # Keys and values `(b, g, s, k)`
     ) -> tuple:  # Guessed features `(b, t, d)`; keys and values `(b, g, s + t, k)`
         "Return the guess of the next features, and the cache that now holds these slots"
-        u = self.join(e, g)
-        q, k, v = self.heads(u, self.rotations(positions))
+        u = self.fuse_inputs(e, g)
+        q, k, v = self.qkv(u, self.rotations(positions))
         if past is not None: k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         return self.finish(u, grouped_attention(q, k, v, mask)), (k, v)
 

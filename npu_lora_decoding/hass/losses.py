@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOSSES', 'LINEAR', 'soft_cross_entropy', 'topk', 'forward_kl', 'reverse_kl', 'total_variation', 'weighted_topk',
            'token_weights', 'frequency_topk', 'losses_for', 'feature_loss', 'Objective', 'LinearTargets',
-           'join_targets', 'taught', 'linear_losses', 'teach', 'distill']
+           'join_targets', 'linear_targets', 'linear_losses', 'distill_targets', 'distill']
 
 # %% ../../nbs/3_hass/04_losses.ipynb #25d5a890
 import math
@@ -182,7 +182,7 @@ def _linear(name, z, p, head, k, rarity):
     return _from_top(top_p, i, head)
 
 @torch.no_grad()
-def taught(
+def linear_targets(
     feature:torch.Tensor,  # The target's features `(t, d)`
     head:torch.Tensor,  # Rows of the LM head `(v, d)`
     objective:Objective,  # Of linear losses
@@ -229,7 +229,7 @@ class _Fused(torch.autograd.Function):
         for start in range(0, n, objective.chunk):
             i = at[start:start+objective.chunk]
             f = feature[i].detach()
-            some = [x[start:start+objective.chunk] for x in said] if said is not None else taught(f, head, objective, rarity) if objective.linear else None
+            some = [x[start:start+objective.chunk] for x in said] if said is not None else linear_targets(f, head, objective, rarity) if objective.linear else None
             terms, g = _chunk(guess[i].detach(), f, head, objective, scale, rarity, some, grad is not None)
             if grad is not None: grad[i] = (g / n).to(grad.dtype)
             sums.append(torch.stack([x.sum() for x in terms]))
@@ -248,7 +248,7 @@ def _check(shape, feature, keep, head, objective, rarity):
     require(objective.k <= head.shape[0], f'k is {objective.k} but there are {head.shape[0]} tokens', 'choose a smaller k')
     require('frequency_topk' not in dict(objective.tokens) or rarity is not None, 'frequency_topk has no weight for each token', 'give `rarity`, from token_weights')
 
-def teach(
+def distill_targets(
     feature:torch.Tensor,  # The target's features at the places to be guessed `(b, t, d)`
     keep:torch.Tensor,  # Which places count `(b, t)` bool
     head:torch.Tensor,  # Rows of the LM head `(v, d)`
@@ -257,7 +257,7 @@ def teach(
 ) -> list|None:  # A `LinearTargets` for each loss, of the places that count; None where a loss is not linear
     "Return what `distill` needs of the target, for several guesses at the same places"
     _check(feature.shape, feature, keep, head, objective, rarity)
-    return taught(feature[keep], head.detach(), objective, rarity) if objective.linear else None
+    return linear_targets(feature[keep], head.detach(), objective, rarity) if objective.linear else None
 
 def distill(
     guess:torch.Tensor,  # Guessed features `(b, t, d)`
@@ -267,7 +267,7 @@ def distill(
     objective:Objective=Objective(),  # Which losses, how much of each
     scale:torch.Tensor|float=1.,  # Spread of each feature `(d,)`: differences are counted in it
     rarity:torch.Tensor|None=None,  # Weight of each row of `head` `(v,)`, from `token_weights`; for `frequency_topk`
-    said:list|None=None,  # From `teach`, with the same features, places, head and objective; None makes it
+    said:list|None=None,  # From `distill_targets`, with the same features, places, head and objective; None makes it
 ) -> tuple:  # The weighted sum, a scalar; every term alone `(terms,)`, without gradient
     "Return the mean loss of the places that count, differentiable in `guess`, with no more than `chunk` rows of logits in memory"
     _check(guess.shape, feature, keep, head, objective, rarity)

@@ -19,7 +19,7 @@ from ..foundations.adapters import fingerprint
 from ..foundations.models import encode_one, end_tokens
 from ..decoding.loop import LM
 from .chat_data import read_prompts
-from .continuous_batching import WriteConfig, after_question, sampling_params, room_for, self_dialogues, prompted_dialogues, turn_edges, write_ring
+from .continuous_batching import WriteConfig, after_question, sampling_params, room_for, self_dialogues, prompted_dialogues, turn_edges, generate_dialogues
 
 # %% ../../nbs/3_hass/09_self_chat.ipynb #d948b9f8
 def _usable(lm, prompts, room, quiet):
@@ -61,7 +61,7 @@ def _write(file, text):
 
 def _line(lm, talk):
     "Return a finished talk as a line of a shard"
-    answer = dict(role='assistant', content=lm.tokenizer.decode(talk.tokens[talk.cut:]))
+    answer = dict(role='assistant', content=lm.tokenizer.decode(talk.tokens[talk.answer_start:]))
     return json.dumps(dict(messages=talk.messages + [answer], finished=talk.finished, temperature=talk.temperature), ensure_ascii=False) + '\n'
 
 # %% ../../nbs/3_hass/09_self_chat.ipynb #e7511c4d
@@ -93,8 +93,8 @@ def write_vllm(
             t.tokens += new[:-1] if t.finished else new
     for _ in range(8):
         batch = list(itertools.islice(talks, count - len(ready)))
-        say([t for t in batch if not t.cut], turn_ends, config.user_tokens)
-        asked = [t if t.cut else after_question(lm, t, head) for t in batch if t.cut or t.finished]
+        say([t for t in batch if not t.answer_start], turn_ends, config.user_tokens)
+        asked = [t if t.answer_start else after_question(lm, t, head) for t in batch if t.answer_start or t.finished]
         ready += [t for t in asked if t is not None and len(t.tokens) <= room]
         if len(ready) == count or not batch: break
     require(len(ready) > 0, 'the model never ends the user\'s turn', 'give prompts, or an instruct model')
@@ -127,7 +127,7 @@ def _collect(lm, steps, count, config, ahead, quiet):
         done += ended
         if n == 50 and ahead and not quiet: print(_estimate(lm, config, n, time.perf_counter() - start, ahead))
         if not ended or quiet: continue
-        bar.comment = f'{sum(len(t.tokens) - t.cut for t in done) / (time.perf_counter() - start):.0f} answer tokens/s'
+        bar.comment = f'{sum(len(t.tokens) - t.answer_start for t in done) / (time.perf_counter() - start):.0f} answer tokens/s'
         bar.update(len(done))
     return sorted(done, key=lambda t: t.index)
 
@@ -170,5 +170,5 @@ def _shard(lm, s, config, prompts, engine, ahead, quiet):
     "Return the talks of shard `s`"
     talks, count = (self_dialogues(lm, config, s), config.per_shard) if prompts is None else (prompted_dialogues(lm, prompts, config.temperatures), len(prompts))
     seed = random.Random(f'draws-{config.seed}-{s}').getrandbits(31)
-    steps = write_ring(lm, talks, count, config, generator(seed)) if engine is None else write_vllm(lm, engine, talks, count, config, seed)
+    steps = generate_dialogues(lm, talks, count, config, generator(seed)) if engine is None else write_vllm(lm, engine, talks, count, config, seed)
     return _collect(lm, steps, count, config, ahead, quiet)

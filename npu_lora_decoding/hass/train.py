@@ -27,7 +27,7 @@ from ..foundations.training import learning_rate
 from ..decoding.loop import LM
 from .head import DraftHead, TargetWeights, draft_rows, target_weights, head_config
 from .checkpoint import save_head
-from .losses import distill, join_targets, teach, token_weights
+from .losses import distill, join_targets, distill_targets, token_weights
 from .alignment import aligned_step, next_inputs
 from .features import Batch, batch_of, plan_epoch
 from .acceptance import measure_acceptance
@@ -52,7 +52,7 @@ class AlignedLoss(torch.nn.Module):
         e:torch.Tensor,  # Embeddings of the next tokens `(b, t, d)`
         inputs:list,  # Features that each step so far has read `(b, t, d)`
         batch:Batch,
-        said:list|None=None,  # From `teach`: what the target says to the losses, the same at every step
+        said:list|None=None,  # From `distill_targets`: what the target says to the losses, the same at every step
     ) -> tuple:  # Guesses `(b, t, d)`, loss, its terms
         "Return what the head guesses at alignment step `len(inputs)`, and how far it is from the target"
         (rows, objective, spread, rarity), guess = self.given, self.guess(e, inputs, batch)
@@ -66,7 +66,7 @@ class AlignedLoss(torch.nn.Module):
     def teach(self, features, keep):
         "Return what the target says to the losses at the places that count"
         rows, objective, _, rarity = self.given
-        return teach(features, keep, rows, objective, rarity)
+        return distill_targets(features, keep, rows, objective, rarity)
 
 def add_noise(
     batch:Batch,  # Texts with their features

@@ -28,9 +28,9 @@ def literal(head, e, f, segments, rotations, target, n):
     "Make all steps in one graph and go back through them together"
     inputs, us, loss = [f], [], 0.
     for j in range(n):
-        us.append(head.join(e, inputs[-1]))
-        pairs = [head.heads(u, rotations, 'kv') for u in us]
-        guess = head.finish(us[-1], literal_attention(*head.heads(us[-1], rotations, 'q'), *zip(*pairs), segments))
+        us.append(head.fuse_inputs(e, inputs[-1]))
+        pairs = [head.qkv(u, rotations, 'kv') for u in us]
+        guess = head.finish(us[-1], literal_attention(*head.qkv(us[-1], rotations, 'q'), *zip(*pairs), segments))
         loss = loss + (guess - target).float().square().mean()
         inputs.append(next_inputs(inputs[-1], guess, segments))
     loss.backward()
