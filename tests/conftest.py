@@ -6,6 +6,8 @@ os.environ.update(HF_HUB_OFFLINE='1', HF_HUB_DISABLE_PROGRESS_BARS='1', TOKENIZE
 import random
 import hypothesis, numpy as np, pytest, torch
 
+pytest.register_assert_rewrite('helpers')
+
 torch.set_num_threads(1)  # fp32 on several threads stalls at random
 
 # A first call that loads a model is slow and no fault; and a failure must come back on the next run.

@@ -9,7 +9,7 @@ from pathlib import Path
 from unittest import mock
 import pytest, torch
 from safetensors.torch import load_file
-from faults import *
+from helpers.faults import *
 from npu_lora_decoding.cli import main as cli, registry as commands
 from npu_lora_decoding.foundations import files as core
 from npu_lora_decoding.hass import continuous_batching as ring
@@ -23,7 +23,7 @@ from npu_lora_decoding.hass.features import OnlineFeatures
 from npu_lora_decoding.foundations.models import embedded_folder, encode, load_model
 from npu_lora_decoding.evaluation.plots import token_ansi, token_html
 from npu_lora_decoding.evaluation.draft_plots import proposer_html
-from test_temp_lora import traces
+from helpers.memories import traces
 
 ROWS = []  # Of the table: fault, where, what happens
 
@@ -480,15 +480,15 @@ def test_writers_race_for_a_folder(tmp_path):
 # --- faults that are tested beside their module
 
 ELSEWHERE = {
-    ('a draft head gives NaN', 'guess with a head'): ('decoded without guesses from there on, and said so', 'test_speculate.py::test_a_head_that_fails_on_the_way'),
-    ('an adapter holds NaN', 'load_adapter'): ('refused, the layer named', 'test_models.py::test_broken_adapter'),
-    ('a head holds NaN', 'load_head'): ('refused, the tensor named', 'test_draft_head.py::test_every_fault_is_named'),
-    ('logits of the expert or the amateur are NaN', 'contrast'): ('refused, the row and the side named', 'test_cold.py::test_nan_is_named'),
-    ('features are NaN', 'train a head'): ('refused, the examples named', 'test_train_head.py::test_nan_is_named_and_nothing_is_spoilt'),
-    ('memory runs out while a chunk is learned', 'Temp-LoRA'): ('the chunk is not learned; no trace in the model', 'test_temp_lora.py::test_no_trace'),
-    ('Ctrl-C while a chunk is learned', 'Temp-LoRA'): ('the adapter is what it was before the chunk', 'test_temp_lora.py::test_an_interrupted_chunk_is_not_learned'),
-    ('killed (kill -9) at every rename', 'train a head'): ('the next call finishes with the same files', 'test_train_head.py::test_death_at_every_write'),
-    ('the cached model is damaged', 'first use'): ('converted again, and said so', 'test_models.py::test_damaged_cache_is_converted_again')}
+    ('a draft head gives NaN', 'guess with a head'): ('decoded without guesses from there on, and said so', 'speculation/test_head_drafter.py::test_a_head_that_fails_on_the_way'),
+    ('an adapter holds NaN', 'load_adapter'): ('refused, the layer named', 'foundations/test_models.py::test_broken_adapter'),
+    ('a head holds NaN', 'load_head'): ('refused, the tensor named', 'hass/test_head.py::test_every_fault_is_named'),
+    ('logits of the expert or the amateur are NaN', 'contrast'): ('refused, the row and the side named', 'cold/test_rule.py::test_nan_is_named'),
+    ('features are NaN', 'train a head'): ('refused, the examples named', 'hass/test_train.py::test_nan_is_named_and_nothing_is_spoilt'),
+    ('memory runs out while a chunk is learned', 'Temp-LoRA'): ('the chunk is not learned; no trace in the model', 'temp_lora/test_adapter.py::test_no_trace'),
+    ('Ctrl-C while a chunk is learned', 'Temp-LoRA'): ('the adapter is what it was before the chunk', 'temp_lora/test_adapter.py::test_an_interrupted_chunk_is_not_learned'),
+    ('killed (kill -9) at every rename', 'train a head'): ('the next call finishes with the same files', 'hass/test_train.py::test_death_at_every_write'),
+    ('the cached model is damaged', 'first use'): ('converted again, and said so', 'foundations/test_models.py::test_damaged_cache_is_converted_again')}
 
 def test_references_exist():
     for _, where in ELSEWHERE.values():

@@ -32,10 +32,10 @@ from npu_lora_decoding.speculation.head_drafter import HASS
 from npu_lora_decoding.temp_lora.generation import TempLoRA
 from npu_lora_decoding.temp_lora.adapter import learn, temporary
 from npu_lora_decoding.temp_lora.generation import repetition
-from test_decode import Pair, eager_dynamo
-from test_speculate import Collects, Uncompiled, calm_model, chi_square, exact, guessed, knowing_head, sampled, small  # `small` is a fixture
-from test_temp_lora import traces
-from toys import toy_tokenizer
+from helpers.loops import Pair, eager_dynamo
+from helpers.loops import Collects, Uncompiled, calm_model, chi_square, exact, guessed, knowing_head, sampled, small  # `small` is a fixture
+from helpers.memories import traces
+from helpers.toys import toy_tokenizer
 
 N, TIE = 14, 1e-4  # new tokens; how near two scores may lie to be confused, and how far log-probabilities may be off (fp32, sums in another order)
 
