@@ -2,6 +2,7 @@
 import configparser
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,14 +97,14 @@ def test_the_first_example_is_one_import():
 
 
 def test_help_shows_the_parameters_of_generate():
-    shown = python('from npu_lora_decoding.foundations.models import LM; help(LM.generate)')
+    shown = python('from npu_lora_decoding import LM; help(LM.generate)')
     assert 'max_new_tokens' in shown and 'drafter' in shown
     assert '*args' not in shown
 
 
 @pytest.mark.parametrize('old', MOVED)
 def test_an_old_module_names_the_new_one(old):
-    with pytest.raises(ImportError, match=rf'\bnpu_lora_decoding\.{MOVED[old]}\b'):
+    with pytest.raises(ImportError, match=rf'npu_lora_decoding\..*\b{re.escape(MOVED[old])}\b'):
         importlib.import_module(f'npu_lora_decoding.{old}')
 
 
