@@ -83,6 +83,7 @@ def try_everywhere(name, written, tmp_path, attempt):
 
 WHOLE = 'the old file or the new one, whole; the same command goes on to the same bytes'
 
+@pytest.mark.slow
 @fault('killed (kill -9) at each touch of the disk', WRITERS, WHOLE)
 def test_killed(case, written, tmp_path):
     w, name = WRITERS[case], case

@@ -438,6 +438,7 @@ def test_a_pair_that_is_never_valid_is_refused_by_itself():
         assert refusals(c) or outside(c), pair
 
 SHARES = 8  # so that a failure is found soon
+@pytest.mark.slow
 @pytest.mark.parametrize('share', range(SHARES))
 @pytest.mark.parametrize('part', PARTS)
 def test_options_in_pairs(part, share): assert not (wrong := problems(covered(part)[0][share::SHARES], part)), '\n'.join(wrong)

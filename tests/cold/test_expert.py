@@ -60,6 +60,7 @@ def test_adapter_files_are_equal_bytes(whole, tmp_path):
         finetune(toy_lm(), ITEMS, tmp_path/str(i), replace(CONFIG, steps=1, snapshots=()))
     assert len({(tmp_path/str(i)/'adapter/adapter_model.safetensors').read_bytes() for i in range(6)}) == 1
 
+@pytest.mark.slow
 def test_kill(whole, tmp_path):
     "kill -9 in the middle of training; the next call picks up the last save"
     code = ('import time, torch; torch.set_num_threads(1)\n'

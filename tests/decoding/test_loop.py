@@ -136,6 +136,7 @@ def tokenizer(): return load_tokenizer(embedded_folder())
 @pytest.fixture(scope='module')
 def speaker(tokenizer): return toy(vocab=len(tokenizer), context=64)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('lengths', [(5,), (7, 3, 5)])
 def test_stop_strings(speaker, tokenizer, lengths):
     ids, mask = prompts(lengths)
@@ -590,6 +591,7 @@ def compiled_is_eager(model, bank, target, lengths, **kw):
     same(generate(model, ids, mask, Decoder(target, bank=bank, compile=True), **kw), want)
     return want
 
+@pytest.mark.slow
 def test_no_stale_program(llama, bank, peft, tmp_path, monkeypatch):
     "With and without adapter, another adapter, another model, in any order"
     eager_dynamo(monkeypatch)
@@ -616,6 +618,7 @@ def test_a_peft_model_keeps_its_program_until_its_weights_change(peft, monkeypat
     same(changed, generate(peft, ids, mask, Decoder(cold)))
     assert decoder._last_bank is not bank
 
+@pytest.mark.slow
 def test_many_shapes_in_one_process(monkeypatch):
     eager_dynamo(monkeypatch)
     model = toy(num_hidden_layers=1)
@@ -630,6 +633,7 @@ def test_no_compiler_is_named(llama, monkeypatch):
     monkeypatch.setattr(ops, 'compiles', lambda device=None: False)
     with pytest.raises(DecodingError, match='finds no compiler'): generate(llama, *prompts(), Decoder(compile=True))
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.parametrize('family', ['llama', 'qwen3'])
 def test_compiled_tokens_are_eager_tokens(family, tmp_path):

@@ -378,6 +378,7 @@ def recovered(cache, real):
     assert folder == cache and [f.name for f in cache.parent.iterdir()] == [cache.name]
     for f in ('model.safetensors', 'config.json', 'tokenizer.json', 'generation_config.json'): assert file_hash(folder/f) == file_hash(real/f), f
 
+@pytest.mark.slow
 def test_damaged_cache_is_converted_again(cache, real, monkeypatch):
     weights = cache/'model.safetensors'
     with open(real/'model.safetensors', 'rb') as f: weights.write_bytes(f.read(2**20))  # truncated

@@ -148,6 +148,7 @@ def chi2(sample, p):
     e = e.clamp(min=1e-9)
     return float(((o - e)**2 / e).sum()), len(o) - 1
 
+@pytest.mark.slow
 @pytest.mark.parametrize('min_p', [0., .1])
 def test_draws_follow_the_softmax_at_each_rows_temperature(min_p):
     g = generator(1)
@@ -162,6 +163,7 @@ def test_draws_follow_the_softmax_at_each_rows_temperature(min_p):
         x, free = chi2(drawn[1::2].tolist(), p)
         assert x > 2 * free
 
+@pytest.mark.slow
 def test_neighbours_draw_at_their_own_temperatures():
     lm, warm, n = chat_lm(), (.4, 1.5), 2000
     first = torch.tensor([(a or lm.eos_ids)[0] for a in answers(lm, ['a'] * n, 1, 50, warm)])
@@ -225,6 +227,7 @@ def test_ctrl_c_and_more_of_the_same(whole, tmp_path, at, capsys):
     write_conversations(chat_lm(), tmp_path, CONFIG, quiet=True)
     assert texts(tmp_path) == whole and all(f.stat().st_mtime_ns == t for f, t in ages.items()) and len(ages) == (2 if at is None else 0)
 
+@pytest.mark.slow
 def test_kill_9(tmp_path):
     lm = chat_lm()
     toy_folder(tmp_path/'model', lm.model, lm.tokenizer)
@@ -272,6 +275,7 @@ def test_other_settings_are_refused(whole, tmp_path):
     (tmp_path/'settings.json').write_text('{')
     with pytest.raises(DecodingError, match='settings.json is not valid JSON'): write_conversations(chat_lm(), tmp_path, CONFIG, quiet=True)
 
+@pytest.mark.slow
 def test_two_processes_share_the_shards(whole, tmp_path, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
     shares = []

@@ -150,6 +150,7 @@ def server():
         forkserver.ensure_running()
     return context.Process
 
+@pytest.mark.slow
 def test_death_at_every_write(tmp_path, server):
     "Before and after each write of a short run: the next call begins, finishes, and leaves what an undisturbed run leaves"
     config = replace(CONFIG, steps=2, save_every=1, eval_every=1)
@@ -172,6 +173,7 @@ def step_in(folder):
         with th.safe_open(folder/'state.safetensors', 'pt') as f: return int(f.metadata()['step'])
     except OSError: return 0
 
+@pytest.mark.slow
 def test_kill_9_again_and_again(tmp_path, server):
     config, rng = replace(CONFIG, steps=60, save_every=1, eval_every=20), random.Random(0)
     train(begin(tmp_path/'whole', config), TEXTS)
@@ -190,6 +192,7 @@ def test_kill_9_again_and_again(tmp_path, server):
 
 # ---- several processes
 
+@pytest.mark.slow
 def test_two_processes_are_as_one(tmp_path):
     with socket.socket() as s: s.bind(('localhost', 0)); port = s.getsockname()[1]
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(port), str(TESTS/'helpers'/'two_processes.py'), str(tmp_path)], env=environment(OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=300)

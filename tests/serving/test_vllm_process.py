@@ -112,6 +112,7 @@ def test_prompts_travel_without_their_padding(stand, lm, monkeypatch):
     with vllm_peers(stand.python, lm, ['one'], 8) as (known, _): known['vllm_greedy'].build(lm, None)(*encode(lm, [[5], [6, 7]]), 1)
     assert asked[-1] == dict(ids=[[5], [6, 7]], n=1, eos=[])
 
+@pytest.mark.slow
 def test_settings_of_the_engines(stand_with_torch, lm, folders, monkeypatch):
     monkeypatch.setenv('PYTHONPATH', '/elsewhere'); monkeypatch.delenv('VLLM_CPU_KVCACHE_SPACE', raising=False)
     with vllm_peers(stand_with_torch.python, lm, ['one', [5] * 40], 8, 3, CoLD(.2, .3)) as (known, _):
@@ -131,6 +132,7 @@ def test_settings_of_the_engines(stand_with_torch, lm, folders, monkeypatch):
     assert lora['options']['model'] == cold['options']['model'] == str((folders/'model').resolve()) and cold['options']['enable_chunked_prefill'] is False
     assert not merged.exists()
 
+@pytest.mark.slow
 def test_keys_and_values_have_room(stand_with_torch, lm, folders):
     lm.model.config.num_hidden_layers = 2**16  # as far as the cache is concerned
     with vllm_peers(stand_with_torch.python, lm, ['one'], 100) as (known, _):
@@ -147,6 +149,7 @@ def test_compare_takes_turns_with_it(stand, lm, folders):
     assert theirs['speedup_over'] == 'greedy' and len(theirs['ms_runs']) == 2 and theirs['equal_tokens'] == 0 and len(theirs['scores']) == 2
     assert 'vllm_lora (peer)' in table(rows, full=True) and gone(stand)
 
+@pytest.mark.slow
 def test_the_command(stand, folders, tmp_path, capsys):
     (tmp_path/'mine.jsonl').write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
     run(['compare', '--vllm', str(stand.python), '--model', str(folders/'model'), '--adapter', str(folders/'adapter'), '--prompts', str(tmp_path/'mine.jsonl'), '--methods', 'greedy,vllm_greedy', '--new-tokens', '4', '--rounds', '1', '--dtype', 'fp32',
@@ -188,12 +191,14 @@ def test_without_a_python_there_is_nothing():
 
 @pytest.mark.parametrize('mode,said', [('fails at start', r'vllm_greedy: ValueError: LoRA rank 64 is greater than max_lora_rank 16\.: mend what it names, or leave vllm_greedy out'), ('dies at start', 'engine of vllm_greedy ended .*no memory for keys.*leave vllm_greedy out'),
                                        ('threads', 'computes with 7 threads and this process with'), ('sleeps at start', 'has not answered for 4 seconds.*fewer tokens')])
+@pytest.mark.slow
 def test_an_engine_that_does_not_start(stand, lm, mode, said):
     stand.mode(mode)
     with pytest.raises(DecodingError, match=said):
         with vllm_peers(stand.python, lm, ['one'], 4, patience=4. if 'sleeps' in mode else 60.) as (known, _): known['vllm_greedy'].build(lm, None)
     assert gone(stand)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mode,said', [('fails', 'vllm_greedy: RuntimeError: a kernel fell over'), ('dies', r'engine of vllm_greedy ended \(it last wrote: .*working \| .* \| out of everything\)'), ('sleeps', 'has not answered for 8 seconds'), ('short', r'vllm_greedy wrote \[3\] tokens instead of 4')])
 def test_an_engine_that_fails_in_the_middle(stand, lm, mode, said):
     stand.mode(mode)
@@ -221,6 +226,7 @@ sys.argv = ['nld', 'compare', '--vllm', {python!r}, '--model', {model!r}, '--ada
 main()
 '''
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mode,signal_', [('sleeps', signal.SIGINT), ('deaf', signal.SIGINT), ('deaf', signal.SIGKILL)])
 def test_a_stopped_command_leaves_no_process(stand, folders, tmp_path, mode, signal_):
     "Ctrl-C, and deaths that no Python code sees"

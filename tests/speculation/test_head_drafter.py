@@ -115,6 +115,7 @@ def test_a_large_batch_drafts_no_more_than_it_checks(llama, rows, kw):
     assert (bound.depths, bound.hass.nodes, bound.hass.top_k if not kw else 1) == ((1,), 2, 1) and drafter.nodes == (6 if kw else 16)  # what a user holds is not changed
     assert drafter._last.sizes == (1, 2)
 
+@pytest.mark.slow
 @compiled
 def test_compiled_tokens_are_eager_tokens(llama):
     "One program for the tree's pass, one for the draft: the prefill is eager, and a fixed tree has one size"
@@ -436,6 +437,7 @@ def test_a_rule_that_prefers_guesses_is_found_out(small, monkeypatch):
     got, limit = chi_square(counts, p, 1500)
     assert got > limit
 
+@pytest.mark.slow
 @compiled
 def test_compiled_drafts_of_equal_shapes_stay_apart():
     "Once seen, programs run without guards: neither another depth nor another head may answer"

@@ -71,10 +71,10 @@ def test_an_interrupted_chunk_is_not_learned():
     learn(other, TEXT[:32], 16)
     assert learn(other, TEXT[16:48], 16) == learn(phi, TEXT[16:48], 16)  # as if nothing had happened
 
-def test_fifty_documents_do_not_grow():
+def test_twelve_documents_do_not_grow():
     model, counts = subject(), []
     before = traces(model)
-    for i in range(50):
+    for i in range(12):
         with temporary(model, SMALL) as phi, phi.bank.attached([0]): learn(phi, TEXT[i:i+32], 16)
         del phi; gc.collect()
         counts.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))

@@ -59,6 +59,7 @@ def test_an_error_in_the_middle_leaves_the_last_save(tmp_path):
     with pytest.raises(MemoryError): read_document(LM, TEXT, S, file, save_every=3, say=fail)
     assert scores(read_document(LM, TEXT, S, file)) == scores(read_document(LM, TEXT, S))
 
+@pytest.mark.slow
 def test_killed_and_continued(tmp_path):
     "A process that is killed without warning"
     code = textwrap.dedent(f'''

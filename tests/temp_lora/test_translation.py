@@ -81,7 +81,7 @@ def test_rate_zero_is_plain_decoding_of_the_same_prompts(mode, opening):
 
 shapes = st.integers(4, 60).flatmap(lambda d: st.integers(max(d + 1, 50), 160).flatmap(lambda w: st.tuples(st.just(d), st.just(w), st.integers(1, w - d))))
 
-@examples(max_examples=15)
+@examples(max_examples=6)
 @given(shapes, st.sampled_from(MODES))
 def test_rate_zero_in_any_window(shape, mode):
     d, w, c = shape
