@@ -6,7 +6,8 @@
 __all__ = ['DEVICES', 'DTYPES', 'import_npu', 'has_device', 'get_device', 'get_dtype', 'generator', 'is_out_of_memory']
 
 # %% ../../nbs/0_foundations/02_devices.ipynb #043906d0
-import importlib.util, os
+import importlib.util
+import os
 import torch
 from .errors import DecodingError, require
 
@@ -15,16 +16,21 @@ DEVICES = ('cpu', 'cuda', 'npu')
 
 def import_npu():
     "Return the `torch_npu` module, imported only here; raises `DecodingError` when it cannot work"
-    require(importlib.util.find_spec('torch_npu') is not None, 'no torch_npu is installed', "pip install 'npu_lora_decoding[npu]' on an Ascend host")
-    try: import torch_npu
+    require(
+        importlib.util.find_spec('torch_npu') is not None,
+        'torch_npu is not installed',
+        "pip install 'npu_lora_decoding[npu]' on an Ascend host")
+    try:
+        import torch_npu
     except (ImportError, OSError, RuntimeError) as e:
-        raise DecodingError(f'torch_npu is installed but cannot start ({e}): install the CANN toolkit that matches it and source its set_env.sh.') from e
+        remedy = 'install the CANN toolkit that matches it and source its set_env.sh'
+        raise DecodingError(f'torch_npu is installed but cannot start ({e}): {remedy}.') from e
     return torch_npu
 
 def has_device(
     kind:str,  # One of `DEVICES`
 ) -> bool:  # Whether that kind can be used here
-    "Whether a device of `kind` is present and usable"
+    "Return whether a device of `kind` is present and usable"
     if kind == 'cpu': return True
     if kind == 'cuda': return torch.cuda.is_available()
     try: return import_npu().npu.is_available()
@@ -34,19 +40,24 @@ def has_device(
 def get_device(
     name:str|torch.device|None=None,  # `cpu`, `cuda`, `npu`, with an optional index (`npu:1`); None takes the best present
 ) -> torch.device:  # A device that is present
-    "Return a usable device; raises `DecodingError` for a kind we do not know or that is not here"
-    if name is None: name = next(k for k in ('npu', 'cuda', 'cpu') if has_device(k))
-    kind = str(name).split(':')[0]
-    require(kind in DEVICES, f'unknown device {str(name)!r}', f'use one of {", ".join(DEVICES)}')
+    "Return a usable device; raises `DecodingError` for a kind that is unknown or not present"
+    if name is None: name = next(kind for kind in ('npu', 'cuda', 'cpu') if has_device(kind))
+    name = str(name)
+    kind = name.split(':')[0]
+    require(kind in DEVICES, f'unknown device {name!r}', f'use one of {", ".join(DEVICES)}')
     if kind == 'npu': import_npu()
     require(has_device(kind), f'no {kind} device is present', "use device='cpu', or run `nld doctor` to see why")
+    own_index = os.environ.get('LOCAL_RANK') if name == kind != 'cpu' else None
     try:
-        if kind != 'cpu' and str(name) == kind and 'LOCAL_RANK' in os.environ: return torch.device(kind, int(os.environ['LOCAL_RANK']))  # under torchrun each process has a device of its own
-        return torch.device(name)
-    except RuntimeError: raise DecodingError(f'{str(name)!r} is no device: write for example {kind}:0.') from None
+        return torch.device(name) if own_index is None else torch.device(kind, int(own_index))
+    except RuntimeError:
+        raise DecodingError(f'invalid device {name!r}: write for example {kind}:0.') from None
 
 # %% ../../nbs/0_foundations/02_devices.ipynb #0460f41f
-DTYPES = dict(fp32=torch.float32, float32=torch.float32, bf16=torch.bfloat16, bfloat16=torch.bfloat16, fp16=torch.float16, float16=torch.float16)
+DTYPES = dict(
+    fp32=torch.float32, float32=torch.float32,
+    bf16=torch.bfloat16, bfloat16=torch.bfloat16,
+    fp16=torch.float16, float16=torch.float16)
 
 def get_dtype(
     name:str|torch.dtype|None=None,  # `fp32`, `bf16`, `fp16` or a torch dtype; None means fp32
@@ -70,7 +81,9 @@ def generator(
 
 # %% ../../nbs/0_foundations/02_devices.ipynb #d7c25a66
 def is_out_of_memory(
-    e:BaseException,  # Any
+    error:BaseException,  # Any
 ) -> bool:
-    "Return whether an error says that memory ran out; on a CPU torch raises a plain `RuntimeError`"
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and ('DefaultCPUAllocator' in str(e) or 'out of memory' in str(e).lower())
+    "Return whether an error reports that memory ran out; on a CPU torch raises a plain `RuntimeError`"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)): return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ('DefaultCPUAllocator' in text or 'out of memory' in text.lower())

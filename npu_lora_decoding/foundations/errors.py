@@ -11,7 +11,8 @@ import re
 # %% ../../nbs/0_foundations/01_errors.ipynb #dc2191ce
 class DecodingError(ValueError):
     "Input that cannot be used; the message is one sentence that names the remedy"
-    def __init__(self, message): super().__init__(re.sub(r'\s*\n\s*', ' ', message))  # libraries that we quote write several lines
+    def __init__(self, message):
+        super().__init__(re.sub(r'\s*\n\s*', ' ', message))  # libraries that we quote write several lines
 
 def require(
     ok:bool,  # Condition that must hold
@@ -22,8 +23,13 @@ def require(
     if not ok: raise DecodingError(f'{problem}: {remedy}.')
 
 # %% ../../nbs/0_foundations/01_errors.ipynb #5cc84be6
+_OBEYED = re.compile(
+    '[\x00-\x08\x0b-\x1f\x7f-\x9f'  # control characters, but for tab and line break
+    '\u202a-\u202e\u2066-\u2069'  # writing direction
+    '\ud800-\udfff]')  # halves of characters, which cannot be encoded
+
 def visible(
     text:str,  # Any
 ) -> str:  # Without characters that a terminal obeys
-    "Return a text with its control characters written out, but for line breaks and tabs"
-    return re.sub('[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]', lambda m: repr(m[0])[1:-1], text)
+    "Return a text with its control characters written out, except line breaks and tabs"
+    return _OBEYED.sub(lambda found: repr(found[0])[1:-1], text)

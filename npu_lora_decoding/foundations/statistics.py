@@ -10,19 +10,21 @@ from collections import namedtuple
 import torch
 from .errors import require
 
-# %% ../../nbs/0_foundations/05_statistics.ipynb #dcfdb515
+# %% ../../nbs/0_foundations/05_statistics.ipynb #28984444
 ENOUGH = 20  # Items below which no quality is judged
 Interval = namedtuple('Interval', 'mean low high')
 
 def bootstrap(
     scores:list,  # One number an item
-    draws:int=10_000,  # Resampled data sets
+    draws:int=10_000,  # Resampled data sets, a multiple of 500
     seed:int=0,  # Of the resampling
 ) -> Interval:  # Mean and its central 95%
     "Return the mean of `scores` with its bootstrap interval"
-    x, g = torch.tensor(scores, dtype=torch.float64), torch.Generator().manual_seed(seed)
-    means = torch.cat([x[torch.randint(len(x), (500, len(x)), generator=g)].mean(1) for _ in range(draws // 500)])
-    low, high = means.quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
+    x = torch.tensor(scores, dtype=torch.float64)
+    g = torch.Generator().manual_seed(seed)
+    def means(sets): return x[torch.randint(len(x), (sets, len(x)), generator=g)].mean(1)
+    drawn = torch.cat([means(500) for _ in range(draws // 500)])
+    low, high = drawn.quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
     return Interval(x.mean().item(), low, high)
 
 def paired(
@@ -30,5 +32,8 @@ def paired(
     reference:list,  # The reference method's numbers on the same items
 ) -> Interval:  # Mean difference and its central 95%
     "Return the paired bootstrap interval of `scores - reference`"
-    require(len(scores) == len(reference), f'{len(scores)} scores cannot be paired with {len(reference)}', 'judge both methods on the same items')
+    require(
+        len(scores) == len(reference),
+        f'{len(scores)} scores cannot be paired with {len(reference)}',
+        'judge both methods on the same items')
     return bootstrap([a - b for a, b in zip(scores, reference)])
