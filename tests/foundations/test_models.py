@@ -302,7 +302,7 @@ def test_unknown_or_absent_device(whole, monkeypatch):
     assert sentence(lambda: load(whole, device='tpu')) == "unknown device 'tpu': use one of cpu, cuda, npu."
     assert sentence(lambda: load(whole, device=torch.device('meta'))) == "unknown device 'meta': use one of cpu, cuda, npu."
     for d in ('cuda', 'cuda:1'): assert sentence(lambda: load(whole, device=d)) == "no cuda device is present: use device='cpu', or run `nld doctor` to see why."
-    for d in ('npu', 'npu:1'): assert sentence(lambda: load(whole, device=d)) == "no torch_npu is installed: pip install 'npu_lora_decoding[npu]' on an Ascend host."
+    for d in ('npu', 'npu:1'): assert sentence(lambda: load(whole, device=d)) == "torch_npu is not installed: pip install 'npu_lora_decoding[npu]' on an Ascend host."
     assert load(whole).device.type == 'cpu'
 
 def test_torch_npu_that_cannot_start(whole, npu, monkeypatch):
