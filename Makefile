@@ -2,10 +2,10 @@
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lab notebooks readme site results kernels vllm clean
+.PHONY: help venv demo test test-all lab notebooks readme style mutants site results kernels vllm clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 $(READY): setup.sh setup.py settings.ini constraints.txt pyproject.toml
 	bash setup.sh
@@ -15,17 +15,26 @@ venv: $(READY) ## Set up .venv and nothing else
 demo: $(READY) ## Set up and run the demo
 	.venv/bin/nld demo
 
-test: $(READY) ## Set up and run every check
+test: $(READY) ## Set up and run the checks (12 minutes on two cores)
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash tests/run
 
+test-all: $(READY) ## Run what `make test` leaves out: slow tests and notebooks, all kernels, the wheel in a clean environment
+	PATH="$(CURDIR)/.venv/bin:$$PATH" bash tests/run long
+
 lab: $(READY) ## Open the notebooks in JupyterLab
-	.venv/bin/jupyter lab nbs
+	.venv/bin/jupyter lab nbs/index.ipynb
 
 notebooks: $(READY) ## Run every notebook in place and store its outputs
 	.venv/bin/python tools/run_notebooks.py
 
 readme: $(READY) ## Write README.md from nbs/index.ipynb
 	.venv/bin/python tools/readme.py > README.md.new && mv README.md.new README.md
+
+style: $(READY) ## Count long lines, crowded calls and private words (tools/style.py --list names them)
+	.venv/bin/python tools/style.py
+
+mutants: $(READY) ## Plant bugs and see which ones no test finds (MODULE=hass.losses for one module)
+	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python tools/mutants.py $(MODULE)
 
 site: $(READY) ## Build the documentation site into docs/_build/site, offline, and check it
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash docs/run
