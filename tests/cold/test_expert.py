@@ -324,3 +324,21 @@ def test_rate_rises_and_falls():
     assert rates[0] == 0.1 and max(rates) == 1. and rates[9] == 1. and 0 < rates[-1] < 0.02
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
     assert all(0 < learning_rate(s, FinetuneConfig(steps=n)) for n in (1, 2, 3) for s in range(n))
+
+
+@pytest.mark.parametrize('scale', [1e-3, 1., 50.])
+def test_large_gradients_are_clipped_and_small_ones_are_left(monkeypatch, scale):
+    "All weights together, to a norm of 1, before the optimizer sees them"
+    lm = toy_lm()
+    model = ft._peft_model(lm, replace(CONFIG, dropout=0.))
+    loss_of = ft.answer_loss
+    monkeypatch.setattr(ft, 'answer_loss', lambda *args: scale * loss_of(*args))
+    batch = collate([tokenize(lm, item) for item in ITEMS[:4]], lm.pad_id)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    free = torch.stack([g.norm() for g in torch.autograd.grad(ft.answer_loss(model, batch), weights)]).norm()
+    norms = []
+    optimizer = torch.optim.SGD(weights)
+    optimizer.step = lambda: norms.append(torch.stack([p.grad.norm() for p in weights]).norm())
+    ft.train_step(model, optimizer, batch, 1e-3)
+    torch.testing.assert_close(norms[0], free.clamp(max=1.), rtol=1e-4, atol=0.)
+    assert scale < 50 or free > 1

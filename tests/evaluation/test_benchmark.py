@@ -1,5 +1,5 @@
 "Answers of every arm are those of the adapted model, and an equality check finds what differs"
-import time
+import math, time
 import pytest, torch
 from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter
 from npu_lora_decoding.decoding.baseline import beam_search
@@ -8,10 +8,11 @@ from npu_lora_decoding.decoding.sampling import Plain
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.foundations.lora import AdapterBank
 from npu_lora_decoding.evaluation.methods import merged_model, methods
-from npu_lora_decoding.evaluation.benchmark import memory_mb
+from npu_lora_decoding.evaluation.benchmark import memory_mb, speed_ratio
 from npu_lora_decoding.evaluation.judging import ARMS, answers
 from npu_lora_decoding.foundations.models import encode
 from npu_lora_decoding.evaluation.equivalence import TIE, Difference, check, first_difference, gap, scores_at, verify
+from helpers.intervals import ERROR, N, SCORES, is_95
 from helpers.toys import toy_items, toy_lm
 
 @pytest.fixture
@@ -131,3 +132,10 @@ def test_a_method_that_guesses_is_judged_once_with_the_one_it_equals(lm, folder,
     judged.clear()
     rows = measure.compare(lm, folder, toy_items(2), ['cold', 'other'], 6, rounds=1, metric='chrf', once=True, others=other)
     assert len(judged) == 2 and rows[1]['judged_as'] is None
+
+
+def test_the_interval_of_a_speed_is_that_of_95_percent():
+    "Of small differences, so that the logarithm is a straight line"
+    by = (.01 * SCORES).exp()
+    ratio = speed_ratio([by.reciprocal().tolist()], [[1.] * N])
+    assert is_95(math.log(ratio.low), math.log(ratio.high), math.log(ratio.mean), .01 * ERROR)

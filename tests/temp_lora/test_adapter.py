@@ -186,3 +186,18 @@ def test_dropout_drops_a_share_and_keeps_the_mean(p, dtype):
     rows = dropped.float()  # neighbours, in both directions and four apart, have nothing to do with each other
     for a, b in ((rows[:, 1:], rows[:, :-1]), (rows[1:], rows[:-1]), (rows[:, 4:], rows[:, :-4])): assert abs((a * b).mean() - p * p) < .01
     assert torch.equal(temp_lora._drop(x, 0., generator(3)), x)
+
+
+def first_norm(clip):
+    "Return the norm of all gradients together, as the optimizer sees them in its first update"
+    model, norms = subject(), []
+    with temporary(model, replace(SMALL, clip=clip, dropout=0.)) as phi, phi.bank.attached([0]):
+        phi.opt.step = lambda: norms.append(torch.stack([p.grad.norm() for p in phi.parameters()]).norm())
+        learn(phi, TEXT[:32], 16)
+    return norms[0]
+
+
+def test_large_gradients_are_clipped_and_small_ones_are_left():
+    free = first_norm(1e9)
+    torch.testing.assert_close(first_norm(2 * free.item()), free, rtol=0., atol=0.)
+    torch.testing.assert_close(first_norm(free.item() / 3), free / 3, rtol=1e-4, atol=0.)

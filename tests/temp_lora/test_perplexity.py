@@ -6,9 +6,10 @@ from hypothesis import given, settings as examples, strategies as st
 from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.foundations.devices import generator
-from npu_lora_decoding.temp_lora.perplexity import Chunk, Progress, Reading, document_ids, read_document, read_text
+from npu_lora_decoding.temp_lora.perplexity import Chunk, Progress, Reading, change, document_ids, read_document, read_text
 from npu_lora_decoding.temp_lora.generation import TempLoRA
 from npu_lora_decoding.temp_lora.adapter import token_losses
+from helpers.intervals import ERROR, N, SCORES, is_95
 from helpers.processes import environment
 from helpers.toys import toy_lm
 
@@ -106,3 +107,8 @@ def test_a_chunk_that_is_no_number_is_noted_and_read_over(monkeypatch):
     r = read_document(LM, TEXT, S)
     assert r.finished and len(r.notes) == 2 and r.chunks[-1].version == len(r.chunks) - 3
     assert all(math.isfinite(c.nll) for c in r.chunks)
+
+
+def test_the_interval_of_a_change_is_that_of_95_percent():
+    of = change((8 * (3 + .01 * SCORES)).tolist(), [24.] * N, [8] * N)
+    assert is_95(of.low, of.high, of.mean, ERROR)
