@@ -27,7 +27,10 @@ def output_md(
 def cell_md(
     cell:dict,  # One notebook cell
 ) -> list:  # Its pieces of Markdown
-    "Return the Markdown of a cell; `#| hide` leaves all of it out, `#| echo: false` its code, and directives go; `#| image: PATH TEXT` names the file of the picture that it shows"
+    """Return the Markdown of a cell, without its directives
+
+    `#| hide` leaves all of it out, `#| echo: false` its code; `#| image: PATH TEXT` names the file of the picture that it shows.
+    """
     source = ''.join(cell['source'])
     if cell['cell_type'] != 'code': return [source]
     flags = re.findall(r'^#\| *(\w+)', source, re.M)

@@ -11,7 +11,8 @@ from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.process import NBProcessor
 
-ROOT, HOME = Path(__file__).resolve().parent.parent, Path.home()
+ROOT = Path(__file__).resolve().parent.parent
+HOME = Path.home()
 WIDGET = 'application/vnd.jupyter.widget-view+json'
 
 def without_bars(
@@ -55,12 +56,19 @@ def is_bar(
     html = ''.join(out.get('data', {}).get('text/html', ''))
     return WIDGET in out.get('data', {}) or '<progress' in html or 'progress-bar-interrupted' in html
 
+def clean_stream(
+    out:dict,  # One stored output
+) -> dict:  # The same where it is not what a cell printed
+    "Return an output whose printed text has no progress bars and no warnings of libraries"
+    if out['output_type'] != 'stream': return out
+    text = without_library_warnings(without_bars(''.join(out['text'])))
+    return out | dict(text=text.splitlines(True))
+
 def clean_outputs(
     outs:list,  # Outputs of one cell
 ) -> list:  # Those to store
     "Return `outs` without progress bars and without absolute paths"
-    outs = [o | dict(text=without_library_warnings(without_bars(''.join(o['text']))).splitlines(True)) if o['output_type'] == 'stream' else o for o in outs]
-    return [map_text(o, without_paths) for o in outs if not is_bar(o)]
+    return [map_text(o, without_paths) for o in map(clean_stream, outs) if not is_bar(o)]
 
 def run_notebook(
     path:Path,  # Notebook to run and to write

@@ -1,8 +1,8 @@
 """Run notebooks as tests: every cell outside the flags of settings.ini, each notebook in a process of its own
 
-    python tools/test_notebooks.py                  all but the slow ones, as `make test` does
-    python tools/test_notebooks.py --slow           the slow ones, which `make test-all` runs
-    python tools/test_notebooks.py nbs/2_cold       those of a folder, or one notebook
+    python tools/check_notebooks.py                  all but the slow ones, as `make test` does
+    python tools/check_notebooks.py --slow           the slow ones, which `make test-all` runs
+    python tools/check_notebooks.py nbs/2_cold       those of a folder, or one notebook
 
 The processes are forked from one that has imported torch and transformers, so that none of them has to do it again.
 """
@@ -21,7 +21,7 @@ HEAVY = ['torch', 'transformers', 'peft', 'matplotlib.pyplot', 'nbdev.test']
 SLOW = []
 
 
-def test(path):
+def check(path):
     "Run one notebook and leave with status 1 where a cell fails"
     from nbdev.config import get_config
     from nbdev.test import test_nb
@@ -46,7 +46,7 @@ def run_all(paths, workers):
     while waiting or running:
         while waiting and len(running) < workers:
             path = waiting.pop(0)
-            process = context.Process(target=test, args=(path,), name=named(path))
+            process = context.Process(target=check, args=(path,), name=named(path))
             process.start()
             running[process.sentinel] = process
         for sentinel in wait(list(running)):
