@@ -6,6 +6,7 @@
 __all__ = ['train_head', 'write', 'accept', 'export_head']
 
 # %% ../../nbs/8_cli/02_head.ipynb #cf51cd7c
+import sys
 from pathlib import Path
 from ..foundations.errors import require
 from ..foundations.devices import get_dtype
@@ -15,7 +16,7 @@ from ..hass.chat_data import read_conversations, read_prompts
 from ..hass.continuous_batching import WriteConfig
 from ..hass.self_chat import write_conversations
 from ..hass.acceptance import humaneval_prompts
-from ..hass.config import RECIPES, HeadTraining
+from ..hass.config import RECIPES, RENAMED, HeadTraining
 from ..hass.pipeline import Source, acceptance_rows, make_head, texts_of
 from ..evaluation.methods import load_target
 from ..evaluation.benchmark import environment
@@ -35,13 +36,13 @@ def train_head(
     recipe:str='hass',  # eagle2, topk, align or hass
     steps:int=1000,  # Optimiser updates
     tokens:int=4096,  # Tokens a batch, over all devices
-    n:int=None,  # Alignment steps (default: the recipe's)
+    alignment_steps:int=None,  # Context alignment, n in the paper (default: the recipe's)
     k:int=10,  # Of the Top-K loss
     topk:float=None,  # Weight of the Top-K loss (default: the recipe's)
     feature:float=.05,  # Weight of the feature loss
     step_weights:str='',  # Of each alignment step, separated by commas (default: 1 each)
-    drawn:bool=False,  # A batch trains one alignment step, drawn by its weight, instead of all: faster
-    remember:bool=False,  # Keep what the target says to the losses from epoch to epoch, in memory: faster
+    sample_one_step:bool=False,  # A batch trains one alignment step, drawn by its weight, instead of all: faster
+    cache_targets:bool=False,  # Keep the targets of the losses from epoch to epoch, in memory: faster
     vocab:int=0,  # Size of the draft vocabulary; 0: all tokens
     optimizer:str='muon',  # muon or adamw
     lr:float=1e-3,  # Peak learning rate
@@ -62,20 +63,71 @@ def train_head(
     stop_after:int=None,  # Leave, saved, after so many updates
     track:str=None,  # Also tell tensorboard, trackio, wandb, ...: what accelerate knows and is installed
     seed:int=0,  # Of everything
+    n:int=None,  # Earlier name of --alignment-steps
+    drawn:bool=False,  # Earlier name of --sample-one-step
+    remember:bool=False,  # Earlier name of --cache-targets
 ):
     "Train a draft head; Ctrl-C saves, the same command continues"
-    config = HeadTraining(**(dict(steps=steps, tokens=tokens, k=k, feature=feature, vocab=vocab, optimizer=optimizer, lr=lr, noise=noise, row=row, seed=seed, save_every=save_every, drawn=drawn, remember=remember,
-                                  eval_every=eval_every, step_weights=tuple(float(w) for w in step_weights.split(',') if w), precision='bf16' if dtype == 'bf16' else 'no') | _recipe(recipe, n, topk)))
-    source = Source(data, prompts, column, conversations, heldout, write=WriteConfig(per_shard=min(512, conversations), batch=write_batch, user_tokens=user_tokens, new_tokens=new_tokens, seed=seed))
+    alignment_steps = _current('n', n, alignment_steps)
+    sample_one_step = _current('drawn', drawn or None, sample_one_step or None)
+    cache_targets = _current('remember', remember or None, cache_targets or None)
+    settings:dict = dict(
+        steps=steps,
+        tokens=tokens,
+        feature=feature,
+        k=k,
+        step_weights=tuple(float(w) for w in step_weights.split(',') if w),
+        sample_one_step=bool(sample_one_step),
+        cache_targets=bool(cache_targets),
+        vocab=vocab,
+        optimizer=optimizer,
+        lr=lr,
+        noise=noise,
+        row=row,
+        precision='bf16' if dtype == 'bf16' else 'no',
+        seed=seed,
+        save_every=save_every,
+        eval_every=eval_every,
+    )
+    config = HeadTraining(**settings, **_recipe(recipe, alignment_steps, topk))
+    generation = WriteConfig(
+        per_shard=min(512, conversations),
+        batch=write_batch,
+        user_tokens=user_tokens,
+        new_tokens=new_tokens,
+        seed=seed,
+    )
+    source = Source(data, prompts, column, conversations=conversations, heldout=heldout, write=generation)
     lm, _ = load_target(model, adapter, dtype, device)
-    make_head(lm, out, config, source, name, online, dict(depth=6, top_k=10, nodes=tree) if tree else None, init, stop_after, track)
+    make_head(
+        lm,
+        out,
+        config,
+        source,
+        name=name,
+        online=online,
+        tree=dict(depth=6, top_k=10, nodes=tree) if tree else None,
+        init=init,
+        stop_after=stop_after,
+        track=track,
+    )
 
-def _recipe(name, n, topk):
+def _current(earlier, value, given):
+    "Return the value of an option, which may have been given under its earlier name; a hint names today's"
+    if value is None:
+        return given
+    print(f'--{earlier} is now --{RENAMED[earlier].replace("_", "-")}', file=sys.stderr)
+    return value if given is None else given
+
+def _recipe(name, alignment_steps, topk):
     "Return the settings of a recipe, with what the user wants otherwise"
     require(name in RECIPES, f'unknown recipe {name!r}', f'use one of {", ".join(RECIPES)}')
     out = dict(RECIPES[name])
-    if n is not None: out['n'] = n
-    if topk is not None: out['losses'] = tuple(l for l in out['losses'] if l[0] != 'topk') + ((('topk', topk),) if topk else ())
+    if alignment_steps is not None:
+        out['alignment_steps'] = alignment_steps
+    if topk is not None:
+        others = tuple(loss for loss in out['losses'] if loss[0] != 'topk')
+        out['losses'] = (*others, ('topk', topk)) if topk else others
     return out
 
 # %% ../../nbs/8_cli/02_head.ipynb #3c1d8ba5

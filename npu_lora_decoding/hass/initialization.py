@@ -23,15 +23,19 @@ class Scales:
 
 def _rms(rows):
     "Return the root mean square of each column, at least a thousandth of them all"
-    square = sum(x.float().pow(2).sum(0) for x in rows) / sum(len(x) for x in rows)
-    return square.clamp(min=max(1e-12, 1e-6 * square.mean().item())).sqrt()
+    total = sum(x.float().pow(2).sum(0) for x in rows)
+    square = total / sum(len(x) for x in rows)
+    least = max(1e-12, 1e-6 * square.mean().item())
+    return square.clamp(min=least).sqrt()
 
 def measure_scales(
     examples:list,  # (ids, response, features) of some texts
     embed:torch.Tensor,  # `(v, d)`
 ) -> Scales:  # On the embeddings' device, fp32
     "Return the scale of each dimension of embeddings and features"
-    return Scales(_rms([embed[ids.to(embed.device)] for ids, _, _ in examples]), _rms([f for _, _, f in examples]).to(embed.device))
+    embeddings = [embed[ids.to(embed.device)] for ids, _, _ in examples]
+    features = [f for _, _, f in examples]
+    return Scales(_rms(embeddings), _rms(features).to(embed.device))
 
 # %% ../../nbs/3_hass/12_initialization.ipynb #f603e8d0
 class Scaled(nn.Module):
@@ -39,8 +43,19 @@ class Scaled(nn.Module):
     def __init__(self, scale):  # Broadcasts over the weight
         super().__init__()
         self.register_buffer('scale', scale, persistent=False)
-    def forward(self, w): return w * self.scale
-    def right_inverse(self, w): return w / self.scale
+
+    def forward(self, w):
+        return w * self.scale
+
+    def right_inverse(self, w):
+        return w / self.scale
+
+def _scale(linear, writes, reads):
+    "Let the optimiser see the weight of `linear` in units of what it writes over what it reads"
+    scale = writes[:, None] * (1 / reads)
+    parametrize.register_parametrization(
+        linear, 'weight', Scaled(scale.to(linear.weight))
+    )
 
 def precondition(
     head:DraftHead,  # Changed in place; computes what it computed before
@@ -48,12 +63,13 @@ def precondition(
 ) -> DraftHead:  # `head`
     "Let the optimiser see weights that read inputs, and write outputs, of unit scale"
     require(not parametrize.is_parametrized(head.fc), 'the head is scaled already', 'take a plain_copy of it first')
-    layer, f = head.layers[0], scales.feature
-    def scaled(linear, out, into): parametrize.register_parametrization(linear, 'weight', Scaled((out[:, None] * into[None]).to(linear.weight)))
-    one = lambda n: f.new_ones(n)
-    scaled(head.fc, f, 1 / torch.cat([scales.embed, f]))
-    for p in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj): scaled(p, one(p.out_features), 1 / f)
-    for p in (layer.self_attn.o_proj, layer.mlp.down_proj): scaled(p, f, one(p.in_features))
+    attention = head.layers[0].self_attn
+    feature = scales.feature
+    _scale(head.fc, feature, torch.cat([scales.embed, feature]))
+    for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+        _scale(linear, feature.new_ones(linear.out_features), feature)
+    for linear in (attention.o_proj, head.layers[0].mlp.down_proj):
+        _scale(linear, feature, feature.new_ones(linear.in_features))
     return head
 
 # %% ../../nbs/3_hass/12_initialization.ipynb #d5794377
@@ -61,35 +77,53 @@ def plain_copy(
     head:DraftHead,  # With or without scaled weights
 ) -> DraftHead:  # Without; in evaluation mode, no gradients
     "Return a copy of `head` whose weights are what they multiply by"
-    with torch.random.fork_rng(devices=[]): copy = DraftHead(head.config, fc_bias=head.fc.bias is not None).to(head.fc.weight)  # a random start that nobody uses
-    def real(name): module, _, leaf = name.rpartition('.'); return getattr(head.get_submodule(module), leaf).detach()  # of a scaled weight: the product
-    copy.load_state_dict({n: real(n) for n in copy.state_dict()})
-    copy.vocab, copy.counts = head.vocab, head.counts
+    with torch.random.fork_rng(devices=[]):  # its random weights are replaced: the caller's generator must not move
+        copy = DraftHead(head.config, fc_bias=head.fc.bias is not None).to(
+            head.fc.weight
+        )
+    copy.load_state_dict(
+        {name: _plain(head, name) for name in copy.state_dict()}
+    )
+    copy.vocab = head.vocab
+    copy.counts = head.counts
     return copy.eval().requires_grad_(False)
+
+def _plain(head, name):
+    "Return a weight as the head computes with it: of a scaled one, the product"
+    module, _, leaf = name.rpartition('.')
+    return getattr(head.get_submodule(module), leaf).detach()
 
 # %% ../../nbs/3_hass/12_initialization.ipynb #909dd408
 def random_start(
     head:DraftHead,  # Changed in place
     seed:int=0,  # Of the weights
 ) -> DraftHead:  # `head`
-    "Fill the head with small random weights: each layer keeps the size of what it reads, and what is added to the residual stream begins small"
-    g, layer = torch.Generator().manual_seed(seed), head.layers[0]
-    quiet = (layer.self_attn.o_proj, layer.mlp.down_proj)
+    "Fill the head with random weights that keep the size of what they read; what is added to the residual stream begins small"
+    g = torch.Generator().manual_seed(seed)
+    layer = head.layers[0]
+    small = (layer.self_attn.o_proj, layer.mlp.down_proj)
     with torch.no_grad():
-        for m in head.modules():
-            if not isinstance(m, nn.Linear): continue
-            w = torch.randn(m.weight.shape, generator=g) * m.in_features**-.5 * (.3 if m in quiet else 1.)
-            _seen(m).copy_(w)
-            if m.bias is not None: m.bias.zero_()
+        for linear in head.modules():
+            if not isinstance(linear, nn.Linear):
+                continue
+            draws = torch.randn(linear.weight.shape, generator=g)
+            factor = .3 if linear in small else 1.
+            _trained(linear).copy_(draws * linear.in_features**-.5 * factor)
+            if linear.bias is not None:
+                linear.bias.zero_()
     return head
 
-def _seen(linear):
+def _trained(linear):
     "Return the weight that the optimiser sees"
-    return linear.parametrizations.weight.original if parametrize.is_parametrized(linear, 'weight') else linear.weight
+    if parametrize.is_parametrized(linear, 'weight'):
+        return linear.parametrizations.weight.original
+    return linear.weight
 
-def _as_seen(linear, w):
+def _as_trained(linear, w):
     "Return a weight as the optimiser sees it there"
-    return linear.parametrizations.weight[0].right_inverse(w) if parametrize.is_parametrized(linear, 'weight') else w
+    if parametrize.is_parametrized(linear, 'weight'):
+        return linear.parametrizations.weight[0].right_inverse(w)
+    return w
 
 # %% ../../nbs/3_hass/12_initialization.ipynb #3129a2ff
 def least_squares(
@@ -99,13 +133,19 @@ def least_squares(
     ridge:float=1e-2,  # Share of the mean squared input that is added to each
 ) -> torch.Tensor:  # `(d, 2d)`, in those units, on the CPU
     "Return the matrix that best turns (embedding of the next token, feature) into the next feature"
-    d, (se, sf) = embed.shape[1], (s.float().cpu() for s in (scales.embed, scales.feature))
-    xx, xy = torch.zeros(2*d, 2*d, dtype=torch.float64), torch.zeros(2*d, d, dtype=torch.float64)
-    for ids, response, f in examples:
+    d = embed.shape[1]
+    embed_scale = scales.embed.float().cpu()
+    feature_scale = scales.feature.float().cpu()
+    xx = torch.zeros(2*d, 2*d, dtype=torch.float64)
+    xy = torch.zeros(2*d, d, dtype=torch.float64)
+    for ids, response, features in examples:
         at = response[1:].nonzero()[:, 0].cpu()  # slots that read a token of an answer
-        f = f.float().cpu() / sf
-        x = torch.cat([embed[ids.cpu()[at+1].to(embed.device)].float().cpu() / se, f[at]], 1)
-        xx += (x.T @ x).double(); xy += (x.T @ f[at+1]).double()
+        f = features.float().cpu() / feature_scale
+        following = ids.cpu()[at+1].to(embed.device)
+        e = embed[following].float().cpu() / embed_scale
+        x = torch.cat([e, f[at]], 1)
+        xx += (x.T @ x).double()
+        xy += (x.T @ f[at+1]).double()
     require(bool(xx.any()), 'no example has an answer to learn from', 'give texts with answers')
     xx.diagonal().add_(ridge * xx.diagonal().mean())
     return torch.linalg.solve(xx, xy).T.float()
@@ -117,8 +157,11 @@ def least_squares_start(
     embed:torch.Tensor,  # `(v, d)`
     scales:Scales,  # Inputs and outputs are measured in these units
 ) -> DraftHead:  # `head`
-    "Let `fc` begin as the best linear guess of the next feature"
-    w = least_squares(examples, embed, scales) * scales.feature.float().cpu()[:, None] / torch.cat([scales.embed, scales.feature]).float().cpu()
+    "Let `fc` begin as the best linear prediction of the next feature"
+    writes = scales.feature.float().cpu()
+    reads = torch.cat([scales.embed, scales.feature]).float().cpu()
+    w = least_squares(examples, embed, scales) * writes[:, None] / reads
     w = w.to(head.fc.weight)
-    with torch.no_grad(): _seen(head.fc).copy_(_as_seen(head.fc, w))
+    with torch.no_grad():
+        _trained(head.fc).copy_(_as_trained(head.fc, w))
     return head

@@ -18,7 +18,8 @@ from .checkpoint import load_head
 from .chat_data import deduplicated, encode_all, read_conversations, read_prompts
 from .continuous_batching import WriteConfig
 from .self_chat import write_conversations
-from .features import OnlineFeatures, StoredFeatures, data_hash, draft_vocabulary, target_features, write_features
+from .features import OnlineFeatures, StoredFeatures, data_hash, draft_vocabulary
+from .features import target_features, write_features
 from .acceptance import Text, measure_acceptance
 from .config import HeadTraining
 from .train import new_accelerator, start_run, train
@@ -36,11 +37,12 @@ class Source:
     write:WriteConfig=WriteConfig()  # How the target writes
 
     def __post_init__(self):
-        require(self.data is None or self.prompts is None, 'conversations and prompts are both given', 'give data for finished conversations, or prompts for questions that the target shall answer')
-        require(self.heldout >= 1 and self.conversations >= 1, f'conversations are {self.conversations} and held out {self.heldout}', 'give at least 1 of each')
-
-def _said(report, what, dropped):
-    if dropped: report(f'{what}: ' + ', '.join(f'{n} left out ({why})' for why, n in dropped.items()))
+        require(self.data is None or self.prompts is None,
+                'conversations and prompts are both given',
+                'give data for finished conversations, or prompts for questions that the target shall answer')
+        require(self.heldout >= 1 and self.conversations >= 1,
+                f'conversations are {self.conversations} and held out {self.heldout}',
+                'give at least 1 of each')
 
 def gather(
     lm:LM,  # The target
@@ -49,32 +51,63 @@ def gather(
     report=print,  # Called with sentences for the user
 ) -> tuple:  # Conversations to train on, conversations held out; the target wrote the answers of the latter greedily
     "Return the conversations of a job, written first where they are not there yet"
-    greedy = replace(source.write, temperatures=(0.,), shards=1, per_shard=source.heldout, seed=source.write.seed + 1)
-    if source.data is None and source.prompts is None:
-        files = -(-source.conversations // source.write.per_shard)
-        write_conversations(lm, folder/'conversations', replace(source.write, shards=files))
-        write_conversations(lm, folder/'heldout', replace(greedy, openers=('',)))
-        found = read_conversations(folder/'conversations')
+    if source.data is not None:
+        found = _from_data(lm, folder, source)
+    elif source.prompts is not None:
+        found = _from_prompts(lm, folder, source)
     else:
-        prompts = None if source.prompts is None else read_prompts(source.prompts, source.column or 'prompt')
-        if prompts is not None:
-            require(len(prompts) > source.heldout, f'there are {len(prompts)} prompts, of which {source.heldout} would be held out', 'give more, or hold out fewer')
-            write_conversations(lm, folder/'conversations', source.write, prompts[:-source.heldout])
-            found, held = read_conversations(folder/'conversations'), prompts[-source.heldout:]
-        else:
-            found = read_conversations(source.data, source.column or 'messages')
-            require(len(found) > source.heldout, f'there are {len(found)} conversations, of which {source.heldout} would be held out', 'give more, or hold out fewer')
-            found, held = found[:-source.heldout], [_question(c) for c in found[-source.heldout:]]
-        write_conversations(lm, folder/'heldout', greedy, held)
+        found = _from_nothing(lm, folder, source)
     held = read_conversations(folder/'heldout')
     kept, dropped = deduplicated(found, held)
-    _said(report, 'conversations', dropped)
+    _report_dropped(report, 'conversations', dropped)
     return kept, held
+
+def _greedy(source):
+    "Return how the held-out answers are written"
+    seed = source.write.seed + 1
+    return replace(source.write, temperatures=(0.,), shards=1, per_shard=source.heldout, seed=seed)
+
+def _from_nothing(lm, folder, source):
+    "Let the target write both sides; return the conversations to train on"
+    files = -(-source.conversations // source.write.per_shard)
+    write_conversations(lm, folder/'conversations', replace(source.write, shards=files))
+    write_conversations(lm, folder/'heldout', replace(_greedy(source), openers=('',)))
+    return read_conversations(folder/'conversations')
+
+def _from_prompts(lm, folder, source):
+    "Let the target answer prompts; return the conversations to train on"
+    prompts = read_prompts(source.prompts, source.column or 'prompt')
+    _check_enough(prompts, source, 'prompts')
+    write_conversations(lm, folder/'conversations', source.write, prompts[:-source.heldout])
+    found = read_conversations(folder/'conversations')
+    write_conversations(lm, folder/'heldout', _greedy(source), prompts[-source.heldout:])
+    return found
+
+def _from_data(lm, folder, source):
+    "Let the target answer the questions that are held out; return the conversations to train on"
+    found = read_conversations(source.data, source.column or 'messages')
+    _check_enough(found, source, 'conversations')
+    held = [_question(c) for c in found[-source.heldout:]]
+    write_conversations(lm, folder/'heldout', _greedy(source), held)
+    return found[:-source.heldout]
+
+def _check_enough(found, source, what):
+    "Require more than are held out"
+    require(len(found) > source.heldout,
+            f'there are {len(found)} {what}, of which {source.heldout} would be held out',
+            'give more, or hold out fewer')
 
 def _question(conversation):
     "Return the messages before the first answer"
     messages = conversation['messages']
-    return messages[:next((i for i, m in enumerate(messages) if m['role'] == 'assistant'), len(messages))]
+    answers = (i for i, message in enumerate(messages) if message['role'] == 'assistant')
+    return messages[:next(answers, len(messages))]
+
+def _report_dropped(report, what, dropped):
+    "Report how many were left out, and why"
+    if dropped:
+        reasons = [f'{n} left out ({why})' for why, n in dropped.items()]
+        report(f'{what}: {", ".join(reasons)}')
 
 # %% ../../nbs/3_hass/16_pipeline.ipynb #0cd23c6f
 def texts_of(
@@ -88,10 +121,15 @@ def texts_of(
     examples = [e for e in examples if e.response.sum() > 2]
     require(len(examples) > 0, 'no answer has three tokens', 'give longer answers')
     starts = [int(e.response.nonzero()[0, 0]) for e in examples]
-    require(all(e.response[s:].all() for e, s in zip(examples, starts)), 'a conversation has several answers', 'give one answer each')
-    ids = [e.ids[:s + new_tokens] if new_tokens else e.ids for e, s in zip(examples, starts)]
-    features = [f for i in range(0, len(ids), batch) for f in target_features(lm, ids[i:i+batch])]
-    return [Text(x, s, f) for x, s, f in zip(ids, starts, features)]
+    one_answer = all(e.response[start:].all() for e, start in zip(examples, starts))
+    require(one_answer, 'a conversation has several answers', 'give one answer each')
+    ids = [e.ids for e in examples]
+    if new_tokens:
+        ids = [x[:start + new_tokens] for x, start in zip(ids, starts)]
+    features = []
+    for i in range(0, len(ids), batch):
+        features += target_features(lm, ids[i:i+batch])
+    return [Text(x, start, f) for x, start, f in zip(ids, starts, features)]
 
 # %% ../../nbs/3_hass/16_pipeline.ipynb #9d19c33c
 def head_name(
@@ -99,13 +137,15 @@ def head_name(
 ) -> str:
     "Return what a head is called in tables: its folder, or its run where the folder is `best` or `last`"
     folder = Path(folder)
-    return folder.parent.name if folder.name in ('best', 'last') and folder.parent.name else folder.name
+    in_run = folder.name in ('best', 'last') and folder.parent.name
+    return folder.parent.name if in_run else folder.name
 
 def make_head(
     lm:LM,  # The target, with its adapter
     folder:str|Path,  # Everything goes here; what is there already is used
     config:HeadTraining=HeadTraining(),  # How the head is trained
     source:Source=Source(),  # Where conversations come from
+    *,
     name:str='.',  # Of the run inside `folder`: several runs share its conversations and features
     online:bool=False,  # Compute features as needed instead of storing them
     tree:dict|None=None,  # Also measure trees: `depth`, `top_k`, `nodes`
@@ -115,36 +155,70 @@ def make_head(
     report=print,  # Called with a line for each stage
 ):  # The `Run`
     "Train a draft head for `lm`, from nothing or from conversations or prompts; the same command goes on after a stop"
-    folder, acc = Path(folder), new_accelerator(lm, config, track, Path(folder)/name)
-    say = report if acc.is_main_process else lambda *_: None
+    folder = Path(folder)
+    acc = new_accelerator(lm, config, track, folder/name)
+    main = acc.is_main_process
+    say = report if main else lambda *_: None
     kept, held = gather(lm, folder, source, say)
     acc.wait_for_everyone()
     examples, dropped = encode_all(lm, kept, source.max_tokens)
-    _said(say, 'examples', dropped)
-    vocab = draft_vocabulary(examples, config.vocab, lm.model.config.vocab_size) if config.vocab else None
-    if vocab: say(f'draft vocabulary: {config.vocab} tokens, {100 * vocab[2]:.2f}% of the answers')
-    say(f'{len(examples)} conversations, {sum(int(e.response.sum()) for e in examples):,} answer tokens')
-    store = _store(lm, examples, folder, online, acc, say)
-    texts, learnt = (texts_of(lm, held), _learnt(lm, kept, source)) if acc.is_main_process else ((), ())
+    _report_dropped(say, 'examples', dropped)
+    vocab = _draft_vocab(lm, examples, config, say)
+    answers = sum(int(e.response.sum()) for e in examples)
+    say(f'{len(examples)} conversations, {answers:,} answer tokens')
+    store = _store(lm, examples, folder, online, acc=acc, say=say)
+    texts = texts_of(lm, held) if main else ()
+    learnt = _training_texts(lm, kept, source) if main else ()
     head = None if init is None else load_head(init, lm.model, torch.float32)
-    run = start_run(lm, store, folder/name, config, vocab and vocab[:2], data_hash(lm, examples), acc, head)
-    try: return train(run, texts, tree, f'Trained on {len(examples):,} conversations ({_origin(source)}){"" if init is None else ", from the head " + head_name(init) + " on"}.', stop_after, learnt)
+    found:dict = dict(vocab=vocab, data=data_hash(lm, examples), accelerator=acc, init=head)
+    run = start_run(lm, store, folder/name, config, **found)
+    about = f'Trained on {len(examples):,} conversations ({_origin(source)}){_going_on(init)}.'
+    try:
+        return train(run, texts, tree=tree, about=about, stop_after=stop_after, learnt=learnt)
     finally:
-        for t in acc.trackers: t.finish()  # what they hold back is written now
+        for tracker in acc.trackers:
+            tracker.finish()  # what they hold back is written now
 
-def _learnt(lm, conversations, source, most=16):
-    "Return some of the training texts for measuring: the target's own greedy answers, as held-out texts are"
-    own = [c for c in conversations if c.get('temperature') == 0.] if source.data is None else []
-    return texts_of(lm, own[::-(-len(own) // most)]) if own else ()
-
-def _origin(source): return Path(source.data).name if source.data else f'answers to the prompts of {Path(source.prompts).name}' if source.prompts else 'both sides written by the target itself'
+def _draft_vocab(lm, examples, config, say):
+    "Return ids and counts of the draft vocabulary, None where the head drafts from the whole one"
+    if not config.vocab:
+        return None
+    ids, counts, coverage = draft_vocabulary(examples, config.vocab, lm.model.config.vocab_size)
+    say(f'draft vocabulary: {config.vocab} tokens, {100 * coverage:.2f}% of the answers')
+    return ids, counts
 
 def _store(lm, examples, folder, online, acc, say):
     "Return the features of `examples`: computed as needed, or stored once"
-    if online: return OnlineFeatures(lm, examples)
-    write_features(lm, examples, folder/'features', progress=lambda done, of: say(f'features: {done} of {of} files'), share=(acc.process_index, acc.num_processes))
+    if online:
+        return OnlineFeatures(lm, examples)
+    write_features(
+        lm,
+        examples,
+        folder/'features',
+        progress=lambda done, of: say(f'features: {done} of {of} files'),
+        share=(acc.process_index, acc.num_processes),
+    )
     acc.wait_for_everyone()
     return StoredFeatures(folder/'features')
+
+def _training_texts(lm, conversations, source, most=16):
+    "Return some of the training texts for measuring: the target's own greedy answers, as held-out texts are"
+    if source.data is not None:
+        return ()
+    own = [c for c in conversations if c.get('temperature') == 0.]
+    return texts_of(lm, own[::-(-len(own) // most)]) if own else ()
+
+def _origin(source):
+    "Return where the conversations come from, for the card"
+    if source.data:
+        return Path(source.data).name
+    if source.prompts:
+        return f'answers to the prompts of {Path(source.prompts).name}'
+    return 'both sides written by the target itself'
+
+def _going_on(init):
+    "Return the end of the card's sentence where training began with another head"
+    return '' if init is None else f', from the head {head_name(init)} on'
 
 # %% ../../nbs/3_hass/16_pipeline.ipynb #51cd2b79
 def acceptance_rows(
@@ -156,23 +230,74 @@ def acceptance_rows(
     full:bool=False,  # Draft from the whole vocabulary, also where the head has a draft vocabulary
 ) -> list:  # Dictionaries: head, set, draft, tau, interval, rates, taus
     "Return how well every head is accepted on every set of texts"
-    rows, frozen = [], target_weights(lm.model)
+    rows = []
+    frozen = target_weights(lm.model)
     for folder in heads:
         head = load_head(folder, lm.model)
-        vocab, lm_head = (None, frozen.lm_head) if full else (head.vocab, draft_rows(head, frozen))
+        vocab = None if full else head.vocab
+        lm_head = frozen.lm_head if full else draft_rows(head, frozen)
         for name, texts in sets.items():
-            for draft, a in measure_acceptance(head, frozen.embed, lm_head, texts, vocab, chain, tree).items():
-                rows.append(dict(method='acceptance', head=head_name(folder), set=name, draft=draft, tau=a.tau, interval=a.interval, tokens=a.tokens, passes=a.passes, rates=a.rates, taus=a.taus, questions=len(texts)))
+            how:dict = dict(vocab=vocab, chain=chain, tree=tree)
+            found = measure_acceptance(head, frozen.embed, lm_head, texts, **how)
+            about = dict(head=head_name(folder), set=name, questions=len(texts))
+            rows += [_acceptance_row(a, **about) for a in found.values()]
     return rows
 
+def _acceptance_row(a, head, set, questions):
+    "Return an `Acceptance` as a row of a results file"
+    return dict(
+        method='acceptance',
+        head=head,
+        set=set,
+        draft=a.name,
+        tau=a.tau,
+        interval=a.interval,
+        tokens=a.tokens,
+        passes=a.passes,
+        rates=a.rates,
+        taus=a.taus,
+        questions=questions,
+    )
+
 # %% ../../nbs/3_hass/16_pipeline.ipynb #8e5cadaa
+def _by_place(rows):
+    "Return rows of acceptance by head, set of texts and way of drafting"
+    return {
+        (r['head'], r['set'], r['draft']): r
+        for r in rows
+        if r['method'] == 'acceptance'
+    }
+
+def _markdown(rows):
+    "Return rows of texts as a Markdown table, the first of them its head"
+    lines = [rows[0], ['---'] * len(rows[0]), *rows[1:]]
+    return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
+
 def acceptance_summary(
     rows:list,  # From `acceptance_rows`; others, such as the environment, are left out
 ) -> str:  # Markdown
     "Return a row for each head, set of texts and way of drafting"
-    head = '| head | texts | draft | tokens a pass | 95% | guess 1, 2, ... right, given those before |\n|---|---|---|---|---|---|'
-    return '\n'.join([head] + [f'| {r["head"]} | {r["set"]} | {r["draft"]} | {r["tau"]:.2f} | {r["interval"][0]:.2f} to {r["interval"][1]:.2f} | ' + ' '.join(f'{x:.2f}' for x in r['rates'][:5] if x is not None) + ' |'
-                                for r in rows if r['method'] == 'acceptance'])
+    lines = [[
+        'head',
+        'texts',
+        'draft',
+        'tokens per forward pass',
+        '95%',
+        'accepted at position 1, 2, ..., given those before',
+    ]]
+    for r in rows:
+        if r['method'] == 'acceptance':
+            low, high = r['interval']
+            rates = [f'{rate:.2f}' for rate in r['rates'][:5] if rate is not None]
+            lines.append([
+                r['head'],
+                r['set'],
+                r['draft'],
+                f'{r["tau"]:.2f}',
+                f'{low:.2f} to {high:.2f}',
+                ' '.join(rates),
+            ])
+    return _markdown(lines)
 
 # %% ../../nbs/3_hass/16_pipeline.ipynb #2ca25a6a
 def acceptance_gain(
@@ -181,17 +306,36 @@ def acceptance_gain(
     base:str,  # The head it is compared with
     resamples:int=2000,  # Of the bootstrap
 ) -> list:  # Dictionaries: set, draft, gain, interval
-    "Return how much longer the accepted runs of `head` are than those of `base`, for every set of texts and way of drafting"
-    taus = {(r['head'], r['set'], r['draft']): r['taus'] for r in rows if r['method'] == 'acceptance'}
-    missing = [h for h in (head, base) if h not in {k[0] for k in taus}]
-    require(not missing, f'the rows hold no head {missing[:1]}', f'choose of {", ".join(sorted({k[0] for k in taus}))}')
+    "Return how many more tokens per forward pass `head` gives than `base`, for every set of texts and way of drafting"
+    found = _by_place(rows)
+    names = sorted({name for name, _, _ in found})
+    missing = [name for name in (head, base) if name not in names]
+    require(not missing,
+            f'the rows hold no head {missing[:1]}',
+            f'choose of {", ".join(names)}')
     out = []
-    for _, of, draft in [k for k in taus if k[0] == head and (base, *k[1:]) in taus]:
-        pairs = torch.tensor([(a, b) for a, b in zip(taus[head, of, draft], taus[base, of, draft]) if a is not None and b is not None], dtype=torch.float64)
-        means = pairs[torch.randint(len(pairs), (resamples, len(pairs)), generator=generator(0))].mean(1)
-        low, high = (means[:, 0] / means[:, 1] - 1).quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
-        out.append(dict(set=of, draft=draft, gain=float(pairs[:, 0].mean() / pairs[:, 1].mean()) - 1, interval=(low, high)))
+    for (name, texts, draft), row in found.items():
+        other = found.get((base, texts, draft))
+        if name == head and other is not None:
+            gain, interval = _ratio_of_means(row['taus'], other['taus'], resamples)
+            out.append(dict(set=texts, draft=draft, gain=gain, interval=interval))
     return out
+
+def _ratio_of_means(taus, others, resamples):
+    "Return the ratio of two means less one, and its 95% interval from a bootstrap over the texts that both have"
+    both = [
+        pair
+        for pair in zip(taus, others)
+        if None not in pair
+    ]
+    pairs = torch.tensor(both, dtype=torch.float64)
+    n = len(pairs)
+    picks = torch.randint(n, (resamples, n), generator=generator(0))
+    above, below = pairs[picks].mean(1).T
+    edges = torch.tensor([.025, .975], dtype=torch.float64)
+    low, high = (above / below - 1).quantile(edges).tolist()
+    mean, base = pairs[:, 0].mean(), pairs[:, 1].mean()
+    return float(mean / base) - 1, (low, high)
 
 # %% ../../nbs/3_hass/16_pipeline.ipynb #603b4669
 def recipe_table(
@@ -201,11 +345,21 @@ def recipe_table(
     base:str,  # Over this one
 ) -> str:  # Markdown
     "Return tau of every head on every set of texts, for each way of drafting, and the gain of `head` over `base`"
-    of = {(r['head'], r['set'], r['draft']): r['tau'] for r in rows if r['method'] == 'acceptance'}
-    gains = {(g['set'], g['draft']): f'{100*g["gain"]:+.1f}% ({100*g["interval"][0]:+.1f} to {100*g["interval"][1]:+.1f})' for g in acceptance_gain(rows, head, base)}
-    sets, drafts = (list(dict.fromkeys(k[i] for k in of)) for i in (1, 2))
-    lines = [['draft', 'head', *sets], ['---'] * (2 + len(sets))]
-    for d in drafts:
-        lines += [[d, h, *(f'{of[h, s, d]:.2f}' for s in sets)] for h in heads]
-        lines.append([d, f'{head} over {base}', *(gains[s, d] for s in sets)])
-    return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)
+    found = _by_place(rows)
+    gains = {(g['set'], g['draft']): _percent(g) for g in acceptance_gain(rows, head, base)}
+    sets = list(dict.fromkeys(texts for _, texts, _ in found))
+    drafts = list(dict.fromkeys(draft for _, _, draft in found))
+    lines = [['draft', 'head', *sets]]
+    for draft in drafts:
+        for name in heads:
+            taus = [found[name, texts, draft]['tau'] for texts in sets]
+            lines.append([draft, name, *(f'{tau:.2f}' for tau in taus)])
+        gain = [gains[texts, draft] for texts in sets]
+        lines.append([draft, f'{head} over {base}', *gain])
+    return _markdown(lines)
+
+def _percent(gain):
+    "Return a gain with its interval, in percent"
+    values = (gain['gain'], *gain['interval'])
+    mean, low, high = (f'{100 * value:+.1f}' for value in values)
+    return f'{mean}% ({low} to {high})'

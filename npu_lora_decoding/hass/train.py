@@ -231,9 +231,7 @@ def start_run(
 ) -> Run:
     "Return a run before its first step, or where the last call left it"
     acc = accelerator or new_accelerator(lm, config)
-    dtype = torch.bfloat16 if config.precision == 'bf16' else torch.float32
-    whole = target_weights(lm.model)
-    frozen = TargetWeights(whole.embed.to(acc.device, dtype), whole.lm_head.to(acc.device, dtype))
+    frozen = _frozen(lm, config, acc)
     embed = frozen.embed.cpu()
     read = store.read(sample_numbers(store, config.seed))
     sample = [(ids.cpu(), response.cpu(), f.cpu()) for ids, response, f in read]
@@ -261,6 +259,12 @@ def start_run(
     if (run.folder/'state.safetensors').exists():
         load_state(run)
     return run
+
+def _frozen(lm, config, acc):
+    "Return the target's embedding and LM head in the precision of training"
+    dtype = torch.bfloat16 if config.precision == 'bf16' else torch.float32
+    weights = target_weights(lm.model)
+    return TargetWeights(weights.embed.to(acc.device, dtype), weights.lm_head.to(acc.device, dtype))
 
 def _new_head(lm, vocab, init):
     "Return a head with the draft vocabulary `vocab`: new, or a copy of `init`"
@@ -347,7 +351,7 @@ def _comment(run):
     loss = f'loss {_mean_loss(run, 20):.3f}'
     if not run.history:
         return loss
-    return f'{loss}, chain of 5: {run.history[-1]["chain_5"]:.2f} tokens per forward pass'
+    return f'{loss}, tau {run.history[-1]["chain_5"]:.2f} (chain of 5)'
 
 def _measure(run, row, about):
     "Note a measurement of acceptance, and keep the head if it is the best so far"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AlignedLoss', 'add_noise', 'hash_of', 'Run', 'trained_steps', 'train_step']
 
-# %% ../../nbs/3_hass/14_training_step.ipynb #n1i
+# %% ../../nbs/3_hass/14_training_step.ipynb #78a3c3df
 import contextlib, hashlib, math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,15 +110,22 @@ class Run:
         self.opts = make_optimizers(self.head, self.config)
         self._planned:tuple = (None, [])  # the epoch planned last, and its batches
         rows = draft_rows(self.head, self.frozen)
-        by_frequency = any(name == 'frequency_topk' for name, _ in self.config.losses)
         loss = AlignedLoss(
             self.head,
             rows,
             objective=self.config.objective,
             spread=self.scales.feature.to(rows.device),
-            rarity=token_weights(self.head.counts) if by_frequency else None,
+            rarity=self._rarity(),
         )
         self.model:Any = self.accelerator.prepare(loss)
+
+    def _rarity(self):
+        "Return the weight of each token, where a loss asks for it"
+        if all(name != 'frequency_topk' for name, _ in self.config.losses):
+            return None
+        if self.head.counts is None:
+            raise DecodingError('frequency_topk weighs tokens by how often they occur: train with a draft vocabulary (vocab).')
+        return token_weights(self.head.counts)
 
     def batch(self, step):
         "Return this process's share of the batch of a step"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'ROPES', 'TOLERANCES', 'TEXT', 'MAP', 'EXPORT_FILES', 'Engine', 'get_engine', 'check_engine',
-           'engine_config', 'engine_tensors', 'token_map', 'read_token_map', 'written', 'engine_layer',
+           'engine_config', 'engine_tensors', 'token_map', 'read_token_map', 'read_export', 'engine_layer',
            'engine_features', 'relative_error', 'text_inputs', 'head_features', 'check_export', 'export_head',
            'serve_command']
 
@@ -36,18 +36,34 @@ class Engine:
     mlp_bias:bool  # Whether the MLP may have biases
     token_map:bool  # Whether it reads a draft vocabulary
 
-ENGINES = dict(vllm=Engine('vLLM', 'LlamaForCausalLM', False, True, False),
-               sglang=Engine('SGLang', 'LlamaForCausalLMEagle', True, False, True))
+ENGINES = dict(
+    vllm=Engine(
+        title='vLLM',
+        architecture='LlamaForCausalLM',
+        fc_bias=False,
+        mlp_bias=True,
+        token_map=False,
+    ),
+    sglang=Engine(
+        title='SGLang',
+        architecture='LlamaForCausalLMEagle',
+        fc_bias=True,
+        mlp_bias=False,
+        token_map=True,
+    ),
+)
 
 def get_engine(
     name:str,  # vllm or sglang
 ) -> Engine:
     "Return the engine called `name`"
-    require(name in ENGINES, f'unknown engine {name!r}', f'use one of {", ".join(ENGINES)} (vllm-ascend reads what vllm reads)')
+    require(name in ENGINES,
+            f'unknown engine {name!r}',
+            f'use one of {", ".join(ENGINES)} (vllm-ascend reads what vllm reads)')
     return ENGINES[name]
 
 # %% ../../nbs/7_serving/02_head_export.ipynb #a5a470cd
-ROPES = ('default', 'linear', 'llama3', 'yarn')  # whose turns do not depend on the length of the text
+ROPES = ('default', 'linear', 'llama3', 'yarn')  # whose rotations do not depend on the length of the text
 
 def _rope(config):
     "Return the rotary parameters of a head's configuration"
@@ -58,15 +74,38 @@ def check_engine(
     engine:str,  # vllm or sglang
 ):
     "Raise `DecodingError` where the engine could not serve `head`, or would serve another one"
-    e, c, state = get_engine(engine), head.config, head.state_dict()
-    kind, bias = _rope(c).get('rope_type', 'default'), state.get('fc.bias')
-    require(c.model_type != 'qwen3', f'the head is of the family qwen3, whose norms on queries and keys have no place in the Llama layer that {e.title} builds', 'train a head of the family llama for this target, or draft with this library')
-    require(e.fc_bias or bias is None or not bool(bias.any()), f'the head has a bias in fc, for which {e.title} has no place', "train a head without it, or export for the engine 'sglang'")
-    require(e.mlp_bias or not any('.mlp.' in k and k.endswith('.bias') for k in state), f'the head has biases in its MLP, for which {e.title} has no place', "export for the engine 'vllm'")
-    require(kind in ROPES, f'the head turns its positions by the rule {kind!r}, which depends on the length of the text', f'use a target with one of {", ".join(ROPES)}')
+    e = get_engine(engine)
+    state = head.state_dict()
+    require(head.config.model_type != 'qwen3',
+            f'the head is of the family qwen3, whose norms on queries and keys have no place in the Llama layer of {e.title}',
+            'train a head of the family llama for this target, or draft with this library')
+    bias = state.get('fc.bias')
+    require(e.fc_bias or bias is None or not bool(bias.any()),
+            f'the head has a bias in fc, for which {e.title} has no place',
+            "train a head without it, or export for the engine 'sglang'")
+    biased = any('.mlp.' in name and name.endswith('.bias') for name in state)
+    require(e.mlp_bias or not biased,
+            f'the head has biases in its MLP, for which {e.title} has no place',
+            "export for the engine 'vllm'")
+    kind = _rope(head.config).get('rope_type', 'default')
+    require(kind in ROPES,
+            f'the head rotates its positions by the rule {kind!r}, which depends on the length of the text',
+            f'use a target with one of {", ".join(ROPES)}')
 
 # %% ../../nbs/7_serving/02_head_export.ipynb #57e7b9e8
-_COPIED = ('hidden_act', 'hidden_size', 'intermediate_size', 'num_attention_heads', 'num_key_value_heads', 'vocab_size', 'max_position_embeddings', 'rms_norm_eps', 'bos_token_id', 'eos_token_id', 'pad_token_id')
+_COPIED = (
+    'hidden_act',
+    'hidden_size',
+    'intermediate_size',
+    'num_attention_heads',
+    'num_key_value_heads',
+    'vocab_size',
+    'max_position_embeddings',
+    'rms_norm_eps',
+    'bos_token_id',
+    'eos_token_id',
+    'pad_token_id',
+)
 
 def engine_config(
     head:DraftHead,  # The head
@@ -74,12 +113,28 @@ def engine_config(
     dtype:torch.dtype,  # Of the weights
 ) -> dict:  # For `config.json`
     "Return the configuration that `engine` shall read"
-    c, rope, name = head.config, _rope(head.config), str(dtype).removeprefix('torch.')
-    scaling = {k: v for k, v in rope.items() if k != 'rope_theta'} if rope.get('rope_type', 'default') != 'default' else None
-    biased = lambda part: any(part in k and k.endswith('.bias') for k in head.state_dict())
-    return dict(architectures=[get_engine(engine).architecture], model_type='llama', num_hidden_layers=1, tie_word_embeddings=False,
-                head_dim=getattr(c, 'head_dim', None) or c.hidden_size // c.num_attention_heads, attention_bias=biased('.self_attn.'), mlp_bias=biased('.mlp.'),
-                rope_theta=rope.get('rope_theta', 10000.), rope_scaling=scaling, rope_parameters=rope, dtype=name, torch_dtype=name) | {k: getattr(c, k, None) for k in _COPIED}
+    c = head.config
+    rope = _rope(c)
+    scaling = None
+    if rope.get('rope_type', 'default') != 'default':
+        scaling = {name: value for name, value in rope.items() if name != 'rope_theta'}
+    biases = [name for name in head.state_dict() if name.endswith('.bias')]
+    name = str(dtype).removeprefix('torch.')
+    own = dict(
+        architectures=[get_engine(engine).architecture],
+        model_type='llama',
+        num_hidden_layers=1,
+        tie_word_embeddings=False,
+        head_dim=getattr(c, 'head_dim', None) or c.hidden_size // c.num_attention_heads,
+        attention_bias=any('.self_attn.' in bias for bias in biases),
+        mlp_bias=any('.mlp.' in bias for bias in biases),
+        rope_theta=rope.get('rope_theta', 10000.),
+        rope_scaling=scaling,
+        rope_parameters=rope,
+        dtype=name,
+        torch_dtype=name,
+    )
+    return own | {key: getattr(c, key, None) for key in _COPIED}
 
 # %% ../../nbs/7_serving/02_head_export.ipynb #29e6a65b
 def engine_tensors(
@@ -89,12 +144,16 @@ def engine_tensors(
 ) -> dict:  # Name -> tensor, on the CPU
     "Return the tensors that `engine` shall read"
     check_engine(head, engine)
-    own, d = head.state_dict(), head.config.hidden_size
-    out = {k: x for k, x in own.items() if k != 'fc.bias'}
-    if get_engine(engine).fc_bias: out['fc.bias'] = own.get('fc.bias', torch.zeros(d))
-    if 'layers.0.self_attn.q_proj.bias' in own: out.setdefault('layers.0.self_attn.o_proj.bias', torch.zeros(d))  # engines have all four or none
-    out = {k: x.detach().to('cpu', dtype) for k, x in out.items()}
-    for k, x in out.items(): require(bool(x.isfinite().all()), f'the head\'s {k} does not fit into {dtype}', 'export in bf16 or fp32')
+    own = head.state_dict()
+    zeros = torch.zeros(head.config.hidden_size)
+    out = {name: x for name, x in own.items() if name != 'fc.bias'}
+    if get_engine(engine).fc_bias:
+        out['fc.bias'] = own.get('fc.bias', zeros)
+    if 'layers.0.self_attn.q_proj.bias' in own:
+        out.setdefault('layers.0.self_attn.o_proj.bias', zeros)  # engines have all four or none
+    out = {name: x.detach().to('cpu', dtype) for name, x in out.items()}
+    for name, x in out.items():
+        require(bool(x.isfinite().all()), f'the head\'s {name} does not fit into {dtype}', 'export in bf16 or fp32')
     return out
 
 # %% ../../nbs/7_serving/02_head_export.ipynb #d2e324ce
@@ -102,7 +161,8 @@ def token_map(
     ids:torch.Tensor,  # Draft vocabulary `(w,)`
 ) -> bytes:  # Of a file
     "Return a token map as SGLang reads it: a tensor, written by torch.save"
-    out = io.BytesIO(); torch.save(ids.cpu().clone(), out)
+    out = io.BytesIO()
+    torch.save(ids.cpu().clone(), out)
     return out.getvalue()
 
 def read_token_map(
@@ -111,33 +171,49 @@ def read_token_map(
     "Return the ids of a token map without unpickling anything"
     try:
         with zipfile.ZipFile(path) as z:
-            raw = next(n for n in z.namelist() if n.endswith('/data/0'))
+            raw = next(name for name in z.namelist() if name.endswith('/data/0'))
             return torch.frombuffer(bytearray(z.read(raw)), dtype=torch.int64)
-    except (OSError, ValueError, StopIteration, zipfile.BadZipFile) as e: raise DecodingError(f'{path} is no token map ({e}): export the head again.') from e
+    except (OSError, ValueError, StopIteration, zipfile.BadZipFile) as e:
+        raise DecodingError(f'{path} is not a token map ({e}): export the head again.') from e
 
 # %% ../../nbs/7_serving/02_head_export.ipynb #14beaa97
-def written(
+def read_export(
     folder:str|Path,  # An exported head
 ) -> tuple:  # Configuration (dict), name -> tensor
     "Return what `folder` holds, read as any program would"
     folder = Path(folder)
-    try: config, tensors = read_json(folder/'config.json', ''), load_file(folder/'model.safetensors')
-    except (OSError, ValueError, SafetensorError) as e: raise DecodingError(f'cannot read the exported head in {folder} ({e}): export it again.') from e
-    require(isinstance(config, dict), f'cannot read the exported head in {folder} (its config.json holds no settings)', 'export it again')
+    try:
+        config = read_json(folder/'config.json', '')
+        tensors = load_file(folder/'model.safetensors')
+    except (OSError, ValueError, SafetensorError) as e:
+        raise DecodingError(f'cannot read the exported head in {folder} ({e}): export it again.') from e
+    require(isinstance(config, dict),
+            f'cannot read the exported head in {folder} (its config.json holds no settings)',
+            'export it again')
     return config, tensors
+
+def _not_a_config(folder, e):
+    "Return the error for a configuration from which no layer can be built"
+    why = f'{type(e).__name__}: {str(e)[:120]}'
+    return DecodingError(f'{folder}/config.json is not a usable configuration ({why}): export the head again.')
 
 def engine_layer(
     folder:str|Path,  # An exported head
 ) -> tuple:  # Llama layer without input norm, its rotary embedding; weights not loaded yet
     "Return the layer that an engine builds from the written configuration"
-    broken = lambda e: DecodingError(f'{folder}/config.json is no configuration ({type(e).__name__}: {str(e)[:120]}): export the head again.')
-    try: config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as e: raise broken(e) from e  # whatever transformers stumbles over
-    require(config.model_type == 'llama', f'model_type of the exported head is {config.model_type!r} and not \'llama\'', 'export the head again')
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as e:  # whatever transformers stumbles over
+        raise _not_a_config(folder, e) from e
+    require(config.model_type == 'llama',
+            f'model_type of the exported head is {config.model_type!r} and not \'llama\'',
+            'export the head again')
     config._attn_implementation = 'eager'
     try:
-        layer, rotary = LlamaDecoderLayer(config, 0).float().eval(), LlamaRotaryEmbedding(config)
-    except Exception as e: raise broken(e) from e
+        layer = LlamaDecoderLayer(config, 0).float().eval()
+        rotary = LlamaRotaryEmbedding(config)
+    except Exception as e:
+        raise _not_a_config(folder, e) from e
     layer.register_module('input_layernorm', nn.Identity())
     return layer, rotary
 
@@ -146,14 +222,22 @@ def engine_features(
     folder:str|Path,  # An exported head
     e:torch.Tensor,  # Embeddings of the next tokens `(1, t, d)`
     f:torch.Tensor,  # Features `(1, t, d)`
-) -> torch.Tensor:  # Guessed features `(1, t, d)`
+) -> torch.Tensor:  # Drafted features `(1, t, d)`
     "Return what the engines' formulas make of the written head, in fp32"
-    (layer, rotary), (_, tensors), t = engine_layer(folder), written(folder), e.shape[1]
-    w = {k: x.float() for k, x in tensors.items()}
-    layer.load_state_dict({k.removeprefix('layers.0.'): x for k, x in w.items() if k.startswith('layers.0.')})
+    layer, rotary = engine_layer(folder)
+    _, tensors = read_export(folder)
+    w = {name: x.float() for name, x in tensors.items()}
+    prefix = 'layers.0.'
+    layer.load_state_dict({
+        name.removeprefix(prefix): x
+        for name, x in w.items()
+        if name.startswith(prefix)
+    })
+    t = e.shape[1]
     u = nn.functional.linear(torch.cat([e, f], -1), w['fc.weight'], w.get('fc.bias'))
     later = torch.full((1, 1, t, t), torch.finfo(u.dtype).min).triu(1)
-    return layer(u, attention_mask=later, position_embeddings=rotary(u, torch.arange(t)[None]))
+    rotations = rotary(u, torch.arange(t)[None])
+    return layer(u, attention_mask=later, position_embeddings=rotations)
 
 # %% ../../nbs/7_serving/02_head_export.ipynb #116cdc9e
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2**-9, torch.bfloat16: 2**-6}
@@ -168,37 +252,67 @@ def relative_error(
 
 def _check_names(folder, engine, tensors):
     "Refuse a file that does not fill exactly the places that the engine has"
-    e, (layer, _) = get_engine(engine), engine_layer(folder)
-    places = {f'layers.0.{k}': x.shape for k, x in layer.state_dict().items()}
+    e = get_engine(engine)
+    layer, _ = engine_layer(folder)
+    places = {f'layers.0.{name}': tuple(x.shape) for name, x in layer.state_dict().items()}
     d = layer.self_attn.o_proj.out_features
-    places |= {'fc.weight': (d, 2*d)} | ({'fc.bias': (d,)} if e.fc_bias else {})
-    for k, shape in places.items():
-        require(k in tensors, f'the exported head lacks {k}, and {e.title} would leave random numbers there', _AGAIN)
-        require(tensors[k].shape == shape, f'{k} of the exported head is {tuple(tensors[k].shape)} where {e.title} has {tuple(shape)}', _AGAIN)
-    for k in tensors: require(k in places, f'the exported head has {k}, for which {e.title} has no place', _AGAIN)
+    places['fc.weight'] = (d, 2*d)
+    if e.fc_bias:
+        places['fc.bias'] = (d,)
+    for name, shape in places.items():
+        require(name in tensors,
+                f'the exported head lacks {name}, and {e.title} would leave random numbers there',
+                _AGAIN)
+        found = tuple(tensors[name].shape)
+        require(found == shape, f'{name} of the exported head is {found} where {e.title} has {shape}', _AGAIN)
+    for name in tensors:
+        require(name in places, f'the exported head has {name}, for which {e.title} has no place', _AGAIN)
 
 def _check_weights(head, tensors):
     "Refuse weights that are not the head's, and return whether they went in unrounded"
-    own, exact = {k: x.detach().cpu() for k, x in head.state_dict().items()}, True
-    for k, x in tensors.items():
-        require(k in own or not bool(x.any()), f'{k} of the exported head is not zero although the head has none', _AGAIN)
-        require(k not in own or torch.equal(x, own[k].to(x.dtype)), f'{k} of the exported head is not the head\'s', _AGAIN)
-        exact &= k not in own or torch.equal(x.float(), own[k].float())
-    lost = [k for k, x in own.items() if k not in tensors and bool(x.any())]
+    own = {name: x.detach().cpu() for name, x in head.state_dict().items()}
+    exact = True
+    for name, x in tensors.items():
+        if name in own:
+            same = torch.equal(x, own[name].to(x.dtype))
+            require(same, f'{name} of the exported head is not the head\'s', _AGAIN)
+            exact &= torch.equal(x.float(), own[name].float())
+        else:
+            zero = not bool(x.any())
+            require(zero, f'{name} of the exported head is not zero although the head has none', _AGAIN)
+    lost = [name for name, x in own.items() if name not in tensors and bool(x.any())]
     require(not lost, f'the exported head lacks {lost[:1]}', _AGAIN)
     return exact
 
 def _check_config(config, head, engine, tensors):
     "Refuse a configuration in what no feature shows"
-    dtypes = {str(x.dtype).removeprefix('torch.') for x in tensors.values()}
-    want = dict(architectures=[get_engine(engine).architecture], model_type='llama', num_hidden_layers=1, tie_word_embeddings=False, vocab_size=head.config.vocab_size, max_position_embeddings=head.config.max_position_embeddings)
-    for k, v in want.items(): require(config.get(k) == v, f'{k} of the exported head is {config.get(k)!r} and not {v!r}', _AGAIN)
-    require([config.get('dtype')] == [config.get('torch_dtype')] == sorted(dtypes), f'the exported head is called {config.get("dtype")} but holds {sorted(dtypes)}', _AGAIN)
-    for k in ('layer_types', 'sliding_window', 'quantization_config'): require(config.get(k) is None, f'the exported head has {k}, which engines apply in their own way', _AGAIN)
+    want = dict(
+        architectures=[get_engine(engine).architecture],
+        model_type='llama',
+        num_hidden_layers=1,
+        tie_word_embeddings=False,
+        vocab_size=head.config.vocab_size,
+        max_position_embeddings=head.config.max_position_embeddings,
+    )
+    for key, value in want.items():
+        found = config.get(key)
+        require(found == value, f'{key} of the exported head is {found!r} and not {value!r}', _AGAIN)
+    dtypes = sorted({str(x.dtype).removeprefix('torch.') for x in tensors.values()})
+    named = [config.get('dtype')]
+    require(named == [config.get('torch_dtype')] == dtypes,
+            f'the exported head is called {config.get("dtype")} but holds {dtypes}',
+            _AGAIN)
+    for key in ('layer_types', 'sliding_window', 'quantization_config'):
+        require(config.get(key) is None,
+                f'the exported head has {key}, which engines apply in their own way',
+                _AGAIN)
 
 # %% ../../nbs/7_serving/02_head_export.ipynb #cc874129
-TEXT = ('A draft head reads what the model has understood so far and guesses how it will go on. The model then checks all guesses in a single pass and keeps those that it would have written itself, '
-        'so the text is the same and only the time is different. What a guess costs depends on the size of the head, and what it is worth on how often it is right.')
+TEXT = (
+    'A draft head reads what the model has understood so far and predicts how it will go on. The model then verifies all draft '
+    'tokens in a single forward pass and accepts those that it would have generated itself, so the text is the same and only the '
+    'time is different. What a draft token costs depends on the size of the head, and what it is worth on how often it is accepted.'
+)
 
 @torch.no_grad()
 def text_inputs(
@@ -208,19 +322,33 @@ def text_inputs(
     "Return what a head reads of a text"
     ids = torch.tensor(lm.tokenizer(text).input_ids[:min(512, lm.context)])
     require(len(ids) >= 8, f'the text has {len(ids)} tokens', 'give a text of at least 8')
-    f = target_features(lm, [ids])[0]
-    e = target_weights(lm.model).embed[ids.to(f.device)]
-    return e[1:].float().cpu()[None], f[:-1].float().cpu()[None]
+    features = target_features(lm, [ids])[0]
+    embeddings = target_weights(lm.model).embed[ids.to(features.device)]
+    return embeddings[1:].float().cpu()[None], features[:-1].float().cpu()[None]
 
 @torch.no_grad()
 def head_features(
     head:DraftHead,  # In fp32 on the CPU
     e:torch.Tensor,  # Embeddings of the next tokens `(1, t, d)`
     f:torch.Tensor,  # Features `(1, t, d)`
-) -> torch.Tensor:  # Guessed features `(1, t, d)`
+) -> torch.Tensor:  # Drafted features `(1, t, d)`
     "Return what our own head makes of the same inputs"
     t = e.shape[1]
-    return head(e, f, torch.arange(t)[None], torch.ones(1, t, t, dtype=torch.bool).tril())[0]
+    causal = torch.ones(1, t, t, dtype=torch.bool).tril()
+    return head(e, f, torch.arange(t)[None], causal)[0]
+
+def _check_map(folder, head, engine):
+    "Refuse a token map that is not the head's draft vocabulary, or that the engine would not read"
+    file = Path(folder)/MAP
+    if not file.exists():
+        return
+    e = get_engine(engine)
+    require(e.token_map and head.vocab is not None,
+            f'{file.name} is there, which {e.title} does not read for this head',
+            _AGAIN)
+    ids = read_token_map(file)
+    check_vocab(ids, None, head.config.vocab_size)
+    require(torch.equal(ids, head.vocab.cpu()), f'{file.name} is not the head\'s draft vocabulary', _AGAIN)
 
 def check_export(
     folder:str|Path,  # An exported head
@@ -230,25 +358,19 @@ def check_export(
     text:str=TEXT,  # That the target reads
 ) -> dict:  # `tensors`, `slots`, `error` (of the worst slot) and `tolerance`
     "Raise `DecodingError` unless `folder` holds `head` as `engine` reads it: names, weights, configuration, features"
-    config, tensors = written(folder)
+    config, tensors = read_export(folder)
     _check_names(folder, engine, tensors)
     exact = _check_weights(head, tensors)
     _check_config(config, head, engine, tensors)
     _check_map(folder, head, engine)
     e, f = text_inputs(lm, text)
-    error = float(relative_error(engine_features(folder, e, f), head_features(head, e, f)).max())
+    by_engine = engine_features(folder, e, f)
+    error = float(relative_error(by_engine, head_features(head, e, f)).max())
     tolerance = TOLERANCES[torch.float32 if exact else tensors['fc.weight'].dtype]
-    require(error <= tolerance, f'the exported head guesses features that differ by {error:.1e} of their length, more than {tolerance:.1e}', 'report this with the head\'s config.json, and do not serve the folder')
+    require(error <= tolerance,
+            f'the exported head drafts features that differ by {error:.1e} of their length, more than {tolerance:.1e}',
+            'report this with the head\'s config.json, and do not serve the folder')
     return dict(tensors=len(tensors), slots=e.shape[1], error=error, tolerance=tolerance)
-
-def _check_map(folder, head, engine):
-    "Refuse a token map that is not the head's draft vocabulary, or that the engine would not read"
-    file = Path(folder)/MAP
-    if not file.exists(): return
-    require(get_engine(engine).token_map and head.vocab is not None, f'{file.name} is there, which {get_engine(engine).title} does not read for this head', _AGAIN)
-    ids = read_token_map(file)
-    check_vocab(ids, None, head.config.vocab_size)
-    require(torch.equal(ids, head.vocab.cpu()), f'{file.name} is not the head\'s draft vocabulary', _AGAIN)
 
 # %% ../../nbs/7_serving/02_head_export.ipynb #b0d8e353
 MAP = 'hot_tokens.pt'
@@ -256,9 +378,14 @@ EXPORT_FILES = ('config.json', 'model.safetensors', MAP)
 
 def _refuse_other(head_folder, folder):
     "Refuse to replace anything but an earlier export"
-    require(folder.resolve() != Path(head_folder).resolve(), f'{folder} is the folder of the head itself', 'export into a folder of its own')
-    other = sorted(f.name for f in folder.iterdir() if f.name not in EXPORT_FILES) if folder.is_dir() else []
-    require(not other, f'{folder} holds {other[:1]}, which is no part of an exported head', 'export into a folder of its own')
+    require(folder.resolve() != Path(head_folder).resolve(),
+            f'{folder} is the folder of the head itself',
+            'export into a folder of its own')
+    there = folder.iterdir() if folder.is_dir() else []
+    other = sorted(f.name for f in there if f.name not in EXPORT_FILES)
+    require(not other,
+            f'{folder} holds {other[:1]}, which does not belong to an exported head',
+            'export into a folder of its own')
 
 def export_head(
     head_folder:str|Path,  # In our layout
@@ -271,26 +398,43 @@ def export_head(
 ) -> dict:  # What `check_export` found
     "Write a head as `engine` reads it and check what was written; the folder appears when it is right"
     get_engine(engine)
-    folder, head = Path(folder), load_head(head_folder, lm.model, torch.float32).cpu()
+    folder = Path(folder)
+    head = load_head(head_folder, lm.model, torch.float32).cpu()
     dtype = dtype or read_checkpoint(head_folder)[0]['fc.weight'].dtype
     _refuse_other(head_folder, folder)
     with atomic_path(folder) as tmp:
         tmp.mkdir()
-        (tmp/'config.json').write_text(json.dumps(engine_config(head, engine, dtype), indent=2) + '\n', encoding='utf-8')
-        save_tensors(engine_tensors(head, engine, dtype), tmp/'model.safetensors', dict(format='pt', base_fingerprint=json.dumps(fingerprint(lm.model))))
-        if get_engine(engine).token_map and head.vocab is not None and not full: (tmp/MAP).write_bytes(token_map(head.vocab))
-        return check_export(tmp, head, lm, engine, text)
+        config = json.dumps(engine_config(head, engine, dtype), indent=2) + '\n'
+        (tmp/'config.json').write_text(config, encoding='utf-8')
+        about = dict(format='pt', base_fingerprint=json.dumps(fingerprint(lm.model)))
+        save_tensors(engine_tensors(head, engine, dtype), tmp/'model.safetensors', about)
+        if get_engine(engine).token_map and head.vocab is not None and not full:
+            (tmp/MAP).write_bytes(token_map(head.vocab))
+        return check_export(tmp, head, lm, engine, text=text)
 
 # %% ../../nbs/7_serving/02_head_export.ipynb #2232be97
 def serve_command(
     folder:str|Path,  # An exported head
     target:str|Path,  # The model's folder or hub id
     engine:str='vllm',  # vllm or sglang
-    tokens:int=5,  # Guesses a pass
+    tokens:int=5,  # Draft tokens of a forward pass
 ) -> str:  # A shell command
     "Return how to serve `target` with the head in `folder`"
     get_engine(engine)
-    require(tokens >= 1, f'{tokens} guesses a pass', 'ask for at least one')
-    if engine == 'vllm': return f"vllm serve {target} --speculative-config '{json.dumps(dict(method='eagle', model=str(folder), num_speculative_tokens=tokens))}'"
-    hot = f' --speculative-token-map {Path(folder)/MAP}' if (Path(folder)/MAP).exists() else ''
-    return f'python -m sglang.launch_server --model-path {target} --speculative-algorithm EAGLE --speculative-draft-model-path {folder} --speculative-num-steps {tokens} --speculative-eagle-topk 8 --speculative-num-draft-tokens {8 * tokens}{hot}'
+    require(tokens >= 1, f'{tokens} draft tokens of a forward pass', 'ask for at least one')
+    if engine == 'vllm':
+        speculation = dict(method='eagle', model=str(folder), num_speculative_tokens=tokens)
+        return f"vllm serve {target} --speculative-config '{json.dumps(speculation)}'"
+    options = [
+        'python -m sglang.launch_server',
+        f'--model-path {target}',
+        '--speculative-algorithm EAGLE',
+        f'--speculative-draft-model-path {folder}',
+        f'--speculative-num-steps {tokens}',
+        '--speculative-eagle-topk 8',
+        f'--speculative-num-draft-tokens {8 * tokens}',
+    ]
+    hot = Path(folder)/MAP
+    if hot.exists():
+        options.append(f'--speculative-token-map {hot}')
+    return ' '.join(options)

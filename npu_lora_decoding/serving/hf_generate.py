@@ -34,7 +34,7 @@ def generate(*inputs, model, **options):
 
 @dataclass(frozen=True)
 class Settings:
-    "What settings.json says"
+    "The contents of settings.json"
     method:str='cold'  # greedy or cold; sampling is an option of `generate`
     alpha:float=.1  # CoLD's plausibility
     beta:float=.1  # CoLD's strength
@@ -45,14 +45,18 @@ class Settings:
 
     def __post_init__(self):
         target_of(self.method, self.alpha, self.beta)
-        require(self.drafter in (None, *drafters('head' if self.head else None)), f'unknown drafter {self.drafter!r}', f'use {", ".join(drafters("head"))}, those with hass beside a head')
+        known = drafters('head' if self.head else None)
+        require(self.drafter is None or self.drafter in known,
+                f'unknown drafter {self.drafter!r}',
+                f'use {", ".join(drafters("head"))}, those with hass beside a head')
 
 # %% ../../nbs/7_serving/01_hf_generate.ipynb #17cf8d41
 def _copy(source, to, but=()):
     "Copy the files of a folder, without its subfolders and hidden files"
     to.mkdir(exist_ok=True)
-    for f in sorted(Path(source).iterdir()):
-        if f.is_file() and f.name not in but and not f.name.startswith('.'): shutil.copyfile(f, to/f.name)
+    for file in sorted(Path(source).iterdir()):
+        if file.is_file() and file.name not in but and not file.name.startswith('.'):
+            shutil.copyfile(file, to/file.name)
 
 def write_custom_generate(
     out:str|Path,  # Folder: a new one, or a model's
@@ -62,73 +66,118 @@ def write_custom_generate(
     model:str|Path|None=None,  # Model folder to copy in, into a new OUT, for `transformers serve`
 ) -> Path:  # OUT/custom_generate
     "Write the folder that transformers' `custom_generate=` takes; raises `DecodingError` where something else is in its place"
-    out, about = Path(out), asdict(settings) | dict(adapter=adapter is not None, head=head is not None)
+    out = Path(out)
+    about = asdict(settings) | dict(adapter=adapter is not None, head=head is not None)
     Settings(**about)
-    if adapter: read_adapter_config(adapter)
-    if head: read_checkpoint(head)
-    require(model is None or (Path(model)/'config.json').exists(), f'{model} is no model folder', 'give a folder with config.json and its weights')
-    require(model is None or not out.exists(), f'{out} exists already', 'name a new folder for the copy of the model, or leave the model out')
+    if adapter:
+        read_adapter_config(adapter)
+    if head:
+        read_checkpoint(head)
     inside = out/'custom_generate'
-    require(not inside.exists() or (inside/'settings.json').exists(), f'{inside} holds somebody else\'s code', 'choose another folder')
-    with atomic_path(inside if model is None else out) as tmp:
-        if model: _copy(model, tmp, but=('seal.json',))
-        _write(tmp if model is None else tmp/'custom_generate', about, adapter, head)
+    if model:
+        _check_copy(model, out)
+    require(not inside.exists() or (inside/'settings.json').exists(),
+            f'{inside} holds somebody else\'s code',
+            'choose another folder')
+    with atomic_path(out if model else inside) as tmp:
+        if model:
+            _copy(model, tmp, but=('seal.json',))
+        _write(tmp/'custom_generate' if model else tmp, about, adapter, head)
     return inside
+
+def _check_copy(model, out):
+    "Require a model's folder, and a place for its copy"
+    require((Path(model)/'config.json').exists(),
+            f'{model} is not a model folder',
+            'give a folder with config.json and its weights')
+    require(not out.exists(),
+            f'{out} exists already',
+            'name a new folder for the copy of the model, or leave the model out')
 
 def _write(folder, about, adapter, head):
     "Write code, requirements, settings and weights"
     folder.mkdir()
-    (folder/'generate.py').write_text(_CODE); (folder/'requirements.txt').write_text(f'npu_lora_decoding>={npu_lora_decoding.__version__}\n')
+    requirement = f'npu_lora_decoding>={npu_lora_decoding.__version__}'
+    (folder/'generate.py').write_text(_CODE)
+    (folder/'requirements.txt').write_text(requirement + '\n')
     (folder/'settings.json').write_text(json.dumps(about, indent=1) + '\n')
     for name, source in (('adapter', adapter), ('head', head)):
-        if source: _copy(source, folder/name)
+        if source:
+            _copy(source, folder/name)
 
 # %% ../../nbs/7_serving/01_hf_generate.ipynb #ae77ccf2
 def _folder_of(model):
     "Return the folder whose generate.py was called"
     named = intercepted_arguments(model).get('custom_generate')
-    folder = Path(named if isinstance(named, str) else model.name_or_path)/'custom_generate'
-    require((folder/'settings.json').exists(), f'there is no {folder}/settings.json here', 'give the folder that nld custom-generate wrote, as a path; a repository of a hub has to be downloaded first')
+    folder = (
+        Path(named if isinstance(named, str) else model.name_or_path)/'custom_generate'
+    )
+    require((folder/'settings.json').exists(),
+            f'there is no {folder}/settings.json here',
+            'give the folder that nld custom-generate wrote, as a path; a repository of a hub has to be downloaded first')
     return folder
 
 def read_settings(
     folder:Path,  # OUT/custom_generate
 ) -> Settings:
-    "Return the settings in a folder; raises `DecodingError` for a file that says something else"
-    about = read_json(folder/'settings.json', 'write the folder again with nld custom-generate')
+    "Return the settings in a folder; raises `DecodingError` for a file that holds something else"
+    remedy = 'write the folder again with nld custom-generate'
+    about = read_json(folder/'settings.json', remedy)
     kinds:dict = {f.name: f.type for f in fields(Settings)}
-    good = isinstance(about, dict) and all(k in kinds and (isinstance(v, kinds[k]) or kinds[k] is float and type(v) is int) for k, v in about.items())
-    require(good, f'{folder}/settings.json has settings that this version does not know', 'write the folder again with nld custom-generate')
+    known = isinstance(about, dict) and all(
+        _has_kind(value, kinds.get(name)) for name, value in about.items()
+    )
+    require(known, f'{folder}/settings.json has settings that this version does not know', remedy)
     return Settings(**about)
+
+def _has_kind(value, kind):
+    "Return whether a value of a JSON file is of a setting's type; None is the type of a setting that does not exist"
+    if kind is None:
+        return False
+    return isinstance(value, kind) or (kind is float and type(value) is int)
 
 # %% ../../nbs/7_serving/01_hf_generate.ipynb #899d7763
 def _decoder(folder, model):
     "Return the `Decoder` that the settings describe"
-    s = read_settings(folder)
-    bank = AdapterBank(model, [load_adapter(folder/'adapter', model)], ops.lora) if s.adapter else None
-    guess = None if s.drafter is None else drafters(str(folder/'head') if s.head else None)[s.drafter]()
-    return Decoder(target_of(s.method, s.alpha, s.beta), guess, bank=bank, compile=s.compile)
+    settings = read_settings(folder)
+    bank = None
+    if settings.adapter:
+        bank = AdapterBank(model, [load_adapter(folder/'adapter', model)], ops.lora)
+    drafter = None
+    if settings.drafter is not None:
+        head = str(folder/'head') if settings.head else None
+        drafter = drafters(head)[settings.drafter]()
+    target = target_of(settings.method, settings.alpha, settings.beta)
+    return Decoder(target, drafter, bank=bank, compile=settings.compile)
 
 def decoder_of(
     folder:Path,  # OUT/custom_generate
     model,  # transformers causal LM
 ) -> Decoder:
     "Return the decoder of a folder, made once for each model"
-    found, place = folder.stat(), str(folder.resolve())
+    found = folder.stat()
     version = found.st_ino, found.st_mtime_ns, (folder/'settings.json').read_bytes()
     known = vars(model).setdefault('_nld_decoders', {})
-    if place not in known or known[place][0] != version: known[place] = version, _decoder(folder, model)
+    place = str(folder.resolve())
+    if place not in known or known[place][0] != version:
+        known[place] = version, _decoder(folder, model)
     return known[place][1]
 
 # %% ../../nbs/7_serving/01_hf_generate.ipynb #c2f14aaa
 def _with_strings(options, tokenizer):
     "Return the options with `stop_strings` as a criterion"
-    config, strings = options.get('generation_config'), options.get('stop_strings')
-    strings = strings or getattr(config, 'stop_strings', None)
-    if not strings or tokenizer is None: return options  # transformers has a sentence for strings without a tokenizer
-    if config is not None: config = type(config).from_dict(config.to_dict() | dict(stop_strings=None))
-    criteria = [*(options.get('stopping_criteria') or ()), StopStringCriteria(tokenizer, strings)]
-    return {k: v for k, v in options.items() if k != 'stop_strings'} | dict(generation_config=config, stopping_criteria=criteria)
+    config = options.get('generation_config')
+    strings = options.get('stop_strings') or getattr(config, 'stop_strings', None)
+    if not strings or tokenizer is None:
+        return options  # transformers has a message for strings without a tokenizer
+    if config is not None:
+        config = type(config).from_dict(config.to_dict() | dict(stop_strings=None))
+    criteria = [
+        *(options.get('stopping_criteria') or ()),
+        StopStringCriteria(tokenizer, strings),
+    ]
+    rest = {name: value for name, value in options.items() if name != 'stop_strings'}
+    return rest | dict(generation_config=config, stopping_criteria=criteria)
 
 def generate_with(
     model,  # transformers causal LM
@@ -137,9 +186,12 @@ def generate_with(
 ):  # What its `generate` returns
     "Return what `model.generate` gives with the decoder of the folder that was asked for"
     plain = type(model).generate  # where the folder is the model's own, model.generate would call us again
-    if 'custom_generate' in options: return plain(model, *inputs, **options)
-    decoder, tokenizer = decoder_of(_folder_of(model), model), options.pop('tokenizer', None)
+    if 'custom_generate' in options:
+        return plain(model, *inputs, **options)
+    decoder = decoder_of(_folder_of(model), model)
+    tokenizer = options.pop('tokenizer', None)
     tokenizer = getattr(tokenizer, 'tokenizer', tokenizer)  # of a processor
-    short = tokenizer is not None and 'base' in decoder.target.roles and len(tokenizer) < model.config.vocab_size
-    decoder.vocab = len(tokenizer) if short else None
+    decoder.vocab = None
+    if tokenizer is not None and 'base' in decoder.target.roles and len(tokenizer) < model.config.vocab_size:
+        decoder.vocab = len(tokenizer)
     return plain(model, *inputs, **_with_strings(options, tokenizer), custom_generate=decoder)

@@ -99,7 +99,7 @@ gsm8k() {
 # The conversations are part of the repository, so that all heads learn from the same text; the target itself wrote both sides, with the options of `o`. Answers to replay against are written anew; GSM8K's prompts come from the folder,
 # HumanEval's from its package. The shipped head was trained four times, each time from the last head on: at first on the first 5 files, then on 11, on 30, and on all of them. Each run takes an hour or more on two cores: stop it with Ctrl-C and give the command again.
 heads() {
-    job=$runs/heads first=$runs/first_head more=$runs/more_heads most=$runs/most_heads o="--write-batch 96 --user-tokens 64 --heldout 48 --vocab 8192 --tokens 4096" fast="--drawn --remember --step-weights 2,1,1"
+    job=$runs/heads first=$runs/first_head more=$runs/more_heads most=$runs/most_heads o="--write-batch 96 --user-tokens 64 --heldout 48 --vocab 8192 --tokens 4096" fast="--sample-one-step --cache-targets --step-weights 2,1,1"
     for f in $job $first $more $most; do mkdir -p $f; [ -d $f/conversations ] || tar -xJf $heads/conversations.tar.xz -C $f; done
     keep() { for s in "$1"/conversations/shard-*.jsonl; do n=$(basename $s .jsonl); [ $((10#${n#shard-})) -lt $2 ] || rm $s; done; }
     keep $first 5; keep $job 11; keep $more 30
@@ -111,11 +111,11 @@ heads() {
     for f in $job/hass $more/more $most/most; do grep chain_5 $f/log.jsonl | sed "s/^{/{\"run\": \"$(basename $f)\", /"; done > $heads/training.jsonl
     $nld accept $job/hass/last,$more/more/last,$most/most/last $job/heldout,$job/conversations --texts 48 --tree 0 --json $heads/learnt.json
     cp -r $most/most/last/. $heads/smollm2-135m/
-    .venv/bin/torchrun --nproc-per-node 2 $two $most --name full/eagle2 --recipe eagle2 --conversations 21504 --steps 5400 --eval-every 600 --remember $wide  # all that the shipped head had, in one schedule
+    .venv/bin/torchrun --nproc-per-node 2 $two $most --name full/eagle2 --recipe eagle2 --conversations 21504 --steps 5400 --eval-every 600 --cache-targets $wide  # all that the shipped head had, in one schedule
     o="--conversations 5632 $o"
-    for r in hass eagle2 align topk; do $nld train-head $job --name compare/$r --recipe $r --steps 300 --eval-every 100 --remember $o; done
+    for r in hass eagle2 align topk; do $nld train-head $job --name compare/$r --recipe $r --steps 300 --eval-every 100 --cache-targets $o; done
     for r in eagle2 topk align hass; do grep chain_5 $job/compare/$r/log.jsonl | sed "s/^{/{\"head\": \"$r\", /"; done > $heads/recipes_training.jsonl
-    for n in 1 2 3 4 5; do $nld train-head $job --name ablate/n$n --n $n --steps 50 --eval-every 50 $o; done
+    for n in 1 2 3 4 5; do $nld train-head $job --name ablate/n$n --alignment-steps $n --steps 50 --eval-every 50 $o; done
     for w in 0 3; do $nld train-head $job --name ablate/w$w --topk $w --steps 50 --eval-every 50 $o; done
     for k in 1 50; do $nld train-head $job --name ablate/k$k --k $k --steps 50 --eval-every 50 $o; done
     $nld write $job/chat --bare --temperatures 0,1 --seed 1234 --new-tokens 160
@@ -139,7 +139,7 @@ items = king_james().train
 with open(sys.argv[1], 'w') as f:
     for i in items[:3600] + items[10000:10064]: f.write(json.dumps(dict(messages=i.messages + [dict(role='assistant', content=i.answer)])) + '\n')
 P
-    $nld train-head $job --name king_james --data $job/verses.jsonl --adapter $adapters/king_james --init $heads/smollm2-135m --vocab 8192 --steps 600 --tokens 4096 --drawn --remember --step-weights 2,1,1 --eval-every 100 --write-batch 64 --new-tokens 96
+    $nld train-head $job --name king_james --data $job/verses.jsonl --adapter $adapters/king_james --init $heads/smollm2-135m --vocab 8192 --steps 600 --tokens 4096 --sample-one-step --cache-targets --step-weights 2,1,1 --eval-every 100 --write-batch 64 --new-tokens 96
     cp -r $job/king_james/last/. $heads/king_james/
 }
 

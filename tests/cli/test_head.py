@@ -56,9 +56,9 @@ def test_trackers_are_closed_whatever_happens(model, tmp_path, monkeypatch):
     monkeypatch.setattr(mh, 'new_accelerator', tracked)
     go = lambda: run(['train-head', str(tmp_path/'out'), '--model', model, '--data', data, *SMALL])
     go(); assert closed == [True]
-    def train(*_): raise DecodingError('the loss is no number')
+    def train(*_, **__): raise DecodingError('the loss is not finite')
     monkeypatch.setattr(mh, 'train', train)
-    with pytest.raises(DecodingError, match='no number'): go()
+    with pytest.raises(DecodingError, match='not finite'): go()
     assert closed == [True] * 2
 
 def test_runs_share_a_folder_and_an_adapter_counts(model, tmp_path, capsys):
@@ -102,18 +102,36 @@ def test_every_option_of_training_arrives(model, tmp_path, monkeypatch):
     "Each option of `nld train-head` that names a setting, with a value that is not its default"
     import npu_lora_decoding.cli.head as cli_head
     got = []
-    monkeypatch.setattr(cli_head, 'make_head', lambda *args: got.append(args))
-    run(['train-head', str(tmp_path), '--model', model, '--recipe', 'align', '--steps', '7', '--tokens', '99', '--n', '2', '--k', '4', '--topk', '.5', '--feature', '.2', '--step-weights', '2,1', '--drawn', '--remember', '--vocab', '20',
+    monkeypatch.setattr(cli_head, 'make_head', lambda *args, **options: got.append((args, options)))
+    run(['train-head', str(tmp_path), '--model', model, '--recipe', 'align', '--steps', '7', '--tokens', '99', '--alignment-steps', '2', '--k', '4', '--topk', '.5', '--feature', '.2', '--step-weights', '2,1', '--sample-one-step', '--cache-targets', '--vocab', '20',
          '--optimizer', 'adamw', '--lr', '.01', '--noise', '.3', '--row', '64', '--seed', '5', '--save-every', '3', '--eval-every', '2', '--name', 'mine', '--online', '--init', 'old', '--stop-after', '4', '--track', 'tensorboard', '--tree', '8',
          '--conversations', '30', '--heldout', '6', '--write-batch', '9', '--user-tokens', '11', '--new-tokens', '13', '--dtype', 'fp32', '--device', 'cpu'])
-    (_, out, config, source, name, online, tree, init, stop_after, track), = got
-    assert config == HeadTraining(steps=7, tokens=99, n=2, k=4, losses=(('soft_ce', 1.), ('topk', .5)), feature=.2, step_weights=(2., 1.), drawn=True, remember=True, vocab=20, optimizer='adamw', lr=.01, noise=.3, row=64, seed=5,
+    ((_, out, config, source), options), = got
+    assert config == HeadTraining(steps=7, tokens=99, alignment_steps=2, k=4, losses=(('soft_ce', 1.), ('topk', .5)), feature=.2, step_weights=(2., 1.), sample_one_step=True, cache_targets=True, vocab=20, optimizer='adamw', lr=.01, noise=.3, row=64, seed=5,
                                   save_every=3, eval_every=2, precision='no')
-    assert (out, name, online, tree, init, stop_after, track) == (str(tmp_path), 'mine', True, dict(depth=6, top_k=10, nodes=8), 'old', 4, 'tensorboard')
+    assert out == str(tmp_path)
+    assert options == dict(name='mine', online=True, tree=dict(depth=6, top_k=10, nodes=8), init='old', stop_after=4, track='tensorboard')
     assert (source.conversations, source.heldout, source.write.batch, source.write.user_tokens, source.write.new_tokens, source.write.seed) == (30, 6, 9, 11, 13, 5)
 
-def test_drawn_remembered_and_watched(model, tmp_path):
-    argv = ['train-head', str(tmp_path/'out'), '--model', model, '--data', lines(tmp_path/'rows.jsonl', [talk(i) for i in range(20)]), *SMALL, '--drawn', '--remember', '--n', '2', '--step-weights', '2,1']
+@pytest.mark.parametrize('earlier, current, setting', [
+    (['--n', '2'], ['--alignment-steps', '2'], dict(alignment_steps=2)),
+    (['--drawn'], ['--sample-one-step'], dict(sample_one_step=True)),
+    (['--remember'], ['--cache-targets'], dict(cache_targets=True)),
+])
+def test_earlier_names_of_options_work_and_hint(model, tmp_path, monkeypatch, capsys, earlier, current, setting):
+    import npu_lora_decoding.cli.head as cli_head
+    got = []
+    monkeypatch.setattr(cli_head, 'make_head', lambda *args, **options: got.append(args[2]))
+    for options in (earlier, current):
+        run(['train-head', str(tmp_path), '--model', model, *SMALL, *options])
+        hint = capsys.readouterr().err
+        assert (f'{earlier[0]} is now {current[0]}' in hint) == (options is earlier) and hint.count('\n') <= 1
+    assert got[0] == got[1]
+    assert {name: getattr(got[0], name) for name in setting} == setting
+
+
+def test_sampled_cached_and_watched(model, tmp_path):
+    argv = ['train-head', str(tmp_path/'out'), '--model', model, '--data', lines(tmp_path/'rows.jsonl', [talk(i) for i in range(20)]), *SMALL, '--sample-one-step', '--cache-targets', '--alignment-steps', '2', '--step-weights', '2,1']
     run(argv)
     assert (tmp_path/'out'/'last').exists()
     with pytest.raises(DecodingError, match='unknown tracker'): run([*argv, '--track', 'nothing'])

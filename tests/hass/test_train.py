@@ -9,18 +9,19 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file, save_file
 from npu_lora_decoding.foundations import files as core
-from npu_lora_decoding.hass import config as recipe, train as th
+from npu_lora_decoding.hass import config as recipe, train as th, training_step as ts
 from npu_lora_decoding.hass.acceptance import Text, measure_acceptance, target_texts
 from npu_lora_decoding.hass.alignment import aligned_step
 from npu_lora_decoding.hass.chat_data import Example
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.hass.head import DraftHead, draft_rows, target_weights, head_config
 from npu_lora_decoding.hass.checkpoint import load_head
-from npu_lora_decoding.hass.features import OnlineFeatures, draft_vocabulary, plan_epoch
+from npu_lora_decoding.hass.features import Batch, OnlineFeatures, draft_vocabulary, plan_epoch
 from npu_lora_decoding.hass.initialization import plain_copy, random_start
-from npu_lora_decoding.hass.config import RECIPES, HeadTraining
+from npu_lora_decoding.hass.config import RECIPES, RENAMED, HeadTraining
 from npu_lora_decoding.foundations.training import learning_rate
-from npu_lora_decoding.hass.train import start_run, train, train_step
+from npu_lora_decoding.hass.train import start_run, train
+from npu_lora_decoding.hass.training_step import add_noise, train_step, trained_steps
 from helpers.toys import toy_lm
 from helpers.heads import CASES, CONFIG, Kept, LM, STORE, TEXTS, begin, child, noting, toy_examples
 from helpers.processes import TESTS, environment, import_path
@@ -101,7 +102,7 @@ def ctrl_c_at(monkeypatch, place, n):
     def hit():
         count.append(place)
         if len(count) == n: signal.raise_signal(signal.SIGINT)
-    where, name, before = dict(before=(th, 'learning_rate', True), forward=(th, 'distill', False), update=(torch.optim.Muon, 'step', False), save=(th, 'save_state', True))[place]
+    where, name, before = dict(before=(ts, 'learning_rate', True), forward=(ts, 'distill', False), update=(torch.optim.Muon, 'step', False), save=(th, 'save_state', True))[place]
     monkeypatch.setattr(where, name, then(getattr(where, name), before))
 
 @pytest.fixture(scope='module')
@@ -128,11 +129,11 @@ def test_ctrl_c(whole, tmp_path, monkeypatch, capsys, place, n):
 
 def test_second_ctrl_c_leaves_at_once(whole, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        rate = th.learning_rate
+        rate = ts.learning_rate
         def twice(step, c):
             if step == 5: signal.raise_signal(signal.SIGINT); signal.raise_signal(signal.SIGINT)
             return rate(step, c)
-        m.setattr(th, 'learning_rate', twice)
+        m.setattr(ts, 'learning_rate', twice)
         with pytest.raises(KeyboardInterrupt): train(begin(tmp_path), TEXTS)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     back = begin(tmp_path)
@@ -215,7 +216,7 @@ def test_two_processes_are_as_one(tmp_path):
 
 def literal(head, config, rows, numbers, spread, vocab=None):
     "Mean over all kept places of the loss of each alignment step, text by text, nothing in pieces, and the sum that is differentiated"
-    frozen, sums, count = target_weights(LM.model), [0.] * config.n, 0
+    frozen, sums, count = target_weights(LM.model), [0.] * config.alignment_steps, 0
     lm_head = frozen.lm_head if vocab is None else frozen.lm_head[vocab]
     for i in numbers:
         ids, response, f = rows[i]
@@ -223,14 +224,14 @@ def literal(head, config, rows, numbers, spread, vocab=None):
         keep = torch.tensor([bool(j + 2 <= t and response[j+1] and response[j+2]) for j in range(t)])
         e, segments, inputs = frozen.embed[ids[None, 1:]], torch.zeros(1, t, dtype=torch.long), [f[None, :t]]
         rotations, count = head.rotations(torch.arange(t)[None]), count + int(keep.sum())
-        for j in range(config.n):
+        for j in range(config.alignment_steps):
             guess = aligned_step(head, e, inputs, rotations, segments)
             inputs.append(torch.cat([f[None, :1], guess.detach()[:, :-1]], 1))
             q, p = (guess[0] @ lm_head.T).log_softmax(-1), (f[1:] @ lm_head.T).softmax(-1)
             top = torch.zeros_like(p).scatter(1, p.topk(config.k).indices, 1.)
             each = -(p * q).sum(-1) - (p * q * top).sum(-1) + config.feature * F.smooth_l1_loss(guess[0] / spread, f[1:] / spread, reduction='none').mean(-1)
             sums[j] = sums[j] + each[keep].sum()
-    return [s / count for s in sums], sum(w * s / count for w, s in zip(config.step_weights or [1.] * config.n, sums))
+    return [s / count for s in sums], sum(w * s / count for w, s in zip(config.step_weights or [1.] * config.alignment_steps, sums))
 
 def gradients_of(run, step=0):
     "Losses and gradients of one step before they are clipped; no update"
@@ -241,7 +242,7 @@ def gradients_of(run, step=0):
 
 @pytest.mark.parametrize('change', [dict(), dict(row=48, step_weights=(1., .5, .25)), dict(scaled=False, vocab=20)], ids=['texts', 'packed weighted', 'plain draft vocabulary'])
 def test_gradients_are_those_of_the_literal_objective(tmp_path, change):
-    config = replace(CONFIG, n=3, noise=0., chunk=7, **change)
+    config = replace(CONFIG, alignment_steps=3, noise=0., chunk=7, **change)
     vocab = draft_vocabulary(STORE.examples, 20, 97)[:2] if config.vocab else None
     run = begin(tmp_path, config, vocab=vocab)
     numbers = [i for r in plan_epoch(STORE.lengths, config.tokens, 0, 0, config.row or None)[0] for i in r]
@@ -261,7 +262,7 @@ def test_gradients_are_those_of_the_literal_objective(tmp_path, change):
 
 def test_next_feature_training_is_eagle_2(tmp_path):
     "n = 1, nothing of ours but the head: causal attention, two losses, torch's AdamW, clipping and the rate written out"
-    config = replace(CONFIG, n=1, noise=0., scaled=False, start='random', optimizer='adamw', losses=(('soft_ce', 1.),), steps=6)
+    config = replace(CONFIG, alignment_steps=1, noise=0., scaled=False, start='random', optimizer='adamw', losses=(('soft_ce', 1.),), steps=6)
     run = train(begin(tmp_path, config))
     head, frozen, losses = random_start(DraftHead(head_config(LM.model.config)), 0), target_weights(LM.model), []
     opt = torch.optim.AdamW(head.parameters(), betas=(.9, .95), weight_decay=0.)
@@ -309,12 +310,12 @@ def copy_of(run): return begin(run.folder/'none', run.config)
 
 def test_noise_is_uniform_in_units_of_the_spread_and_of_each_text_its_own():
     f, spread = torch.zeros(2, 300, 32), torch.linspace(.5, 8, 32)
-    batch = lambda numbers, t=300: th.Batch(None, f[:len(numbers), :t], None, None, None, numbers)
-    u = th.add_noise(batch(((3,), (4, 5))), .2, spread, 'x') / spread
+    batch = lambda numbers, t=300: Batch(None, f[:len(numbers), :t], None, None, None, numbers)
+    u = add_noise(batch(((3,), (4, 5))), .2, spread, 'x') / spread
     assert u.abs().max() <= .2 and (u.abs().amax((0, 1)) > .19).all() and abs(u.mean()) < .01 and not torch.equal(u[0], u[1])
     # as another process sees it: alone, and with less padding
-    assert torch.equal(th.add_noise(batch(((4, 5),), 200), .2, spread, 'x') / spread, u[1:, :200])
-    assert not torch.equal(th.add_noise(batch(((4, 5),), 200), .2, spread, 'y') / spread, u[1:, :200])
+    assert torch.equal(add_noise(batch(((4, 5),), 200), .2, spread, 'x') / spread, u[1:, :200])
+    assert not torch.equal(add_noise(batch(((4, 5),), 200), .2, spread, 'y') / spread, u[1:, :200])
 
 def test_every_text_once_an_epoch(tmp_path):
     run, seen, plans = begin(tmp_path, replace(CONFIG, row=48)), [], [plan_epoch(STORE.lengths, 120, 0, e, 48) for e in range(3)]
@@ -349,37 +350,37 @@ def test_nan_is_named_and_nothing_is_spoilt(tmp_path, monkeypatch, row, hidden):
     clean = train(begin(tmp_path/'clean', config), TEXTS)
     assert back.losses == clean.losses
 
-def test_what_the_target_says_may_be_remembered(tmp_path):
-    "fp32: the same losses and weights as when it is made anew for every batch; over epochs, packed, and after a stop with an empty memory"
+def test_targets_may_be_cached(tmp_path):
+    "fp32: the same losses and weights as when they are computed again for every batch; over epochs, packed, and after a stop with an empty cache"
     for name, change in dict(rows=dict(), packed=dict(row=48, tokens=96)).items():
         config = replace(CONFIG, steps=12, **change)
-        plain, kept = train(begin(tmp_path/f'{name}1', config), TEXTS), train(begin(tmp_path/f'{name}2', replace(config, remember=True)), TEXTS)
-        assert len(plain.sizes) > 1 and set(kept.memory) == set(range(14)) and plain.losses == kept.losses and same(weights(plain), weights(kept))
-        train(begin(tmp_path/f'{name}3', replace(config, remember=True)), TEXTS, stop_after=7)
-        back = train(begin(tmp_path/f'{name}3', replace(config, remember=True)), TEXTS)
+        plain, kept = train(begin(tmp_path/f'{name}1', config), TEXTS), train(begin(tmp_path/f'{name}2', replace(config, cache_targets=True)), TEXTS)
+        assert len(plain.sizes) > 1 and set(kept.cached_targets) == set(range(14)) and plain.losses == kept.losses and same(weights(plain), weights(kept))
+        train(begin(tmp_path/f'{name}3', replace(config, cache_targets=True)), TEXTS, stop_after=7)
+        back = train(begin(tmp_path/f'{name}3', replace(config, cache_targets=True)), TEXTS)
         assert back.losses == kept.losses and same(weights(back), weights(kept))
 
-def test_remembered_in_half_precision_does_not_depend_on_when(tmp_path):
-    config = replace(CONFIG, steps=12, precision='bf16', remember=True)
+def test_targets_cached_in_half_precision_do_not_depend_on_when(tmp_path):
+    config = replace(CONFIG, steps=12, precision='bf16', cache_targets=True)
     whole = train(begin(tmp_path/'whole', config), TEXTS)
     train(begin(tmp_path/'two', config), TEXTS, stop_after=7)
     assert same(weights(train(begin(tmp_path/'two', config), TEXTS)), weights(whole))
 
-def test_what_is_remembered_does_not_depend_on_the_batch(tmp_path):
+def test_cached_targets_do_not_depend_on_the_batch(tmp_path):
     "Bit for bit, though products of other shapes round in other ways: the same example met alone, in company, and packed"
     found = []
     for tokens, row in ((30, 0), (200, 0), (400, 96)):
-        run = begin(tmp_path/f'{tokens}{row}', replace(CONFIG, precision='bf16', remember=True, tokens=tokens, row=row))
+        run = begin(tmp_path/f'{tokens}{row}', replace(CONFIG, precision='bf16', cache_targets=True, tokens=tokens, row=row))
         for step in range(run._batches(0)):
             batch = run.batch(step); batch.features = batch.features.bfloat16()
-            run.said(batch)
-        found.append(run.memory)
-    assert {x.m.dtype for said in found[0].values() for x in said} == {torch.bfloat16}  # in fp32 it would take twice the memory
+            run.targets(batch)
+        found.append(run.cached_targets)
+    assert {x.m.dtype for example in found[0].values() for x in example} == {torch.bfloat16}  # in fp32 it would take twice the memory
     assert all(torch.equal(getattr(a, k), getattr(b, k)) for other in found[1:] for i in range(14) for a, b in zip(found[0][i], other[i]) for k in ('c', 'm', 'rest'))
 
-def test_a_loss_that_is_not_linear_is_not_remembered(tmp_path):
-    run = train(begin(tmp_path, replace(CONFIG, steps=2, remember=True, losses=(('reverse_kl', 1.),))))
-    assert not run.memory
+def test_a_loss_that_is_not_linear_has_no_cached_targets(tmp_path):
+    run = train(begin(tmp_path, replace(CONFIG, steps=2, cache_targets=True, losses=(('reverse_kl', 1.),))))
+    assert not run.cached_targets
 
 class Noted(GeneralTracker):
     name, requires_logging_directory = 'noted', False
@@ -401,26 +402,26 @@ def test_a_tracker_hears_every_loss_and_measurement(tmp_path):
 def test_a_tracker_that_cannot_track_is_refused(track, message):
     with pytest.raises(DecodingError, match=message): th.new_accelerator(LM, CONFIG, track)
 
-def test_drawn_steps():
+def test_sampled_steps():
     "A pure function of the step, in the shares of the weights; all steps where none is drawn"
-    assert th.drawn_steps(replace(CONFIG, n=3), 5) == [0, 1, 2]
-    config = replace(CONFIG, n=3, drawn=True, step_weights=(1., 0., 3.))
-    drawn = [th.drawn_steps(config, i) for i in range(2000)]
-    assert drawn == [th.drawn_steps(config, i) for i in range(2000)] != [th.drawn_steps(replace(config, seed=1), i) for i in range(2000)] and all(len(d) == 1 for d in drawn)
+    assert trained_steps(replace(CONFIG, alignment_steps=3), 5) == [0, 1, 2]
+    config = replace(CONFIG, alignment_steps=3, sample_one_step=True, step_weights=(1., 0., 3.))
+    drawn = [trained_steps(config, i) for i in range(2000)]
+    assert drawn == [trained_steps(config, i) for i in range(2000)] != [trained_steps(replace(config, seed=1), i) for i in range(2000)] and all(len(d) == 1 for d in drawn)
     assert abs(drawn.count([0]) / 2000 - .25) < .04 and [1] not in drawn
 
-def test_a_drawn_step_has_the_loss_and_the_gradient_of_that_step(tmp_path, monkeypatch):
+def test_a_sampled_step_has_the_loss_and_the_gradient_of_that_step(tmp_path, monkeypatch):
     "Against a run of all steps in which only that one has a weight; a weight says how often a step is drawn, and not how much it counts then"
     taken = {}
     monkeypatch.setattr(Accelerator, 'clip_grad_norm_', lambda self, params, clip: taken.update(grad=[p.grad.clone() for p in params]) or torch.tensor(0.))
     for j in range(3):
-        one, every = (begin(tmp_path/f'{j}{drawn}', replace(CONFIG, n=3, drawn=drawn, step_weights=tuple((3. if drawn else 1.) * (i == j) for i in range(3)))) for drawn in (True, False))
+        one, every = (begin(tmp_path/f'{j}{drawn}', replace(CONFIG, alignment_steps=3, sample_one_step=drawn, step_weights=tuple((3. if drawn else 1.) * (i == j) for i in range(3)))) for drawn in (True, False))
         [loss], grad = train_step(one, 0), taken['grad']
         losses, full = train_step(every, 0), taken['grad']
         torch.testing.assert_close((loss, grad), (losses[j], full), rtol=1e-5, atol=1e-7)
 
-def test_a_run_with_drawn_steps_resumes_to_the_bit(tmp_path):
-    config = replace(CONFIG, drawn=True, n=3)
+def test_a_run_with_sampled_steps_resumes_to_the_bit(tmp_path):
+    config = replace(CONFIG, sample_one_step=True, alignment_steps=3)
     whole = train(begin(tmp_path/'whole', config), TEXTS)
     for stop in (3, 4): back = train(begin(tmp_path/'two', config), TEXTS, stop_after=stop)
     back = train(begin(tmp_path/'two', config), TEXTS)
@@ -433,19 +434,19 @@ def test_memory_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
 
 def test_estimate_grows_with_what_costs_memory():
     head = DraftHead(head_config(LM.model.config))
-    need = lambda rows=97, longest=64, processes=1, **change: th.training_bytes(head, replace(HeadTraining(tokens=4096, chunk=512), **change), rows, longest, processes)
+    need = lambda rows=97, longest=64, processes=1, **change: recipe.training_bytes(head, replace(HeadTraining(tokens=4096, chunk=512), **change), rows, longest, processes)
     base = need()
-    for more in (dict(tokens=8192), dict(chunk=1024), dict(rows=970), dict(longest=256), dict(n=5), dict(precision='no'), dict(optimizer='adamw')): assert need(**more) > base, more
+    for more in (dict(tokens=8192), dict(chunk=1024), dict(rows=970), dict(longest=256), dict(alignment_steps=5), dict(precision='no'), dict(optimizer='adamw')): assert need(**more) > base, more
     assert need(processes=2) < base == need(chunk=512, seed=3) and need(tokens=1, longest=64, chunk=10**9) < base
     assert recipe.free_memory(torch.device('cpu')) > 2**20
 
 def test_longest_row_counts_for_memory(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(th, 'training_bytes', lambda head, config, rows, longest, processes=1, remembered=0: asked.append((rows, longest)) or 1)
+    monkeypatch.setattr(th, 'training_bytes', lambda head, config, rows, longest, processes=1, cached=0: asked.append((rows, longest)) or 1)
     begin(tmp_path); begin(tmp_path, replace(CONFIG, row=200)); begin(tmp_path, replace(CONFIG, vocab=20), vocab=draft_vocabulary(STORE.examples, 20, 97)[:2])
     assert asked == [(97, max(STORE.lengths)), (97, 200), (20, max(STORE.lengths))]
 
-OTHER = dict(steps=10, tokens=121, n=3, drawn=True, remember=True, feature=.1, losses=(('soft_ce', 1.),), k=6, step_weights=(1., .5), vocab=20, optimizer='adamw', lr=1e-3, betas=(.9, .9), clip=1., warmup=.2, noise=.2,
+OTHER = dict(steps=10, tokens=121, alignment_steps=3, sample_one_step=True, cache_targets=True, feature=.1, losses=(('soft_ce', 1.),), k=6, step_weights=(1., .5), vocab=20, optimizer='adamw', lr=1e-3, betas=(.9, .9), clip=1., warmup=.2, noise=.2,
              start='random', scaled=False, row=48, chunk=100, precision='bf16', seed=1, save_every=3, eval_every=5)
 
 def test_other_settings_and_other_data_are_refused(tmp_path):
@@ -458,6 +459,30 @@ def test_other_settings_and_other_data_are_refused(tmp_path):
     with pytest.raises(DecodingError, match='for another target or other conversations: .*another folder'): start_run(LM, STORE, tmp_path, CONFIG, data='other')
     assert begin(tmp_path).done == 1
 
+def with_earlier_names(settings):
+    "Settings as a version before the renaming saved them"
+    earlier = {current: name for name, current in RENAMED.items()}
+    return {earlier.get(name, name): value for name, value in settings.items()}
+
+
+def test_a_run_of_an_earlier_version_is_continued_to_the_bit(whole, tmp_path):
+    train(begin(tmp_path), TEXTS, stop_after=3)
+    file = tmp_path/'state.safetensors'
+    tensors = {name: x.clone() for name, x in load_file(file).items()}
+    with th.safe_open(file, 'pt') as f:
+        meta = f.metadata()
+    old = with_earlier_names(json.loads(meta['config']))
+    assert {'n', 'drawn', 'remember'} <= set(old) and 'alignment_steps' not in old
+    save_file(tensors, file, {**meta, 'config': json.dumps(old)})
+    with pytest.raises(DecodingError, match='holds a run with other settings'):
+        begin(tmp_path, replace(CONFIG, alignment_steps=3))
+    AcceleratorState._reset_state()
+    back = begin(tmp_path)
+    assert back.done == 3
+    train(back, TEXTS)
+    same_files(whole[0], tmp_path)
+
+
 def test_damaged_state_is_refused(tmp_path):
     train(begin(tmp_path), stop_after=1)
     file = tmp_path/'state.safetensors'
@@ -466,24 +491,24 @@ def test_damaged_state_is_refused(tmp_path):
     lost = {k: v for k, v in tensors.items() if k != 'weight/layers.0.post_attention_layernorm.weight'}
     half = {k: v[:1] if k.startswith('weight/') else v for k, v in tensors.items()}
     for damage in (lambda: file.write_bytes(good[:-7]), lambda: file.write_bytes(b''), lambda: file.write_bytes(b'x' * 500), lambda: save_file(tensors, file), lambda: save_file(lost, file, meta),
-                   lambda: save_file(half, file, meta), lambda: save_file(tensors, file, {**meta, 'config': '{'}), lambda: save_file(tensors, file, {k: v for k, v in meta.items() if k != 'step'})):
+                   lambda: save_file(half, file, meta), lambda: save_file(tensors, file, {**meta, 'config': '{'}), lambda: save_file(tensors, file, {**meta, 'config': '[]'}), lambda: save_file(tensors, file, {k: v for k, v in meta.items() if k != 'step'})):
         damage()
         with pytest.raises(DecodingError, match=r'state\.safetensors is damaged .*: remove it to begin again'): begin(tmp_path)
     file.write_bytes(good)
     assert begin(tmp_path).done == 1
 
-@pytest.mark.parametrize('wrong', [dict(steps=0), dict(tokens=0), dict(n=0), dict(save_every=0), dict(eval_every=-1), dict(lr=0.), dict(lr=-1.), dict(lr=math.nan), dict(lr=math.inf), dict(clip=0.), dict(noise=-.1),
-    dict(noise=math.inf), dict(warmup=-.1), dict(warmup=1.), dict(n=3, step_weights=(1., 2.)), dict(n=2, step_weights=(1., -1.)), dict(n=2, step_weights=(0., 0.)), dict(n=2, step_weights=(1., math.nan)), dict(optimizer='sgd'),
+@pytest.mark.parametrize('wrong', [dict(steps=0), dict(tokens=0), dict(alignment_steps=0), dict(save_every=0), dict(eval_every=-1), dict(lr=0.), dict(lr=-1.), dict(lr=math.nan), dict(lr=math.inf), dict(clip=0.), dict(noise=-.1),
+    dict(noise=math.inf), dict(warmup=-.1), dict(warmup=1.), dict(alignment_steps=3, step_weights=(1., 2.)), dict(alignment_steps=2, step_weights=(1., -1.)), dict(alignment_steps=2, step_weights=(0., 0.)), dict(alignment_steps=2, step_weights=(1., math.nan)), dict(optimizer='sgd'),
     dict(precision='fp16'), dict(start='zero'), dict(losses=(('topp', 1.),)), dict(losses=(('topk', -1.),)), dict(losses=(), feature=0.), dict(feature=-1.), dict(k=0), dict(chunk=0), dict(betas=(1., .95)), dict(betas=(.99, .95)),
     dict(betas=(.9,)), dict(betas=(.9, -1.)), dict(vocab=-1), dict(row=-5), dict(steps=2.5), dict(tokens=10.5)], ids=str)
 def test_bad_settings(wrong):
     with pytest.raises(DecodingError, match=': '): HeadTraining(**wrong)
 
 def test_settings_from_a_file_are_the_same():
-    c = HeadTraining(n=2, step_weights=(1., .5), losses=(('topk', .5),))
+    c = HeadTraining(alignment_steps=2, step_weights=(1., .5), losses=(('topk', .5),))
     assert HeadTraining(**json.loads(json.dumps(asdict(c)))) == c
-    for name, recipe in RECIPES.items(): assert HeadTraining(**recipe).n in (1, 3), name
-    assert RECIPES['eagle2'] == dict(n=1, losses=(('soft_ce', 1.),)) and HeadTraining(**RECIPES['hass']) == HeadTraining()
+    for name, recipe in RECIPES.items(): assert HeadTraining(**recipe).alignment_steps in (1, 3), name
+    assert RECIPES['eagle2'] == dict(alignment_steps=1, losses=(('soft_ce', 1.),)) and HeadTraining(**RECIPES['hass']) == HeadTraining()
 
 # ---- what is measured and written
 
@@ -506,7 +531,7 @@ def test_a_head_learns(written, tmp_path):
 
 def test_recorded_acceptance_is_that_of_the_saved_head(written, tmp_path):
     (lm, store, held), tree = written, dict(depth=2, top_k=3, nodes=6)
-    run = train(start_run(lm, store, tmp_path, replace(LEARNING, precision='bf16', steps=45, eval_every=20, vocab=60), draft_vocabulary(store.examples, 60, 76)[:2]), held, tree)
+    run = train(start_run(lm, store, tmp_path, replace(LEARNING, precision='bf16', steps=45, eval_every=20, vocab=60), vocab=draft_vocabulary(store.examples, 60, 76)[:2]), held, tree=tree)
     log = [json.loads(line) for line in (tmp_path/'log.jsonl').read_text().splitlines()]
     assert [r['losses'] for r in log[:45]] == run.losses and [r['step'] for r in log[:45]] == list(range(1, 46)) and log[45:] == run.history and [h['step'] for h in run.history] == [20, 40, 45]
     best, frozen = max(run.history, key=lambda h: h['chain_5']), target_weights(lm.model)  # the first of equals
@@ -528,7 +553,7 @@ def test_texts_that_are_learnt_from_are_measured_apart(written, tmp_path, capsys
     last = run.history[-1]
     assert last['learnt_chain_5'] > last['chain_5'] + .5 and th.evaluate(run, held, None, held)['learnt_chain_5'] == last['chain_5']
     assert [v['learnt_chain_5'] for _, v in noted.rows if 'chain_5' in v] == [h['learnt_chain_5'] for h in run.history]
-    said = f'on text it learns from, chain of 5 {last["learnt_chain_5"]:.2f}'
+    said = f'on training text, chain of 5 {last["learnt_chain_5"]:.2f}'
     assert said in capsys.readouterr().out and said in (tmp_path/'last'/'README.md').read_text()
 
 def test_best_is_the_best_and_stays_it(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ def examples_of(lengths=LENGTHS, seed=0, v=76):
     g = generator(seed)
     return [Example(torch.randint(3, v, (n,), generator=g), torch.arange(n) >= n // 2) for n in lengths]
 
-CONFIG = HeadTraining(steps=9, tokens=120, n=2, precision='no', warmup=.3, noise=.1, k=5, save_every=2, eval_every=4, lr=3e-3)
+CONFIG = HeadTraining(steps=9, tokens=120, alignment_steps=2, precision='no', warmup=.3, noise=.1, k=5, save_every=2, eval_every=4, lr=3e-3)
 
 def toy_examples(n=14, seed=0):
     "Random texts of 8 to 24 tokens, the first 4 of them a prompt"
@@ -49,7 +49,7 @@ TEXTS = [Text(ids, 4, f) for ids, _, f in STORE.rows[:3]]
 
 def begin(folder, config=CONFIG, store=STORE, **options): return start_run(LM, store, folder, config, data='toy', **options)
 
-CASES = dict(texts=CONFIG, packed=replace(CONFIG, row=48, noise=0., n=3), lonely=replace(CONFIG, tokens=30, optimizer='adamw', eval_every=3), drawn=replace(CONFIG, n=3, drawn=True, remember=True))  # a batch of 30 tokens is a single row
+CASES = dict(texts=CONFIG, packed=replace(CONFIG, row=48, noise=0., alignment_steps=3), lonely=replace(CONFIG, tokens=30, optimizer='adamw', eval_every=3), drawn=replace(CONFIG, alignment_steps=3, sample_one_step=True, cache_targets=True))  # a batch of 30 tokens is a single row
 
 def noting(run):
     "Return a list that gets the norm of every step's gradient before it is clipped: Muon, AdamW and clipping all hide its size"

@@ -101,8 +101,8 @@ FAULTS = dict(
     value=(dict(tensors={FC: torch.ones(32, 64)}), "fc.weight of the exported head is not the head's"),
     name=(dict(config=dict(architectures=['EagleModel'])), "architectures of the exported head is .'EagleModel'."),
     family=(dict(config=dict(model_type='mistral')), "model_type of the exported head is 'mistral'"),
-    no_family=(dict(config=dict(model_type='absent')), 'config.json is no configuration'),
-    unknown=(dict(config=dict(model_type='eagle')), 'config.json is no configuration'),
+    no_family=(dict(config=dict(model_type='absent')), 'config.json is not a usable configuration'),
+    unknown=(dict(config=dict(model_type='eagle')), 'config.json is not a usable configuration'),
     layers=(dict(config=dict(num_hidden_layers=2)), 'num_hidden_layers of the exported head is 2'),
     tied=(dict(config=dict(tie_word_embeddings=True)), 'tie_word_embeddings of the exported head is True'),
     words=(dict(config=dict(vocab_size=98)), 'vocab_size of the exported head is 98'),
@@ -190,7 +190,7 @@ def test_token_map(tmp_path, lm):
     file.write_bytes(token_map(torch.tensor([1, 1])))
     with pytest.raises(DecodingError, match='twice'): check_export(tmp_path/'out', head, lm, 'sglang')
     file.write_bytes(b'')
-    with pytest.raises(DecodingError, match='is no token map'): check_export(tmp_path/'out', head, lm, 'sglang')
+    with pytest.raises(DecodingError, match='is not a token map'): check_export(tmp_path/'out', head, lm, 'sglang')
     export_head(folder, tmp_path/'out', lm, 'sglang', full=True)
     assert not file.exists() and 'hot_tokens.pt' not in serve_command(tmp_path/'out', 'm', 'sglang')
     export_head(folder, tmp_path/'out', lm, 'vllm')
@@ -242,7 +242,7 @@ def test_the_line_to_type(tmp_path):
     line = serve_command('out', 'target', tokens=3)
     assert json.loads(line.partition("'")[2][:-1]) == dict(method='eagle', model='out', num_speculative_tokens=3) and line.startswith('vllm serve target --speculative-config ')
     assert serve_command('out', 'target', 'sglang', 4) == 'python -m sglang.launch_server --model-path target --speculative-algorithm EAGLE --speculative-draft-model-path out --speculative-num-steps 4 --speculative-eagle-topk 8 --speculative-num-draft-tokens 32'
-    with pytest.raises(DecodingError, match='0 guesses a pass'): serve_command('out', 'target', tokens=0)
+    with pytest.raises(DecodingError, match='0 draft tokens of a forward pass'): serve_command('out', 'target', tokens=0)
 
 @pytest.fixture(scope='module')
 def check():
