@@ -124,7 +124,7 @@ class Run:
         if all(name != 'frequency_topk' for name, _ in self.config.losses):
             return None
         if self.head.counts is None:
-            raise DecodingError('frequency_topk weighs tokens by how often they occur: train with a draft vocabulary (vocab).')
+            raise DecodingError('frequency_topk needs the counts of a draft vocabulary: give a size for vocab.')
         return token_weights(self.head.counts)
 
     def batch(self, step):
@@ -207,7 +207,8 @@ def _backward(run, batch, step):
         if j in steps:
             with contextlib.nullcontext() if last else acc.no_sync(run.model):
                 drafted, loss, _ = run.model(e, inputs, batch, targets)
-                acc.backward(loss * _weight(c, j) * share * acc.num_processes)  # data parallelism takes the mean over processes
+                # data parallelism takes the mean over processes
+                acc.backward(loss * _weight(c, j) * share * acc.num_processes)
             losses.append(loss.detach() * share)
         else:
             with torch.no_grad(), acc.autocast():
