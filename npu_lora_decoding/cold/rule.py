@@ -8,6 +8,7 @@ __all__ = ['CoLD', 'cold_two_pass']
 # %% ../../nbs/2_cold/01_rule.ipynb #0dbca4ef
 from dataclasses import dataclass
 import torch
+from fastcore.basics import patch
 from transformers import DynamicCache, PreTrainedModel
 from ..foundations import ops
 from ..foundations.errors import require
@@ -18,14 +19,14 @@ from ..decoding.sampling import Target, check_finite
 # %% ../../nbs/2_cold/01_rule.ipynb #8337673b
 def _column(x, e):
     "Return a float, or one value for each sequence, as a tensor that broadcasts over logits `e` `(b, ..., v)`"
-    if isinstance(x, (int, float)): return torch.full([1] * e.dim(), x, dtype=torch.float32, device=e.device)  # made there: a copy would wait for the device
-    x = torch.as_tensor(x, dtype=torch.float32, device=e.device).reshape(-1, *[1] * (e.dim()-1))
-    require(len(x) in (1, len(e)), f'there are {len(x)} values of alpha or beta for {len(e)} sequences', 'give one number, or one for each sequence')
+    like = dict(dtype=torch.float32, device=e.device)
+    if isinstance(x, (int, float)): return torch.full([1] * e.dim(), x, **like)  # made there: a copy would wait for the device
+    x = torch.as_tensor(x, **like).reshape(-1, *[1] * (e.dim()-1))
+    require(
+        len(x) in (1, len(e)),
+        f'there are {len(x)} values of alpha or beta for {len(e)} sequences',
+        'give one number, or one for each sequence')
     return x
-
-def _alike(expert, base):
-    "Return both as a kernel reads them: whole rows of one dtype; a constraint may have made the expert's fp32, and padded vocabulary cut the rows"
-    return expert.contiguous(), base.to(expert.dtype).contiguous()
 
 @dataclass(frozen=True)
 class CoLD(Target):
@@ -35,45 +36,59 @@ class CoLD(Target):
     roles = ('expert', 'base')
 
     def __post_init__(self):
-        al, be = (torch.as_tensor(x, dtype=torch.float32).reshape(-1) for x in (self.alpha, self.beta))
-        require(bool(((al > 0) & (al <= 1)).all()), f'alpha is {self.alpha}', 'choose it above 0 and up to 1')
-        require(bool(be.isfinite().all()), f'beta is {self.beta}', 'choose a finite number, for example 0.2')
+        alpha = torch.as_tensor(self.alpha, dtype=torch.float32)
+        beta = torch.as_tensor(self.beta, dtype=torch.float32)
+        in_range = (alpha > 0) & (alpha <= 1)
+        require(bool(in_range.all()), f'alpha is {self.alpha}', 'choose it above 0 and up to 1')
+        require(bool(beta.isfinite().all()), f'beta is {self.beta}', 'choose a finite number, for example 0.2')
 
     def check(self, b):
-        "Raise `DecodingError` unless there is one value of each dial, or one for each of `b` sequences"
+        "Raise `DecodingError` unless there is one alpha and one beta, or one of each for each of `b` sequences"
         for x in (self.alpha, self.beta): _column(x, torch.empty(b, 0))
 
     def of(self, b):
         "Return the target of sequence `b` alone"
-        pick = lambda x: x if isinstance(x, (int, float)) else x[b if len(x) > 1 else 0]
+        def pick(x):
+            if isinstance(x, (int, float)): return x
+            return x[b if len(x) > 1 else 0]
         return CoLD(pick(self.alpha), pick(self.beta))
 
     def plausible(self, expert):
         "Return the plausible set of logits `(b, ..., v)`, as bool"
-        return expert.float() >= _column(self.alpha, expert).log() + expert.float().amax(-1, keepdim=True)
+        expert = expert.float()
+        return expert >= _column(self.alpha, expert).log() + expert.amax(-1, keepdim=True)
 
-    def combine(self,
-        expert:torch.Tensor,  # Logits `(b, ..., v)`
-        base:torch.Tensor,  # Logits `(b, ..., v)`
-    ) -> torch.Tensor:  # `(b, ..., v)` fp32, minus infinity outside the plausible set
-        "Return the contrastive scores; raises `DecodingError` naming a row whose best logit is NaN or infinite"
-        for who, x in (('expert', expert), ('base', base)): check_finite(who, ~x.amax(-1).isfinite())
-        return ops.cold_scores(*_alike(expert, base), _column(self.alpha, expert), _column(self.beta, expert))
+# %% ../../nbs/2_cold/01_rule.ipynb #b03cce2d
+def _alike(expert, base):
+    "Return both as a kernel reads them: whole rows of one dtype"
+    # A constraint may have made the expert's fp32, and padded vocabulary cut the rows
+    return expert.contiguous(), base.to(expert.dtype).contiguous()
 
-    def select(self,
-        expert:torch.Tensor,  # Logits `(b, ..., v)`
-        base:torch.Tensor,  # Logits `(b, ..., v)`
-    ) -> torch.Tensor:  # Token of each row `(b, ...)`
-        "Return the best token of each row in one pass over its logits"
-        token = ops.cold_select(*_alike(expert, base), _column(self.alpha, expert), _column(self.beta, expert))
-        check_finite('expert or base', token < 0)
-        return token
+@patch
+def combine(self:CoLD,
+    expert:torch.Tensor,  # Logits `(b, ..., v)`
+    base:torch.Tensor,  # Logits `(b, ..., v)`
+) -> torch.Tensor:  # `(b, ..., v)` fp32, minus infinity outside the plausible set
+    "Return the contrastive scores; raises `DecodingError` naming a row whose best logit is NaN or infinite"
+    for who, x in (('expert', expert), ('base', base)): check_finite(who, ~x.amax(-1).isfinite())
+    return ops.cold_scores(*_alike(expert, base), _column(self.alpha, expert), _column(self.beta, expert))
 
-# %% ../../nbs/2_cold/01_rule.ipynb #1708e3dd
-def _pass(model, bank, adapter, ids, mask, cache):
-    "Return the last position's logits `(b, v)` of one pass with (0) or without (-1) the adapter"
+@patch
+def select(self:CoLD,
+    expert:torch.Tensor,  # Logits `(b, ..., v)`
+    base:torch.Tensor,  # Logits `(b, ..., v)`
+) -> torch.Tensor:  # Token of each row `(b, ...)`
+    "Return the best token of each row"
+    token = ops.cold_select(*_alike(expert, base), _column(self.alpha, expert), _column(self.beta, expert))
+    check_finite('expert or base', token < 0)
+    return token
+
+# %% ../../nbs/2_cold/01_rule.ipynb #ffc5d61d
+def _last_logits(model, bank, adapter, ids, *, mask, cache):
+    "Return the last position's logits `(b, v)` of one forward pass with (0) or without (-1) the adapter"
+    positions = positions_of(mask)[:, -ids.shape[1]:]
     with bank.attached([adapter] * len(ids)):
-        return last_logits(model, ids, attention_mask=mask, position_ids=positions_of(mask)[:, -ids.shape[1]:], past_key_values=cache)[:, -1]
+        return last_logits(model, ids, attention_mask=mask, position_ids=positions, past_key_values=cache)[:, -1]
 
 @torch.no_grad()
 def cold_two_pass(
@@ -81,19 +96,24 @@ def cold_two_pass(
     bank:AdapterBank,  # Its adapter is id 0
     ids:torch.Tensor,  # Prompts `(b, t)`, padded left
     mask:torch.Tensor,  # `(b, t)`
-    new_tokens:int,  # Tokens to write
-    target:CoLD=CoLD(),  # The dials
+    new_tokens:int,  # Most tokens to add
+    target:CoLD=CoLD(),  # Alpha and beta
     eos_ids:tuple=(),  # Tokens that end a sequence
-    pad_id:int=0,  # Written after the end
+    pad_id:int=0,  # Appended after the end
     vocab:int|None=None,  # Columns of the logits that are tokens; None: all
 ) -> torch.Tensor:  # `(b, t + n)`
-    "Return greedy CoLD decoding by two passes a step: the oracle"
-    caches, done, new = (DynamicCache(config=model.config), DynamicCache(config=model.config)), torch.zeros(len(ids), dtype=torch.bool, device=ids.device), ids
+    "Return greedy CoLD decoding by two forward passes a step: the reference"
+    caches = {adapter: DynamicCache(config=model.config) for adapter in (0, -1)}
+    eos = torch.tensor(list(eos_ids), device=ids.device)
+    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    new = ids
     for _ in range(new_tokens):
-        expert, base = (_pass(model, bank, k, new, mask, c) for k, c in zip((0, -1), caches))
-        token = target.combine(expert[:, :vocab], base[:, :vocab]).argmax(-1).masked_fill(done, pad_id)
-        done = done | torch.isin(token, torch.tensor(list(eos_ids), device=ids.device))
+        logits = [_last_logits(model, bank, adapter, new, mask=mask, cache=cache) for adapter, cache in caches.items()]
+        expert, base = (x[:, :vocab] for x in logits)
+        token = target.combine(expert, base).argmax(-1).masked_fill(done, pad_id)
+        done = done | torch.isin(token, eos)
         new = token[:, None]
-        ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
+        ids = torch.cat([ids, new], 1)
+        mask = torch.cat([mask, torch.ones_like(new)], 1)
         if done.all(): break
     return ids

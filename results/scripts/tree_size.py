@@ -53,7 +53,9 @@ def predicted_tau(lm, head, prompts, answers):
 
 def costs(lm, prompt, n):
     "Return seconds of a pass of each size, measured as a drafter does it at load"
-    rows = CompiledRunner(lm.model, ('expert',), 1, len(prompt) + n, max(SIZES), True, DEPTH)
+    rows = CompiledRunner(
+        lm.model, ('expert',), 1, len(prompt) + n,
+        draft_capacity=max(SIZES), keep_hidden=True, max_draft_depth=DEPTH)
     with torch.no_grad():
         rows.prefill(prompt[None], torch.ones_like(prompt)[None])
         return pass_seconds(rows, (1, *SIZES), rounds=15)

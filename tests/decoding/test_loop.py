@@ -246,7 +246,7 @@ def test_one_streamer_a_call(llama):
     n = len(first.got)
     generate(llama, *prompts((5,)), decoder); assert len(first.got) == n  # nothing is kept from call to call
 
-@pytest.mark.parametrize('what,kw', [('let a drafter guess', lambda m: dict(assistant_model=m)), ('leave synced_gpus out', lambda m: dict(synced_gpus=True)), ('leave use_mtp out', lambda m: dict(use_mtp=True))])
+@pytest.mark.parametrize('what,kw', [('use a drafter', lambda m: dict(assistant_model=m)), ('leave synced_gpus out', lambda m: dict(synced_gpus=True)), ('leave use_mtp out', lambda m: dict(use_mtp=True))])
 def test_what_transformers_keeps_back_is_refused(llama, peft, what, kw):
     for model in (llama, peft):
         with pytest.raises(DecodingError, match=what): generate(model, *prompts((5,)), Decoder(), **kw(llama))

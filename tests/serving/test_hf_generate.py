@@ -77,7 +77,7 @@ def test_what_else_is_asked_reaches_the_loop(tmp_path, capsys):
     early = lambda ids, scores, **kw: torch.full((len(ids),), ids.shape[1] >= 7)  # a criterion beside the strings counts too
     assert model.generate(ids, stopping_criteria=[early], stop_strings=['never written'], **options(lm))[0, 5:].tolist() == free[:2]
     assert model.generate(ids, custom_generate=lambda model, input_ids, **kw: input_ids, **options(lm)).tolist() == ids.tolist()
-    with pytest.raises(DecodingError, match='let a drafter guess'): model.generate(ids, assistant_model=toy_model(), **options(lm))
+    with pytest.raises(DecodingError, match='use a drafter'): model.generate(ids, assistant_model=toy_model(), **options(lm))
     with pytest.raises(ValueError, match='max_new_tokns'): model.generate(ids, max_new_tokns=3)
 
 def test_no_code_runs_without_trust(lm, home, tmp_path):

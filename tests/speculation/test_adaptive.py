@@ -87,7 +87,7 @@ def test_measuring_leaves_no_trace(monkeypatch, static, keeps):
         for a, b in zip(before, held(), strict=True): assert torch.equal(a, b)
         got = rows.forward(tree)[0]
         for b in range(2):
-            twin = BatchRunner(model, ('expert',), 1, 30, 8); seen = held()
+            twin = BatchRunner(model, ('expert',), 1, 30, draft_capacity=8); seen = held()
             twin.cache.update(seen[0][b:b+1, :, valid[b]], seen[1][b:b+1, :, valid[b]], 0); twin.cache.update(seen[2][b:b+1, :, valid[b]], seen[3][b:b+1, :, valid[b]], 1)
             twin.valid = torch.ones(1, int(valid[b].sum()), dtype=torch.bool)
             real = tree.parents[b] >= -1

@@ -405,7 +405,7 @@ def test_one_sequence_ends_long_before_the_others(llama, rows, naps):
 @pytest.mark.parametrize('ended', [100, 239])
 def test_many_slots_beside_an_ended_sequence(llama, rows, ended):
     "The head's cache alone: 40 new slots of one sequence, none of another that has ended"
-    guesses = HASS(llama.folder).bind(CompiledRunner(llama.model, ('expert',), 2, 240, 16, True, 5))
+    guesses = HASS(llama.folder).bind(CompiledRunner(llama.model, ('expert',), 2, 240, draft_capacity=16, keep_hidden=True, max_draft_depth=5))
     guesses.cache.length.copy_(torch.tensor([ended, 60]))
     f, follows, count = guesses._catch_up(torch.randn(2, 40, 32), torch.arange(80).view(2, 40) % 23, torch.tensor([0, 40]))
     assert guesses.cache.length.tolist() == [ended, 99] and follows[1].tolist() == [79 % 23] and count.tolist() == [[False], [True]]
@@ -428,11 +428,11 @@ def test_sampled_guesses_follow_the_distribution(small, target, kw):
 
 def test_a_rule_that_prefers_guesses_is_found_out(small, monkeypatch):
     "A bug that the test above must see: the first guess is drawn twice as often as it should be"
-    choose = decode_module.choose
+    choose = decode_module.choose_tokens
     def leaning(target, tree, logits, state, rules):
         if tree.size > 1: logits = (logits[0].clone(), *logits[1:]); logits[0][:, 0].scatter_add_(1, tree.tokens[:, 1:2], torch.full_like(logits[0][:, 0, :1], math.log(2)))
         return choose(target, tree, logits, state, rules)
-    monkeypatch.setattr(decode_module, 'choose', leaning)
+    monkeypatch.setattr(decode_module, 'choose_tokens', leaning)
     counts, p, _ = sampled(small, PLAIN, HASS(small.folder, **TREE), 1500)
     got, limit = chi_square(counts, p, 1500)
     assert got > limit

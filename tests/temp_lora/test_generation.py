@@ -153,7 +153,7 @@ def test_an_abandoned_stream_leaves_no_trace():
     model = plain_model(); before = traces(model)
     from npu_lora_decoding.decoding.sampling import SamplingRules
     ids = PROMPT[None, :21]
-    steps = Decoder(memory=replace(STILL, lr=.01)).steps(model, ids, torch.ones_like(ids), SamplingRules(), 80, 0)
+    steps = Decoder(memory=replace(STILL, lr=.01)).steps(model, ids, torch.ones_like(ids), rules=SamplingRules(), max_length=80, pad_id=0)
     for _ in range(15): next(steps)
     steps.close()
     assert traces(model) == before
