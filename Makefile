@@ -27,8 +27,8 @@ lab: $(READY) ## Open the notebooks in JupyterLab
 notebooks: $(READY) ## Run every notebook in place and store its outputs
 	.venv/bin/python tools/run_notebooks.py
 
-readme: $(READY) ## Write README.md from nbs/index.ipynb
-	.venv/bin/python tools/readme.py > README.md.new && mv README.md.new README.md
+readme: $(READY) ## Make README.md, docs/pages/ and the chapters' lists from their notebooks
+	.venv/bin/python tools/make_pages.py
 
 style: $(READY) ## Count long lines, crowded calls and private words (tools/style.py --list names them)
 	.venv/bin/python tools/style.py
@@ -39,8 +39,8 @@ mutants: $(READY) ## Plant bugs and see which ones no test finds (MODULE=hass.lo
 site: $(READY) ## Build the documentation site into docs/_build/site, offline, and check it
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash docs/run
 
-results: $(READY) ## Make the files under results/ again (DATA=folder adds the tasks that need files)
-	bash results/scripts/make.sh $(DATA)
+results: $(READY) ## Make one file under results/ again: NAME=speed_compiled; without NAME list them (results/README.md)
+	bash results/scripts/make.sh "$(NAME)" $(DATA)
 
 kernels: ## Verify the Ascend kernels, in an environment of their own (kernels/README.md)
 	bash kernels/verify/run
@@ -49,5 +49,5 @@ vllm: ## Serve the shipped draft head in vLLM on a CPU and compare, in an enviro
 	bash tests/vllm-cpu/run
 
 clean: ## Remove .venv and everything else that was built
-	rm -rf .venv kernels/verify/.venv tests/vllm-cpu/.venv docs/.venv docs/_build .check.* build dist *.egg-info .pytest_cache .mypy_cache .hypothesis README.md.new
+	rm -rf .venv kernels/verify/.venv tests/vllm-cpu/.venv docs/.venv docs/_build .check.* build dist *.egg-info .pytest_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
