@@ -105,7 +105,8 @@ def heading(
     nb:dict,  # Parsed notebook
 ) -> tuple:  # Title, and the one line below it, or ''
     "Return the title of a notebook and its summary"
-    first = joined(nb['cells'][0]['source']).splitlines()
-    title = first[0].lstrip('# ')
-    summary = next((line[1:].strip() for line in first if line.startswith('>')), '')
+    texts = [joined(cell['source']) for cell in nb['cells'] if cell['cell_type'] == 'markdown']
+    lines = texts[0].strip().splitlines()
+    title = lines[0].lstrip('# ')
+    summary = next((line[1:].strip() for line in lines if line.startswith('>')), '')
     return title, summary

@@ -270,7 +270,7 @@ memory_ablation() {
 
 writing="--write-batch 96 --user-tokens 64 --heldout 48 --vocab 8192"
 steps="$writing --tokens 4096" wide="$writing --tokens 8192"
-fast="--drawn --remember --step-weights 2,1,1"
+fast="--sample-one-step --cache-targets --step-weights 2,1,1"
 job=$runs/heads first=$runs/first_head more=$runs/more_heads most=$runs/most_heads
 two="$torchrun --nproc-per-node 2 --no-python $nld"
 
@@ -325,7 +325,7 @@ acceptance() {
 eagle2_full() {
     answers
     unpacked $most 999
-    $two train-head $most --name full/eagle2 --recipe eagle2 --conversations 21504 --steps 5400 --eval-every 600 --remember $wide
+    $two train-head $most --name full/eagle2 --recipe eagle2 --conversations 21504 --steps 5400 --eval-every 600 --cache-targets $wide
     $nld accept $most/full/eagle2/last $sets --texts 40 --new-tokens 128 --json $heads/eagle2_full.json
 }
 
@@ -333,7 +333,7 @@ recipes() {
     local recipe
     answers
     for recipe in hass eagle2 align topk; do
-        $nld train-head $job --name compare/$recipe --recipe $recipe --steps 300 --eval-every 100 --remember --conversations 5632 $steps
+        $nld train-head $job --name compare/$recipe --recipe $recipe --steps 300 --eval-every 100 --cache-targets --conversations 5632 $steps
     done
     for recipe in eagle2 topk align hass; do
         grep chain_5 $job/compare/$recipe/log.jsonl | sed "s/^{/{\"head\": \"$recipe\", /"
@@ -345,7 +345,7 @@ recipes() {
 ablations() {
     local n w k short="--steps 50 --eval-every 50 --conversations 5632 $steps"
     unpacked $job 11
-    for n in 1 2 3 4 5; do $nld train-head $job --name ablate/n$n --n $n $short; done
+    for n in 1 2 3 4 5; do $nld train-head $job --name ablate/n$n --alignment-steps $n $short; done
     for w in 0 3; do $nld train-head $job --name ablate/w$w --topk $w $short; done
     for k in 1 50; do $nld train-head $job --name ablate/k$k --k $k $short; done
     $nld accept "$(ls -d $job/ablate/*/last | paste -sd,)" $job/heldout --tree 0 --json $heads/ablations.json
