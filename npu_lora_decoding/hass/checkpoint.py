@@ -19,22 +19,43 @@ from .head import DraftHead, HEAD_FAMILIES, check_family, check_vocab, target_we
 
 # %% ../../nbs/3_hass/02_checkpoint.ipynb #7e022c2e
 HEAD_FILES = ('config.json', 'model.safetensors', 'draft_vocab.safetensors', 'README.md')
+_PRIVATE = ('_name_or_path', 'quantization_config')  # our paths, and the target's packing
 
 def _config_json(head, dtype, extra):
     "Return the head's configuration as plain JSON, readable by old and new transformers"
-    config = {k: v for k, v in head.config.to_dict().items() if k not in ('_name_or_path', 'quantization_config')}  # neither our paths nor the target's packing
+    config = head.config.to_dict()
+    for name in _PRIVATE: config.pop(name, None)
     theta = (config.get('rope_parameters') or {}).get('rope_theta')
     if theta is not None: config['rope_theta'] = theta  # where transformers 4 looks for it
-    return json.dumps(config | dict(dtype=str(dtype).removeprefix('torch.')) | (extra or {}), indent=2) + '\n'
+    config['dtype'] = str(dtype).removeprefix('torch.')
+    return json.dumps(config | (extra or {}), indent=2) + '\n'
 
 def _head_tensors(head, target, dtype, embed, fc_bias):
     "Return the tensors of the checkpoint, on the CPU"
     out = dict(head.state_dict())
-    if fc_bias and head.fc.bias is None: out['fc.bias'] = torch.zeros_like(head.fc.weight[:, 0])
+    if fc_bias and head.fc.bias is None:
+        out['fc.bias'] = torch.zeros_like(head.fc.weight[:, 0])
     if embed: out['embed_tokens.weight'] = target_weights(target).embed
     out = {k: x.detach().to('cpu', dtype) for k, x in out.items()}
-    for k, x in out.items(): require(bool(x.isfinite().all()), f'the head\'s {k} is not finite in {dtype}', 'train it again with a lower learning rate, or save in fp32')
+    for k, x in out.items():
+        require(
+            bool(x.isfinite().all()),
+            f'the head\'s {k} is not finite in {dtype}',
+            'train it again with a lower learning rate, or save in fp32')
     return out
+
+def _check_folder(folder):
+    "Raise `DecodingError` for a folder that holds something else than a head"
+    if not folder.is_dir(): return
+    other = sorted(f.name for f in folder.iterdir() if f.name not in HEAD_FILES)
+    problem = f'{folder} holds {other[:1]}, which does not belong to a head'
+    require(not other, problem, 'save the head into a folder of its own')
+
+def _save_vocab(head, file):
+    "Write the draft vocabulary, and its counts where they are known"
+    tensors = dict(ids=head.vocab)
+    if head.counts is not None: tensors['counts'] = head.counts
+    save_tensors(tensors, file, dict(format='pt'))
 
 def save_head(
     head:DraftHead,  # The head
@@ -46,107 +67,189 @@ def save_head(
     extra:dict|None=None,  # More keys of `config.json`
 ) -> Path:  # `folder`
     "Write a head in the layout of EAGLE and HASS, with its draft vocabulary and the fingerprint of its target; atomic"
-    folder, tensors = Path(folder), _head_tensors(head, target, dtype, embed, fc_bias)
-    other = sorted(f.name for f in folder.iterdir() if f.name not in HEAD_FILES) if folder.is_dir() else []
-    require(not other, f'{folder} holds {other[:1]}, which is no part of a head', 'save the head into a folder of its own')
-    if head.vocab is not None: check_vocab(head.vocab, head.counts, target_weights(target).embed.shape[0])
+    folder = Path(folder)
+    tensors = _head_tensors(head, target, dtype, embed=embed, fc_bias=fc_bias)
+    _check_folder(folder)
+    if head.vocab is not None:
+        v = target_weights(target).embed.shape[0]
+        check_vocab(head.vocab, head.counts, v)
+    metadata = dict(format='pt', base_fingerprint=json.dumps(fingerprint(target)))
     with atomic_path(folder) as tmp:
         tmp.mkdir()
         (tmp/'config.json').write_text(_config_json(head, dtype, extra), encoding='utf-8')
-        save_tensors(tensors, tmp/'model.safetensors', dict(format='pt', base_fingerprint=json.dumps(fingerprint(target))))
-        if head.vocab is not None:
-            vocab = dict(ids=head.vocab) | ({} if head.counts is None else dict(counts=head.counts))
-            save_tensors(vocab, tmp/'draft_vocab.safetensors', dict(format='pt'))
+        save_tensors(tensors, tmp/'model.safetensors', metadata)
+        if head.vocab is not None: _save_vocab(head, tmp/'draft_vocab.safetensors')
     return folder
 
 # %% ../../nbs/3_hass/02_checkpoint.ipynb #c7774c4d
 _CONVERT = ('convert it: python -c "import torch; from safetensors.torch import save_file; save_file({k: v.clone() for k, v in '
             'torch.load(\'pytorch_model.bin\', weights_only=True).items()}, \'model.safetensors\')"')
+_COPY_AGAIN = 'copy the whole folder of the head again'
 
 def _json(path):
     "Return the parsed JSON object in `path`"
-    out = read_json(path, 'copy the whole folder of the head again')
-    require(isinstance(out, dict), f'{path} holds no settings', 'copy the whole folder of the head again')
+    out = read_json(path, _COPY_AGAIN)
+    require(isinstance(out, dict), f'{path} is not a JSON object of settings', _COPY_AGAIN)
     return out
 
 def _read(path):
     "Return the tensors of a safetensors file and its metadata"
     try:
-        with safe_open(path, 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
-    except (OSError, SafetensorError) as e: raise DecodingError(f'cannot read {path} ({e}): copy the whole folder of the head again.') from e
+        with safe_open(path, 'pt') as f:
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+            return tensors, f.metadata() or {}
+    except (OSError, SafetensorError) as e:
+        raise DecodingError(f'cannot read {path} ({e}): {_COPY_AGAIN}.') from e
+
+def _refuse_pickles(folder):
+    "Raise `DecodingError` for a folder whose weights are pickled"
+    pickled = [file for ending in ('*.bin', '*.pt', '*.pth') for file in folder.glob(ending)]
+    if not pickled: return
+    remedy = _CONVERT.replace('pytorch_model.bin', pickled[0].name)
+    raise DecodingError(f'{folder} holds pickled weights, which can run code: {remedy}.')
+
+def _is_beside(name):
+    "Return whether an index names a safetensors file of its own folder"
+    return isinstance(name, str) and Path(name).name == name and name.endswith('.safetensors')
+
+def _read_shards(folder, index):
+    "Return the tensors and the metadata of several files, which `index` lists"
+    where = _json(index).get('weight_map')
+    named = isinstance(where, dict) and all(map(_is_beside, where.values()))
+    require(named, f'{index} names no files beside it', _COPY_AGAIN)
+    tensors = {}
+    meta = {}
+    found = set()
+    for file in sorted(set(where.values())):
+        some, facts = _read(folder/file)
+        tensors |= some
+        meta |= facts
+        found |= {(name, file) for name in some}
+    lost = [name for name, file in where.items() if (name, file) not in found]
+    require(not lost, f'{folder} lacks {lost[:1]}, which its index promises', _COPY_AGAIN)
+    return tensors, meta
 
 def read_checkpoint(
     folder:str|Path,  # Of a head
 ) -> tuple:  # Name -> tensor, metadata
     "Return what the safetensors files of a head hold, one file or several"
-    folder, index = Path(folder), Path(folder)/'model.safetensors.index.json'
+    folder = Path(folder)
     require(folder.is_dir(), f'there is no folder {folder}', 'give the folder of a draft head')
-    if (folder/'model.safetensors').exists(): return _read(folder/'model.safetensors')
-    pickled = list(folder.glob('*.bin')) + list(folder.glob('*.pt')) + list(folder.glob('*.pth'))
-    require(index.exists() or not pickled, f'{folder} holds pickled weights, which can run code', _CONVERT.replace('pytorch_model.bin', pickled[0].name if pickled else ''))
-    require(index.exists(), f'{folder} has no model.safetensors', 'copy the whole folder of the head again')
-    where = _json(index).get('weight_map')
-    require(isinstance(where, dict) and all(isinstance(f, str) and Path(f).name == f and f.endswith('.safetensors') for f in where.values()), f'{index} names no files beside it', 'copy the whole folder of the head again')
-    parts = {f: _read(folder/f) for f in sorted(set(where.values()))}
-    lost = [k for k, f in where.items() if k not in parts[f][0]]
-    require(not lost, f'{folder} lacks {lost[:1]}, which its index promises', 'copy the whole folder of the head again')
-    return {k: x for tensors, _ in parts.values() for k, x in tensors.items()}, {k: x for _, meta in parts.values() for k, x in meta.items()}
+    whole = folder/'model.safetensors'
+    index = folder/'model.safetensors.index.json'
+    if whole.exists(): return _read(whole)
+    if index.exists(): return _read_shards(folder, index)
+    _refuse_pickles(folder)
+    raise DecodingError(f'{folder} has no model.safetensors: {_COPY_AGAIN}.')
 
 # %% ../../nbs/3_hass/02_checkpoint.ipynb #52e09228
-_MISFIT = (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, OverflowError, RuntimeError)  # what a configuration of nonsense leads to
+# what a configuration of nonsense leads to
+_MISFIT = (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, OverflowError, RuntimeError)
+_OWN_HEAD = 'give the head that was made for this target'
+_OLD_BUFFER = 'layers.0.self_attn.rotary_emb.inv_freq'  # not a weight: early checkpoints saved it
+
+def _build_config(folder, named, kind):
+    "Return a configuration of the family `kind` from what the file names"
+    try: return AutoConfig.for_model(**{**named, 'model_type': kind})
+    except _MISFIT as e:
+        problem = f'{folder}/config.json is not a configuration of a {kind} model ({str(e)[:120]})'
+        raise DecodingError(f'{problem}: copy the head again.') from e
 
 def read_head_config(
     folder:str|Path,  # Of a head
     target:PreTrainedModel,  # The model it shall draft for
 ) -> PreTrainedConfig:
     "Return the configuration of the head in `folder`; raises `DecodingError` where it cannot fit `target`"
-    folder, own = Path(folder), target.config
+    folder = Path(folder)
     named = _json(folder/'config.json')
-    kind = named.get('model_type', 'llama')  # some published heads do not say
-    require(kind in HEAD_FAMILIES, f'the head in {folder} is of the family {kind!r}', f'give a head of {", ".join(HEAD_FAMILIES)}')
-    try: config = AutoConfig.for_model(**{**named, 'model_type': kind})
-    except _MISFIT as e: raise DecodingError(f'{folder}/config.json is no configuration of a {kind} model ({str(e)[:120]}): copy the head again.') from e
+    kind = named.get('model_type', 'llama')  # some published heads do not name it
+    known = f'give a head of {", ".join(HEAD_FAMILIES)}'
+    require(kind in HEAD_FAMILIES, f'the head in {folder} is of the family {kind!r}', known)
+    config = _build_config(folder, named, kind)
     check_family(config, 'a head')
-    require(config.num_hidden_layers == 1, f'the head in {folder} has {config.num_hidden_layers} layers', 'give a head of one layer')
-    require(config.hidden_size == own.hidden_size, f'the head in {folder} is {config.hidden_size} wide but the target {own.hidden_size}', 'give the head that was made for this target')
-    require(config.vocab_size == own.vocab_size, f'the head in {folder} knows {config.vocab_size} tokens but the target {own.vocab_size}', 'give the head that was made for this target')
+    own = target.config
+    layers = config.num_hidden_layers
+    require(layers == 1, f'the head in {folder} has {layers} layers', 'give a head of one layer')
+    problem = f'the head in {folder} is {config.hidden_size} wide but the target {own.hidden_size}'
+    require(config.hidden_size == own.hidden_size, problem, _OWN_HEAD)
+    problem = f'the head in {folder} knows {config.vocab_size} tokens but the target {own.vocab_size}'
+    require(config.vocab_size == own.vocab_size, problem, _OWN_HEAD)
     return config
 
 def _check_target(folder, tensors, meta, target):
-    "Refuse a head whose file shows that it was made for another model"
-    remedy, other = 'give the head that was made for this target', f'the head in {folder} is a head for another model'
+    "Raise `DecodingError` for a head whose file shows that it was made for another model"
+    other = f'the head in {folder} is a head for another model'
     known = recorded_base(meta, folder)
-    require(known is None or same_base(known, fingerprint(target)), f'{other} (its fingerprint differs)', remedy)
-    e, own = tensors.pop('embed_tokens.weight', None), target_weights(target).embed
-    if e is None: return
-    require(e.shape == own.shape, f'{other} (its embeddings are {tuple(e.shape)}, the target\'s {tuple(own.shape)})', remedy)
-    # both sides may be rounded to bf16: half a step of 2**-8 each; a few thousand rows at a time, for the vocabulary may be large
-    same = all(torch.allclose(a.float(), b.to(a.device).float(), rtol=2**-7, atol=1e-6) for a, b in zip(e.split(4096), own.split(4096)))
-    require(same, f'{other} (its embeddings are not the target\'s)', remedy)
+    same = known is None or same_base(known, fingerprint(target))
+    require(same, f'{other} (its fingerprint differs)', _OWN_HEAD)
+    saved = tensors.pop('embed_tokens.weight', None)
+    if saved is None: return
+    own = target_weights(target).embed
+    problem = f'{other} (its embeddings are {tuple(saved.shape)}, the target\'s {tuple(own.shape)})'
+    require(saved.shape == own.shape, problem, _OWN_HEAD)
+    require(_same_rows(saved, own), f'{other} (its embeddings are not the target\'s)', _OWN_HEAD)
+
+def _same_rows(a, b):
+    "Return whether two embeddings agree: a few thousand rows at a time, for the vocabulary may be large"
+    # both sides may be rounded to bf16: half a step of 2**-8 each
+    for x, y in zip(a.split(4096), b.split(4096)):
+        y = y.to(x.device)
+        if not torch.allclose(x.float(), y.float(), rtol=2**-7, atol=1e-6): return False
+    return True
+
+def _places(config, tensors, folder):
+    "Return name -> tensor without numbers of the layer that the configuration describes"
+    try:
+        with torch.device('meta'): return DraftHead(config, fc_bias='fc.bias' in tensors).state_dict()
+    except _MISFIT as e:
+        what = f'{type(e).__name__}: {str(e)[:120]}'
+        problem = f'{folder}/config.json describes no layer that can be built ({what})'
+        raise DecodingError(f'{problem}: copy the head again.') from e
 
 def _check_places(config, tensors, folder):
-    "Refuse tensors that are not those of the layer that the configuration describes, before memory is taken for it"
-    try:
-        with torch.device('meta'): own = DraftHead(config, fc_bias='fc.bias' in tensors).state_dict()
-    except _MISFIT as e: raise DecodingError(f'{folder}/config.json describes no layer that can be built ({type(e).__name__}: {str(e)[:120]}): copy the head again.') from e
+    "Raise `DecodingError` for tensors that are not those of the layer, before memory is taken for it"
+    own = _places(config, tensors, folder)
     remedy = 'copy or train the head again'
     for k in own: require(k in tensors, f'the head in {folder} lacks the tensor {k}', remedy)
     for k, x in tensors.items():
         if k == _OLD_BUFFER: continue
-        require(k in own, f'the head in {folder} has the tensor {k}, for which its layer has no place', 'set qkv_bias or attention_bias in its config.json if it is a bias; otherwise give another head')
-        require(x.shape == own[k].shape, f'the tensor {k} of the head in {folder} is {tuple(x.shape)}, not {tuple(own[k].shape)}', remedy)
+        require(
+            k in own,
+            f'the head in {folder} has the tensor {k}, for which its layer has no place',
+            'set qkv_bias or attention_bias in its config.json if it is a bias; otherwise give another head')
+        problem = f'the tensor {k} of the head in {folder} is {tuple(x.shape)}, not {tuple(own[k].shape)}'
+        fits = x.shape == own[k].shape
+        require(fits, problem, remedy)
 
-_OLD_BUFFER = 'layers.0.self_attn.rotary_emb.inv_freq'  # no weight
+# %% ../../nbs/3_hass/02_checkpoint.ipynb #32484bea
+def _check_rotary(head, saved, folder):
+    "Raise `DecodingError` where an old checkpoint rotates its positions by other frequencies"
+    if saved is None: return
+    own = head.rotary.inv_freq
+    same = saved.shape == own.shape and torch.allclose(saved.float(), own.float(), rtol=2**-7)
+    require(
+        same,
+        f'the head in {folder} rotates its positions by other frequencies (inv_freq)',
+        'correct rope_theta in its config.json')
 
 def _fill(head, tensors, folder):
     "Copy `tensors` into `head`: each of them, and all of it"
-    remedy = 'copy or train the head again'
-    freq = tensors.pop(_OLD_BUFFER, None)
-    require(freq is None or freq.shape == head.rotary.inv_freq.shape and torch.allclose(freq.float(), head.rotary.inv_freq.float(), rtol=2**-7),
-            f'the head in {folder} turns its positions in another way (inv_freq)', 'correct rope_theta in its config.json')
+    _check_rotary(head, tensors.pop(_OLD_BUFFER, None), folder)
     for k, x in tensors.items():
-        require(x.is_floating_point() and bool(x.isfinite().all()), f'the tensor {k} of the head in {folder} is not finite', remedy)
+        finite = x.is_floating_point() and bool(x.isfinite().all())
+        require(finite, f'the tensor {k} of the head in {folder} is not finite', 'copy or train the head again')
     head.load_state_dict(tensors)
+
+def _fill_vocab(head, path, v):
+    "Give `head` the draft vocabulary in `path`"
+    tensors, _ = _read(path)
+    require(
+        'ids' in tensors and set(tensors) <= {'ids', 'counts'},
+        f'{path} holds {sorted(tensors)} instead of ids and counts',
+        'make the draft vocabulary again for this target')
+    check_vocab(tensors['ids'], tensors.get('counts'), v)
+    head.vocab = tensors['ids']
+    head.counts = tensors.get('counts')
 
 def load_head(
     folder:str|Path,  # In the layout of EAGLE and HASS, safetensors
@@ -154,22 +257,21 @@ def load_head(
     dtype:torch.dtype|None=None,  # None takes the target's
 ) -> DraftHead:  # On the target's device, in evaluation mode
     "Return the head in `folder`; raises `DecodingError` unless every tensor has its place and fits `target`"
-    folder, (tensors, meta) = Path(folder), read_checkpoint(folder)
-    third = [k for k in tensors if k.startswith('midlayer.') or k in ('d2t', 't2d')]
-    require(not third, f'the head in {folder} is an EAGLE-3 head ({third[:1]}), which reads several layers of the target', 'give an EAGLE, EAGLE-2 or HASS head')
+    folder = Path(folder)
+    tensors, meta = read_checkpoint(folder)
+    third = [k for k in tensors if k in ('d2t', 't2d') or k.startswith('midlayer.')]
+    problem = f'the head in {folder} is an EAGLE-3 head ({third[:1]}), which reads several layers of the target'
+    require(not third, problem, 'give an EAGLE, EAGLE-2 or HASS head')
     config = read_head_config(folder, target)
     _check_target(folder, tensors, meta, target)
     _check_places(config, tensors, folder)
-    with torch.random.fork_rng(devices=[]): head = DraftHead(config, fc_bias='fc.bias' in tensors)  # its random start is nobody's business
+    with torch.random.fork_rng(devices=[]):  # its random start must not change the caller's random numbers
+        head = DraftHead(config, fc_bias='fc.bias' in tensors)
     _fill(head, tensors, folder)
-    if (folder/'draft_vocab.safetensors').exists(): _fill_vocab(head, folder/'draft_vocab.safetensors', config.vocab_size)
+    vocab = folder/'draft_vocab.safetensors'
+    if vocab.exists(): _fill_vocab(head, vocab, config.vocab_size)
     head = head.to(target.device, dtype or target.dtype).eval()
-    for k, x in head.state_dict().items(): require(bool(x.isfinite().all()), f'the head\'s {k} does not fit into {x.dtype}', 'load the head in bf16 or fp32')
+    for k, x in head.state_dict().items():
+        fits = bool(x.isfinite().all())
+        require(fits, f'the head\'s {k} does not fit into {x.dtype}', 'load the head in bf16 or fp32')
     return head
-
-def _fill_vocab(head, path, v):
-    "Give `head` the draft vocabulary in `path`"
-    tensors, _ = _read(path)
-    require('ids' in tensors and set(tensors) <= {'ids', 'counts'}, f'{path} holds {sorted(tensors)} instead of ids and counts', 'make the draft vocabulary again for this target')
-    check_vocab(tensors['ids'], tensors.get('counts'), v)
-    head.vocab, head.counts = tensors['ids'], tensors.get('counts')

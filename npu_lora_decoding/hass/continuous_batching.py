@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPENERS', 'WriteConfig', 'Dialogue', 'turn_edges', 'self_dialogues', 'prompted_dialogues', 'after_question',
-           'room_for', 'sampling_params', 'generate_dialogues']
+           'draw_blocks', 'room_for', 'sampling_params', 'generate_dialogues']
 
 # %% ../../nbs/3_hass/08_continuous_batching.ipynb #f34d7773
 import itertools, random
@@ -14,23 +14,27 @@ from ..foundations.errors import require
 from ..foundations.models import encode_one, end_tokens
 from ..foundations.lora import AdapterBank
 from ..decoding.loop import LM, bank_of
-from .ring_cache import Ring, draw_blocks
+from .ring_cache import Ring
 
 # %% ../../nbs/3_hass/08_continuous_batching.ipynb #ac763c25
-OPENERS = ('',) * 24 + ('How do I', 'What is', 'Why', 'Can you explain', 'Write a short story about', 'Write a Python function that', 'Write a function', 'Complete this Python function:\n\ndef',
-    'def', 'from typing import List\n\n\ndef', 'Tom has', 'Maria bought', 'A shop sells', 'A train', 'If a farmer', 'There are', 'How many', 'Solve this problem step by step:', 'Summarize the following',
-    'Give me', 'List', 'Translate', 'Compare', 'Write an email', 'Write a poem about', 'I am', 'Help me', 'Tell me about', 'Describe', 'What are the', 'Should I', 'Rewrite this sentence:', 'In the year',
-    'Who', 'Create a', 'Design', 'Explain to a child', 'Fix the bug in this code:\n\n', 'Implement', 'John is', 'Every day,', 'Each', 'The price of', 'What happens if', 'Imagine', 'Suggest', 'Calculate')
+OPENERS = ('',) * 24 + (
+    'How do I', 'What is', 'Why', 'Can you explain', 'Write a short story about', 'Write a Python function that',
+    'Write a function', 'Complete this Python function:\n\ndef', 'def', 'from typing import List\n\n\ndef', 'Tom has',
+    'Maria bought', 'A shop sells', 'A train', 'If a farmer', 'There are', 'How many', 'Solve this problem step by step:',
+    'Summarize the following', 'Give me', 'List', 'Translate', 'Compare', 'Write an email', 'Write a poem about', 'I am',
+    'Help me', 'Tell me about', 'Describe', 'What are the', 'Should I', 'Rewrite this sentence:', 'In the year', 'Who',
+    'Create a', 'Design', 'Explain to a child', 'Fix the bug in this code:\n\n', 'Implement', 'John is', 'Every day,',
+    'Each', 'The price of', 'What happens if', 'Imagine', 'Suggest', 'Calculate')
 
 @dataclass(frozen=True)
 class WriteConfig:
-    "Everything that decides which conversations are written"
+    "Everything that decides which conversations are generated"
     shards:int|None=None  # Files; None writes all prompts, or 8 files without prompts
     per_shard:int=1024  # Conversations a file
-    batch:int=48  # Conversations written at once
+    batch:int=48  # Conversations generated at once
     user_tokens:int=128  # Longest user's turn; a longer prompt is left out
     new_tokens:int=224  # Longest answer
-    temperatures:tuple=(0., 1., 0.)  # Of the answers, dealt out in turn; 0 is greedy
+    temperatures:tuple=(0., 1., 0.)  # Of the answers, assigned in turn; 0 is greedy
     min_p:float=0.03  # When the user's turn is drawn: share of the best token's probability that others need
     openers:tuple=OPENERS  # First words of the user's turn, one chosen for each conversation
     seed:int=0  # Of all draws
@@ -39,11 +43,17 @@ class WriteConfig:
     def __post_init__(self):
         for name in ('shards', 'per_shard', 'batch', 'user_tokens', 'new_tokens'):
             n = getattr(self, name)
-            require(n is None and name == 'shards' or isinstance(n, int) and n >= 1, f'{name} is {n}', 'give at least 1')
-        require(len(self.temperatures) > 0 and all(t >= 0 for t in self.temperatures), f'temperatures are {self.temperatures}', 'give numbers from 0, which is greedy')
+            unset = n is None and name == 'shards'
+            require(unset or isinstance(n, int) and n >= 1, f'{name} is {n}', 'give at least 1')
+        require(
+            len(self.temperatures) > 0 and all(t >= 0 for t in self.temperatures),
+            f'temperatures are {self.temperatures}',
+            'give numbers from 0, which is greedy')
         require(0 <= self.min_p <= 1, f'min_p is {self.min_p}', 'give a number from 0 to 1')
-        require(len(self.openers) > 0 and all(isinstance(o, str) for o in self.openers), 'there are no openers', "give texts; '' is none")
-        require(self.engine in ('auto', 'ring', 'vllm'), f'unknown engine {self.engine!r}', 'use ring, vllm or auto')
+        are_texts = len(self.openers) > 0 and all(isinstance(o, str) for o in self.openers)
+        require(are_texts, 'there are no openers', "give texts; '' is none")
+        known = self.engine in ('auto', 'ring', 'vllm')
+        require(known, f'unknown engine {self.engine!r}', 'use ring, vllm or auto')
 
 # %% ../../nbs/3_hass/08_continuous_batching.ipynb #5f7f34e9
 @dataclass
@@ -52,55 +62,88 @@ class Dialogue:
     index:int  # Its place in the shard
     temperature:float  # Of its answer
     tokens:list  # Known so far
-    messages:list|None=None  # The prompt; None while the target writes the user's turn
-    answer_start:int=0  # Where the answer begins; 0 while the user's turn is written
+    messages:list|None=None  # The prompt; None while the target generates the user's turn
+    answer_start:int=0  # Where the answer begins; 0 while the user's turn is generated
     finished:bool=False  # Whether the answer came to its end
 
 def _common(a, b):
     "Return how many tokens two lists share from their beginning"
-    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    differ = (n for n, (x, y) in enumerate(zip(a, b)) if x != y)
+    return next(differ, min(len(a), len(b)))
 
 def turn_edges(
     lm:LM,  # Model and tokenizer
 ) -> tuple:  # Tokens before every user's text; the tokens that end a user's turn
     "Return what surrounds a user's turn, by rendering two texts that share nothing"
     a, b = (encode_one(lm, text).tolist() for text in ('\u2603', 'a'))
-    head, tail = a[:_common(a, b)], _common(a[::-1], b[::-1])
-    return head, {a[len(a) - tail], *end_tokens(lm)} if tail else end_tokens(lm)
+    head = a[:_common(a, b)]
+    tail = _common(a[::-1], b[::-1])
+    ends = end_tokens(lm)
+    return head, {a[len(a) - tail], *ends} if tail else ends
+
+def _prompted(dialogue, ids, messages):
+    "Return the dialogue with its prompt as tokens, ready for the answer"
+    return Dialogue(dialogue.index, dialogue.temperature, ids, messages=messages, answer_start=len(ids))
 
 def self_dialogues(
     lm:LM,  # An instruct model
     config:WriteConfig,  # Openers, temperatures, seed
     shard:int,  # Number of the shard
 ):
-    "Yield conversations without end, of which only the head of the template and an opener are known"
-    require(bool(lm.tokenizer.chat_template), 'the tokenizer has no chat template, so the model cannot write the user\'s turn', 'give prompts')
-    chosen, (head, _) = random.Random(f'{config.seed}-{shard}'), turn_edges(lm)
+    "Yield dialogues without end, of which only the head of the template and an opener are known"
+    has_template = bool(lm.tokenizer.chat_template)
+    require(has_template, 'the tokenizer has no chat template, so the model cannot write the user\'s turn', 'give prompts')
+    source = random.Random(f'{config.seed}-{shard}')
+    head, _ = turn_edges(lm)
     for i in itertools.count():
-        opener = lm.tokenizer(chosen.choice(config.openers), add_special_tokens=False).input_ids
-        yield Dialogue(i, config.temperatures[i % len(config.temperatures)], head + opener)
+        opener = lm.tokenizer(source.choice(config.openers), add_special_tokens=False).input_ids
+        temperature = config.temperatures[i % len(config.temperatures)]
+        yield Dialogue(i, temperature, head + opener)
 
 def prompted_dialogues(
     lm:LM,  # Model and tokenizer
     prompts:list,  # Texts or messages
-    temperatures:tuple,  # Dealt out in turn
+    temperatures:tuple,  # Assigned in turn
 ):
-    "Yield a conversation for each prompt"
-    for i, p in enumerate(prompts):
-        ids = encode_one(lm, p).tolist()
-        yield Dialogue(i, temperatures[i % len(temperatures)], ids, [dict(role='user', content=p)] if isinstance(p, str) else list(p), len(ids))
+    "Yield a dialogue for each prompt"
+    for i, prompt in enumerate(prompts):
+        ids = encode_one(lm, prompt).tolist()
+        messages = [dict(role='user', content=prompt)] if isinstance(prompt, str) else list(prompt)
+        temperature = temperatures[i % len(temperatures)]
+        yield _prompted(Dialogue(i, temperature, []), ids, messages)
 
 def after_question(
     lm:LM,  # Model and tokenizer
-    talk:Dialogue,  # Whose user's turn has ended
+    dialogue:Dialogue,  # Whose user's turn has ended
     head:list,  # Tokens before it
 ) -> Dialogue|None:  # With the prompt as tokens
-    "Return the talk after its user's turn, as the template renders it; None when nothing was asked"
-    said = talk.tokens[len(head):]
-    text = str(lm.tokenizer.decode(said))
-    if not text.strip() or not set(said).isdisjoint(lm.tokenizer.all_special_ids): return None
+    "Return the dialogue after its user's turn, as the template renders it; None when nothing was asked"
+    question = dialogue.tokens[len(head):]
+    text = str(lm.tokenizer.decode(question))
+    if not text.strip() or not set(question).isdisjoint(lm.tokenizer.all_special_ids): return None
     ids = encode_one(lm, text).tolist()
-    return Dialogue(talk.index, talk.temperature, ids, [dict(role='user', content=text)], len(ids))
+    return _prompted(dialogue, ids, [dict(role='user', content=text)])
+
+# %% ../../nbs/3_hass/08_continuous_batching.ipynb #e0193d25
+def _first_above(weights, u):
+    "Return the first place of each row where the running sum of `weights` `(b, n)` passes the share `u` `(b,)`"
+    sums = weights.cumsum(-1)
+    return torch.searchsorted(sums, u[:, None] * sums[:, -1:], right=True)
+
+def draw_blocks(
+    logits:torch.Tensor,  # `(b, v)`
+    temperature:torch.Tensor,  # `(b,)`, above 0
+    min_p:torch.Tensor,  # Share of the best token's probability that others need `(b,)`
+    u:torch.Tensor,  # Uniform fp32 numbers in [0, 1) `(b, 2)`
+    block:int=256,  # Tokens a block
+) -> torch.Tensor:  # `(b,)`
+    "Return one token a row: first a block by its sum, then a token inside it"
+    p = (logits.float() / temperature[:, None]).softmax(-1)
+    p = p.masked_fill(p < min_p[:, None] * p.amax(-1, keepdim=True), 0.)
+    blocks = torch.nn.functional.pad(p, (0, -p.shape[-1] % block)).unflatten(-1, (-1, block))
+    which = _first_above(blocks.sum(-1), u[:, 0])
+    inside = blocks.take_along_dim(which[..., None], 1)[:, 0]
+    return (which * block + _first_above(inside, u[:, 1]))[:, 0]
 
 # %% ../../nbs/3_hass/08_continuous_batching.ipynb #09908332
 def room_for(
@@ -109,87 +152,145 @@ def room_for(
 ) -> int:  # Tokens
     "Return how long a rendered prompt may be; raises `DecodingError` when an answer to it would not fit into the context"
     room = len(encode_one(lm, 'a')) + config.user_tokens
-    require(room + config.new_tokens <= lm.context, f'a conversation may have {room + config.new_tokens} tokens, but the context holds {lm.context}', 'ask for smaller user_tokens or new_tokens')
+    longest = room + config.new_tokens
+    require(
+        longest <= lm.context,
+        f'a conversation may have {longest} tokens, but the context holds {lm.context}',
+        'ask for smaller user_tokens or new_tokens')
     return room
 
+class _Turns:
+    "What ends a turn, and how long each may be"
+    def __init__(self, lm, config):
+        self.lm = lm
+        self.config = config
+        self.head, self.user_ends = turn_edges(lm)
+        self.answer_ends = end_tokens(lm)
+        self.room = room_for(lm, config)
+
+    def advance(self, dialogue, token):
+        "Return the dialogue after the model generated `token`, and whether it is over; None for a user's turn that came to nothing"
+        if dialogue.answer_start: return dialogue, self._extend_answer(dialogue, token)
+        return self._extend_question(dialogue, token), False
+
+    def _extend_answer(self, dialogue, token):
+        "Add a token to the answer; return whether it is over"
+        dialogue.finished = token in self.answer_ends
+        if dialogue.finished: return True
+        dialogue.tokens.append(token)
+        return len(dialogue.tokens) - dialogue.answer_start >= self.config.new_tokens
+
+    def _extend_question(self, dialogue, token):
+        "Add a token to the user's turn, or render the turn when it ends; return None when it is too long or empty"
+        if token not in self.user_ends:
+            dialogue.tokens.append(token)
+            return dialogue if len(dialogue.tokens) - len(self.head) < self.config.user_tokens else None
+        asked = after_question(self.lm, dialogue, self.head)
+        return asked if asked and len(asked.tokens) <= self.room else None
+
+# %% ../../nbs/3_hass/08_continuous_batching.ipynb #d5bb946a
 def sampling_params(
-    talk:Dialogue,  # Under way
+    dialogue:Dialogue,  # Under way
     config:WriteConfig,  # min_p of the user's turn
 ) -> tuple:  # Temperature, min_p
-    "Return how a talk's next token is drawn"
-    return (talk.temperature, 0.) if talk.answer_start else (1., config.min_p)
+    "Return how a dialogue's next token is drawn"
+    return (dialogue.temperature, 0.) if dialogue.answer_start else (1., config.min_p)
 
-def _choose(logits, rows, drawing, config, u):
-    "Return the next token of every row: the best, or where the row is `drawing`, one drawn at its own temperature"
+def _next_tokens(logits, params, u):
+    "Return the next token of the rows that `params` (row -> temperature, min_p) names, and of the others any"
     top, best = logits.max(-1)  # on a CPU several times faster than argmax of half precision
-    require(bool(top[drawing].isfinite().all()), 'the model gave NaN or infinite logits', 'check the model and adapter weights, or use dtype="fp32"')
-    hot = [i for i in drawing if sampling_params(rows[i], config)[0] > 0]
+    require(
+        bool(top[list(params)].isfinite().all()),
+        'the model gave NaN or infinite logits',
+        'check the model and adapter weights, or use dtype="fp32"')
+    hot = [i for i, (temperature, _) in params.items() if temperature > 0]
     if hot:
-        t, m = torch.tensor([sampling_params(rows[i], config) for i in hot], device=logits.device).T
-        best[hot] = draw_blocks(logits[hot], t, m, u[hot].to(logits.device))
+        temperature, min_p = torch.tensor([params[i] for i in hot], device=logits.device).T
+        best[hot] = draw_blocks(logits[hot], temperature, min_p, u[hot].to(logits.device))
     return best.tolist()
 
-def _hear(lm, talk, token, config, edges, room):
-    "Return the talk after the model said `token`, and whether it is over; None for a user's turn that came to nothing"
-    head, turn_ends, ends = edges
-    if talk.answer_start:
-        talk.finished = token in ends
-        if not talk.finished: talk.tokens.append(token)
-        return talk, talk.finished or len(talk.tokens) - talk.answer_start >= config.new_tokens
-    if token not in turn_ends:
-        talk.tokens.append(token)
-        return (talk if len(talk.tokens) - len(head) < config.user_tokens else None), False
-    asked = after_question(lm, talk, head)
-    return (asked if asked and len(asked.tokens) <= room else None), False
+# %% ../../nbs/3_hass/08_continuous_batching.ipynb #d91df7f1
+class _Scheduler:
+    "The dialogues on a ring's rows, and how much of each has been fed"
+    def __init__(self, ring, dialogues, count):
+        rows = len(ring.start)
+        self.ring = ring
+        self.waiting = dialogues
+        self.left = count  # how many are still to be admitted
+        self.rows = [None] * rows
+        self.fed = [0] * rows
+        self.failed = 0
+        for i in range(rows): self.admit_next(i)
 
-class _Rows:
-    "The talks on a ring's rows, and how much of each has been fed"
-    def __init__(self, ring, talks, count):
-        self.ring, self.source, self.left, self.rows, self.fed, self.failed = ring, talks, count, [None] * len(ring.start), [0] * len(ring.start), 0
-        for i in range(len(self.rows)): self.refill(i)
-    def put(self, i, talk):
-        self.rows[i], self.fed[i] = talk, min(_common(self.ring.head, talk.tokens), len(talk.tokens) - 1)
+    def admit(self, i, dialogue):
+        "Begin a dialogue in row `i`; what it shares with the ring's head is there already"
+        shared = _common(self.ring.head, dialogue.tokens)
+        self.rows[i] = dialogue
+        self.fed[i] = min(shared, len(dialogue.tokens) - 1)
         self.ring.begin(i, self.fed[i])
-    def refill(self, i):
+
+    def admit_next(self, i):
+        "Free row `i`, and begin the next waiting dialogue there"
         self.rows[i] = None
-        if self.left > 0 and (talk := next(self.source, None)) is not None: self.left -= 1; self.put(i, talk)
+        if self.left <= 0: return
+        dialogue = next(self.waiting, None)
+        if dialogue is None: return
+        self.left -= 1
+        self.admit(i, dialogue)
+
+    def discard(self, i):
+        "Replace the dialogue of row `i` by another, which counts in its place"
+        self.left += 1
+        self.failed += 1
+        self.admit_next(i)
+
     def step(self, lm, config, g):
-        "Feed every row its next token; return what the rows said that know no further one"
-        feed = torch.tensor([t.tokens[f] if t else 0 for t, f in zip(self.rows, self.fed)], device=lm.device)
-        logits = self.ring.forward(feed)[:, :lm.vocab]
-        self.fed = [f + 1 for f in self.fed]
-        said = [i for i, t in enumerate(self.rows) if t and self.fed[i] == len(t.tokens)]
-        tokens = _choose(logits, self.rows, said, config, torch.rand(len(logits), 2, generator=g))
-        return {i: tokens[i] for i in said}
-    def fail(self, i):
-        self.left, self.failed = self.left + 1, self.failed + 1
-        self.refill(i)
+        "Feed every row its next token; return row -> new token, of the rows that know no further one"
+        feed = [d.tokens[fed] if d else 0 for d, fed in zip(self.rows, self.fed)]
+        logits = self.ring.forward(torch.tensor(feed, device=lm.device))[:, :lm.vocab]
+        self.fed = [fed + 1 for fed in self.fed]
+        params = {
+            i: sampling_params(d, config) for i, d in enumerate(self.rows)
+            if d and self.fed[i] == len(d.tokens)}
+        u = torch.rand(len(logits), 2, generator=g)
+        tokens = _next_tokens(logits, params, u)
+        return {i: tokens[i] for i in params}
+
+    def commit(self, i, token, turns):
+        "Give row `i` what follows from its new token; return the dialogue if it is over"
+        before = self.rows[i]
+        drawn = list(before.tokens)
+        dialogue, over = turns.advance(before, token)
+        if over:
+            self.admit_next(i)
+            return dialogue
+        if dialogue is None: self.discard(i)
+        elif dialogue is not before: self._go_on(i, dialogue, drawn)
+
+    def _go_on(self, i, dialogue, drawn):
+        "Continue after a user's turn; where the template splits its text into other tokens than were drawn, read it again"
+        if dialogue.tokens[:len(drawn)] == drawn: self.rows[i] = dialogue
+        else: self.admit(i, dialogue)
 
 def generate_dialogues(
     lm:LM,  # Model, tokenizer and, where it has one, adapter
-    talks,  # Iterator of `Dialogue`
+    dialogues,  # Iterator of `Dialogue`
     count:int,  # How many are wanted
     config:WriteConfig,  # Rows, lengths, min_p
     g:torch.Generator,  # Of the draws, on the CPU
 ):
-    "Yield after every step the talks that it ended"
-    head, turn_ends = turn_edges(lm)
-    edges, room, over = (head, turn_ends, end_tokens(lm)), room_for(lm, config), 0
-    with (bank_of(lm) or AdapterBank(lm.model, [])).attached([-1 if lm.adapter is None else 0]):
-        r = _Rows(Ring(lm.model, min(config.batch, count), room + config.new_tokens, head), talks, count)
-        while any(r.rows):
-            said = r.step(lm, config, g)
-            ended = [t for i, token in said.items() if (t := _place(r, i, token, lm, config, edges, room))]
+    "Yield after every step the dialogues that it ended"
+    turns = _Turns(lm, config)
+    bank = bank_of(lm) or AdapterBank(lm.model, [])
+    over = 0
+    with bank.attached([-1 if lm.adapter is None else 0]):
+        ring = Ring(lm.model, min(config.batch, count), columns=turns.room + config.new_tokens, head=turns.head)
+        scheduler = _Scheduler(ring, dialogues, count)
+        while any(scheduler.rows):
+            new = scheduler.step(lm, config, g)
+            placed = [scheduler.commit(i, token, turns) for i, token in new.items()]
+            ended = [dialogue for dialogue in placed if dialogue is not None]
             over += len(ended)
-            require(over > 0 or r.failed < 50 + 4*config.batch, 'the model never ends the user\'s turn', 'give prompts, or an instruct model')
+            works = over > 0 or scheduler.failed < 50 + 4*config.batch
+            require(works, 'the model never ends the user\'s turn', 'give prompts, or an instruct model')
             yield ended
-
-def _place(r, i, token, lm, config, edges, room):
-    "Give row `i` what follows from its new token; return the talk if it is over"
-    before, drawn = r.rows[i], list(r.rows[i].tokens)
-    talk, over = _hear(lm, before, token, config, edges, room)
-    if over: r.refill(i); return talk
-    if talk is None: r.fail(i)
-    # a user's turn is over; where the template splits its text into other tokens than were drawn, read it again
-    elif talk is not before and talk.tokens[:len(drawn)] == drawn: r.rows[i] = talk
-    elif talk is not before: r.put(i, talk)

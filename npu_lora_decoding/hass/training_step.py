@@ -48,7 +48,7 @@ class AlignedLoss(torch.nn.Module):
         "Return what the head drafts at alignment step `len(inputs)`, and how far it is from the target"
         rows, objective, spread, rarity = self.given
         drafted = self.draft(e, inputs, batch)
-        how = dict(objective=objective, scale=spread, rarity=rarity, said=targets)
+        how = dict(objective=objective, scale=spread, rarity=rarity, targets=targets)
         loss, terms = distill(drafted, batch.next_features, batch.keep, rows, **how)
         return drafted.detach(), loss, terms
 

@@ -136,7 +136,7 @@ def test_shards_are_read_in_order_and_leftovers_are_not(tmp_path):
     found = read_conversations(tmp_path)
     assert [c['messages'][0]['content'] for c in found] == ['u0', 'u1', 'u10'] and [c['finished'] for c in found] == [False, True, False] and found[0]['temperature'] == .5
 
-@pytest.mark.parametrize('text,error', [('{"messages": [', 'line 1 of .* is not JSON'), (line() + '[1]\n', 'line 2 of .* is no object'), ('{"text": "x"}\n', "there is no column 'messages': choose one of text"), ('', 'holds no conversation'),
+@pytest.mark.parametrize('text,error', [('{"messages": [', 'line 1 of .* is not JSON'), (line() + '[1]\n', 'line 2 of .* is not a JSON object'), ('{"text": "x"}\n', "there is no column 'messages': choose one of text"), ('', 'holds no conversation'),
                                         ('{"messages": "Hi"}\n', 'holds no list of messages')])
 def test_broken_files_are_named(tmp_path, text, error):
     (tmp_path/'x.jsonl').write_text(text)

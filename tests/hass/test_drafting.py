@@ -135,7 +135,7 @@ def test_bad_input():
     head, embed, lm_head, ids, f = toy()
     cache, last, outputs = prepared(head, embed, ids, f, [4, 8, 11])
     with pytest.raises(DecodingError, match='at least 2 nodes'): draft_tree(head, cache, last, outputs, embed, lm_head, nodes=1)
-    with pytest.raises(DecodingError, match='at least one guess'): draft_chain(head, cache, last, outputs, embed, lm_head, k=0)
+    with pytest.raises(DecodingError, match='at least one draft token'): draft_chain(head, cache, last, outputs, embed, lm_head, k=0)
     with pytest.raises(DecodingError, match='rows of the draft vocabulary'): draft_chain(head, cache, last, outputs, embed, lm_head, torch.arange(4))
     with pytest.raises(DecodingError, match='take both from one target'): draft_tree(head, cache, last, outputs, embed, lm_head[:, :8])
     with pytest.raises(DecodingError, match='cache of 3 sequences'): cache.extend(head, embed[ids[:2, 1:]], f[:2, :-1])

@@ -147,7 +147,7 @@ def test_folders_that_are_no_head(tmp_path, target):
     (tmp_path/'model.safetensors').write_bytes(b'no tensors')
     with pytest.raises(DecodingError, match='cannot read'): load_head(tmp_path, target)
     save_file(toy_head(target).state_dict(), tmp_path/'model.safetensors')
-    for text, message in (None, 'config.json'), ('{', 'config.json'), ('[]', 'no settings'), ('{"num_attention_heads": "x"}', 'no configuration of a llama'):
+    for text, message in (None, 'config.json'), ('{', 'config.json'), ('[]', 'not a JSON object of settings'), ('{"num_attention_heads": "x"}', 'not a configuration of a llama'):
         if text is not None: (tmp_path/'config.json').write_text(text)
         with pytest.raises(DecodingError, match=message): load_head(tmp_path, target)
 
@@ -165,7 +165,7 @@ def test_saving_replaces_a_head_and_nothing_else(tmp_path, target):
     save_head(toy_head(target, seed=2), folder, target)
     assert same(load_head(folder, target), toy_head(target, seed=2)) and sorted(f.name for f in tmp_path.iterdir()) == ['head']
     (folder/'tokenizer.json').write_text('{}')
-    with pytest.raises(DecodingError, match='tokenizer.json.*no part of a head'): save_head(toy_head(target), folder, target)
+    with pytest.raises(DecodingError, match='tokenizer.json.*does not belong to a head'): save_head(toy_head(target), folder, target)
     bad = toy_head(target); bad.fc.weight[0, 0] = float('nan')
     with pytest.raises(DecodingError, match='fc.weight is not finite'): save_head(bad, tmp_path/'bad', target)
     assert not (tmp_path/'bad').exists()

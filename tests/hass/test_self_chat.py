@@ -13,19 +13,19 @@ from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.foundations.devices import generator
 from npu_lora_decoding.foundations.models import FAMILIES, encode_one
 from npu_lora_decoding.decoding.loop import LM, load
-from npu_lora_decoding.hass.ring_cache import Ring, draw_blocks
-from npu_lora_decoding.hass.continuous_batching import Dialogue, WriteConfig, after_question, self_dialogues, prompted_dialogues, turn_edges, generate_dialogues
+from npu_lora_decoding.hass.ring_cache import Ring
+from npu_lora_decoding.hass.continuous_batching import Dialogue, WriteConfig, after_question, draw_blocks, self_dialogues, prompted_dialogues, turn_edges, generate_dialogues
 from npu_lora_decoding.hass.self_chat import write_conversations
 from helpers.chats import CHATML, GEMMA, IM, LLAMA2, LLAMA3, HEADER, MISTRAL, lm_of
 from helpers.toys import toy_folder, toy_lm
 from helpers.chats import chat_lm
 
 CONFIG = WriteConfig(shards=3, per_shard=5, batch=3, user_tokens=60, new_tokens=16, openers=('', 'Hi '), min_p=0.)
-def talks_of(steps): return sorted((t for ended in steps for t in ended), key=lambda t: t.index)
+def dialogues_of(steps): return sorted((t for ended in steps for t in ended), key=lambda t: t.index)
 
 def answers(lm, prompts, new_tokens, batch, temperatures=(0.,), seed=0):
     config = WriteConfig(batch=batch, user_tokens=60, new_tokens=new_tokens)
-    return [t.tokens[t.answer_start:] for t in talks_of(generate_dialogues(lm, prompted_dialogues(lm, prompts, temperatures), len(prompts), config, generator(seed)))]
+    return [t.tokens[t.answer_start:] for t in dialogues_of(generate_dialogues(lm, prompted_dialogues(lm, prompts, temperatures), len(prompts), config, generator(seed)))]
 
 def generated(lm, prompts, new_tokens, model=None):
     out = []
@@ -94,16 +94,16 @@ def test_a_row_reads_the_proper_tokens_of_its_question():
     lm = load()
     head, _ = turn_edges(lm)
     pieces = [lm.tokenizer(c, add_special_tokens=False).input_ids[0] for c in 'Hello']
-    talk = after_question(lm, Dialogue(0, 0., head + pieces), head)
-    assert talk.messages == [dict(role='user', content='Hello')] and talk.tokens == encode_one(lm, 'Hello').tolist() != head + pieces
+    dialogue = after_question(lm, Dialogue(0, 0., head + pieces), head)
+    assert dialogue.messages == [dict(role='user', content='Hello')] and dialogue.tokens == encode_one(lm, 'Hello').tolist() != head + pieces
     assert after_question(lm, Dialogue(0, 0., head + [lm.tokenizer(' ').input_ids[-1]]), head) is None  # nothing was asked
     assert after_question(lm, Dialogue(0, 0., head + pieces + [lm.tokenizer.convert_tokens_to_ids('<|im_start|>')]), head) is None
 
 def test_a_question_drawn_in_odd_pieces_is_answered_as_text():
     lm = lm_of(CHATML, IM, '<|im_end|>', words=['ab', 'cd'])
     head, _ = turn_edges(lm)
-    talks = (Dialogue(i, 0., head + lm.tokenizer.convert_tokens_to_ids(list(w))) for i, w in enumerate(itertools.cycle(['abcd', 'ab', 'xcdx'])))
-    found = talks_of(generate_dialogues(lm, talks, 9, replace(CONFIG, batch=2), generator(0)))
+    dialogues = (Dialogue(i, 0., head + lm.tokenizer.convert_tokens_to_ids(list(w))) for i, w in enumerate(itertools.cycle(['abcd', 'ab', 'xcdx'])))
+    found = dialogues_of(generate_dialogues(lm, dialogues, 9, replace(CONFIG, batch=2), generator(0)))
     assert [t.tokens[t.answer_start:] for t in found] == generated(lm, [t.messages for t in found], CONFIG.new_tokens)
 
 def test_columns_of_the_logits_that_are_no_tokens():
@@ -125,17 +125,17 @@ def test_a_written_conversation_is_what_the_target_says():
     "Data-free, greedy: each answer equals generate's for the question as text"
     lm = chat_lm()
     config = replace(CONFIG, temperatures=(0.,))
-    talks = talks_of(generate_dialogues(lm, self_dialogues(lm, config, 0), 12, config, generator(3)))
-    questions = [t.messages[0]['content'] for t in talks]
-    assert len(talks) == 12 == len(set(questions)) and [t.tokens[t.answer_start:] for t in talks] == generated(lm, questions, config.new_tokens)
+    dialogues = dialogues_of(generate_dialogues(lm, self_dialogues(lm, config, 0), 12, config, generator(3)))
+    questions = [t.messages[0]['content'] for t in dialogues]
+    assert len(dialogues) == 12 == len(set(questions)) and [t.tokens[t.answer_start:] for t in dialogues] == generated(lm, questions, config.new_tokens)
     assert sum(q.startswith('Hi ') for q in questions) > 2
 
 def test_failed_questions_are_replaced():
     "As many conversations as asked for, though many questions never end"
     lm = chat_lm()
     config = replace(CONFIG, user_tokens=6, openers=('abc',))
-    talks = talks_of(generate_dialogues(lm, self_dialogues(lm, config, 0), 4, config, generator(0)))
-    assert len(talks) == 4 and talks[-1].index > 10  # index counts attempts
+    dialogues = dialogues_of(generate_dialogues(lm, self_dialogues(lm, config, 0), 4, config, generator(0)))
+    assert len(dialogues) == 4 and dialogues[-1].index > 10  # index counts attempts
     lm.model.get_output_embeddings().weight.data[list(turn_edges(lm)[1])] = 0  # the end of turn becomes unlikely
     lm.model.get_output_embeddings().weight.data[:5] = 0
     never = replace(config, openers=('a',), user_tokens=2)
