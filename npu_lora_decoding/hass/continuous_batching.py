@@ -217,7 +217,7 @@ class _Scheduler:
         self.ring = ring
         self.waiting = dialogues
         self.left = count  # how many are still to be admitted
-        self.rows = [None] * rows
+        self.rows:list = [None] * rows  # a `Dialogue`, or None where a row is free
         self.fed = [0] * rows
         self.failed = 0
         for i in range(rows): self.admit_next(i)

@@ -26,9 +26,9 @@ class _RingLayer(StaticLayer):
         self.column = column
         self.is_initialized = True
 
-    def update(self, keys, values, *args, **kwargs):
-        self.keys.index_copy_(2, self.column, keys)
-        self.values.index_copy_(2, self.column, values)
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.keys.index_copy_(2, self.column, key_states)
+        self.values.index_copy_(2, self.column, value_states)
         return self.keys, self.values
 
 def _check_attention(model, columns):
