@@ -138,7 +138,7 @@ class Subject:
         key = c.drafter, c.sizing == 'fixed', c.entry in ('peft, merged',), c.entry.startswith('peft')
         if c.drafter != 'none' and key not in self._drafters:
             adaptive = c.sizing != 'fixed'
-            lookup = PromptLookup(shortest=1, guesses=4, corpus=[naive(Case(family=self.family))[0][0]], adaptive=adaptive)
+            lookup = PromptLookup(min_ngram=1, draft_tokens=4, corpus=[naive(Case(family=self.family))[0][0]], adaptive=adaptive)
             folder = subject('llama' if self.family == 'gemma2' else self.family).heads['cut' in c.drafter]  # this family has no heads
             hass = HASS(folder, chain='chain' in c.drafter, depth=3, top_k=3, nodes=7, adaptive=adaptive)
             self._drafters[key] = lookup if c.drafter == 'lookup' else hass if c.drafter != 'joined' else JointDrafter((hass, lookup), nodes=7, adaptive=adaptive)
@@ -275,7 +275,7 @@ class Bench:
         self.patch.stop()
         self.drew = not torch.equal(torch.get_rng_state(), self.before)
 
-PATCHES = {ops: dict(compiles=lambda device=None: True), rows_module: dict(_compiled_step=rows_module._step, _compiled_step_hidden=rows_module._step_hidden), speculate: dict(FastDraft=Uncompiled)}
+PATCHES = {ops: dict(compiles=lambda device=None: True), rows_module: dict(_compiled_step=rows_module._step, _compiled_step_hidden=rows_module._step_hidden), speculate: dict(CompiledDraft=Uncompiled)}
 COSTS = dict(pays=lambda rows, sizes: {n: 1e3 + n for n in sizes}, loses=lambda rows, sizes: {n: 1. if n == 1 else 1e3 for n in sizes}, fixed=None)
 
 @contextlib.contextmanager
@@ -458,7 +458,7 @@ def test_each_refusal_alone(sentence):
 def test_traced_programs(c, monkeypatch):
     eager_dynamo(monkeypatch)
     monkeypatch.setattr(rows_module, '_compiled_step_hidden', torch.compile(rows_module._step_hidden, dynamic=False, fullgraph=True, backend='eager'))
-    monkeypatch.setattr(speculate, 'FastDraft', Uncompiled)
+    monkeypatch.setattr(speculate, 'CompiledDraft', Uncompiled)
     c = c._replace(cache='static')
     with patch(f'{__name__}.PATCHES', {}): assert compare(c, *run(c, Bench()), REPORT.setdefault('traced by torch.compile', Counter(valid=1))) is None
 
@@ -475,7 +475,7 @@ def test_drawn_tokens_have_the_distribution(small, target, drafter, warp, cache)
         for p in processors: scores = p(texts, scores)
         return scores
     hass = HASS(small.folder, nodes=6, depth=2, top_k=3, chain=drafter == 'chain')
-    d = PromptLookup(shortest=1, corpus=[[3, 1, 2, 1], [2, 2]]) if drafter == 'lookup' else JointDrafter((hass, PromptLookup(shortest=1))) if drafter == 'joined' else hass
+    d = PromptLookup(min_ngram=1, corpus=[[3, 1, 2, 1], [2, 2]]) if drafter == 'lookup' else JointDrafter((hass, PromptLookup(min_ngram=1))) if drafter == 'joined' else hass
     with settings(Case(cache=cache)):
         counts, p, hits = sampled(small, TARGETS[target], d, 500, 2, process=process, rows=dict(compile=cache == 'static'), **kw)
         got, limit = chi_square(counts, p, 500)

@@ -103,7 +103,7 @@ def _long_text(lm, text, tokens, settings, rows):
     check_lengths(settings, lm.context); check_useful(settings, len(ids))
     shape, found = shape_of(lm.model), []
     for name, s in dict(base=replace(settings, epochs=0), temp_lora=settings).items():
-        r = read_document(lm, ids, s, say=Progress(name=f'{name:<10}'))
+        r = read_document(lm, ids, s, on_chunk=Progress(name=f'{name:<10}'))
         require(r.finished, 'the reading was stopped', 'give the command again, or leave --text out')
         found.append(dict.fromkeys(rows[0]) | reading_row(name, r, (0,), model=lm.name, device=str(lm.device), dtype=str(lm.dtype).removeprefix('torch.'), text=Path(text).name, flops_per_token=cost_of(shape, s, len(ids)).flops / len(ids)))
     return rows[:-1] + found + rows[-1:]

@@ -9,7 +9,6 @@ __all__ = ['tree_sizes', 'pass_seconds', 'Calibration', 'best_size', 'Discounted
 # %% ../../nbs/4_speculation/01_adaptive.ipynb #f86fd384
 import statistics
 import weakref
-from dataclasses import dataclass, field
 import torch
 from ..foundations.errors import DecodingError, require
 from ..foundations.timing import stopwatch
@@ -26,7 +25,7 @@ def tree_sizes(
 ) -> tuple:  # Rising, the first is 1
     "Return the sizes that a step may choose from"
     require(nodes >= 2, f'a tree of {nodes} nodes has no draft token', 'give at least 2')
-    widest = 32 if device.type == 'cpu' else 128  # Rows of a product that still reads weights for longer than it computes
+    widest = 32 if device.type == 'cpu' else 128  # Rows of a product that reads weights for longer than it computes
     top = max(2, min(nodes, widest // b))
     if few:
         return (1, *sorted({max(2, top // 2), top}))
@@ -42,15 +41,15 @@ def _path(b, n, device):
     return Tree(torch.zeros(b, n, dtype=torch.long, device=device), parents.repeat(b, 1))
 
 def pass_seconds(
-    rows:BatchRunner,  # After the prefill
+    runner:BatchRunner,  # After the prefill
     sizes:tuple,  # Nodes a sequence
     rounds:int=3,  # The median counts
 ) -> dict:  # Size -> seconds of a forward pass
     "Return what a forward pass of each size costs here, measured once for each model and kind of runner"
-    known = _COSTS.setdefault(rows.model, {})
-    key = type(rows), rows.b, rows.roles, rows.keep_hidden, getattr(rows, 'columns', None), sizes
+    known = _COSTS.setdefault(runner.model, {})
+    key = type(runner), runner.b, runner.roles, runner.keep_hidden, getattr(runner, 'columns', None), sizes
     if key not in known:
-        seconds = lambda n: rows.time(_path(rows.b, n, rows.model.device))
+        seconds = lambda n: runner.time(_path(runner.b, n, runner.model.device))
         for n in sizes:
             seconds(n)  # Compiles, where it does
         found = [[seconds(n) for n in sizes] for _ in range(rounds)]
@@ -220,7 +219,7 @@ class TreeSizing(Drafter):
     ):
         self.inner = inner
         self.sizes = sizes
-        self.costs = costs
+        self.costs = costs or {}  # Empty until they are measured
         self.reads_hidden = inner.reads_hidden
         self.acceptance = AcceptanceByDepth(inner.depths[-1])
         self.times = DraftTimes()
@@ -228,23 +227,23 @@ class TreeSizing(Drafter):
         self.rate = DiscountedRatio()  # Tokens a second
         self.backoff = Backoff()
         self.tree: Tree|None = None  # The last one that was proposed; None in a pause
-        self.live: torch.Tensor|None = None  # Sequences that had not ended then
+        self.live = torch.zeros(0, dtype=torch.bool)  # Sequences that had not ended then
         self.passes = 0
         self.chosen = dict.fromkeys(sizes, 0)  # Size -> how often
 
-    def propose(self, state, rows):
+    def propose(self, state, runner):
         "Return the part of the inner drafter's trees that pays, or the roots alone"
-        if self.costs is None:
-            self.costs = pass_seconds(rows, self.sizes)
+        if not self.costs:
+            self.costs = pass_seconds(runner, self.sizes)
         if self.tree is not None:
-            self._learn(state)
+            self._learn(self.tree, state)
         self.live = ~state.done
         self.passes += 1
         if self.backoff.step():
             self.tree = None
-            self.inner.skip(state, rows)
+            self.inner.skip(state, runner)
             return root_tree(state.last)
-        self.tree = self._cut(self._draft(state, rows))
+        self.tree = self._cut(self._draft(state, runner))
         self.chosen[self.tree.size] += 1
         return self.tree
 
@@ -253,14 +252,15 @@ class TreeSizing(Drafter):
         depths = self.inner.depths
         if self.passes % self.full_depth_every == 1:
             return depths[-1]
-        live, rate = int(self.live.sum()), self._long_run()
+        live = int(self.live.sum())
+        rate = self._long_run()
         return max(depths, key=lambda d: self.acceptance.tokens(d) * live - rate * self._draft_seconds(d))
 
-    def _draft(self, state, rows):
+    def _draft(self, state, runner):
         "Let the inner drafter propose, as deep as it pays"
         self.inner.depth = self._best_depth()
         with stopwatch(state.last.device) as clock:
-            whole = self.inner.propose(state, rows)
+            whole = self.inner.propose(state, runner)
         self.times.add(self.inner.depth, clock['s'])
         return whole
 
@@ -274,13 +274,13 @@ class TreeSizing(Drafter):
         n = best_size(gains, self.costs, self._long_run())
         return whole.first(n) if n > 1 else root_tree(whole.tokens[:, 0])
 
-    def _learn(self, state):
-        "Count the last verification, and pause where drafting loses"
+    def _learn(self, tree, state):
+        "Count what was accepted of the last tree, and pause where drafting loses"
         emitted = state.accepted.sum(-1)[self.live].tolist()
-        if self.tree.size > 1:
-            self.calibration.observe(self.tree, state.accepted, self.live)
+        if tree.size > 1 and self.calibration is not None:
+            self.calibration.observe(tree, state.accepted, self.live)
             self.acceptance.observe([n - 1 for n in emitted], self.inner.depth)
-        self.rate.add(sum(emitted), self.costs[self.tree.size] + self._draft_seconds(self.inner.depth))
+        self.rate.add(sum(emitted), self.costs[tree.size] + self._draft_seconds(self.inner.depth))
         self.inner.record_outcome(state, self.live, self._long_run())
         if self.rate.observations >= self.patience and float(self.rate) < self._plain():
             self.backoff.start()
@@ -303,11 +303,11 @@ class TreeSizing(Drafter):
         return self.passes - sum(self.chosen.values())
 
     @property
-    def notes(self):
+    def notes(self):  # type: ignore[override]  # Computed when somebody asks
         if not self.plain_passes:
             return [*self.inner.notes]
-        paused = f'drafting did not pay: {self.plain_passes} of {self.passes} forward passes were plain decoding (drafter.explain() shows why)'
-        return [*self.inner.notes, paused]
+        plain = f'{self.plain_passes} of {self.passes} forward passes were plain decoding'
+        return [*self.inner.notes, f'drafting did not pay: {plain} (drafter.explain() shows why)']
 
     def explain(self) -> str:
         "Return what forward passes cost here, what was chosen, and what scores were worth"
@@ -319,15 +319,18 @@ def explain_calibration(
 ) -> list:  # Lines of text
     "Return what scores were worth, bin by bin"
     lows = (0., *Calibration.edges)
-    counts = zip(calibration.tried.tolist(), calibration.right.tolist())
-    lines = [f'  {lows[i % len(lows)]:.2f} and above: {right / tried:.2f} of {int(tried)}' for i, (tried, right) in enumerate(counts) if tried]
-    return ['Of the draft tokens after an accepted node, which the drafter gave', *lines, 'were right.']
+    lines = ['Of the draft tokens after an accepted node, which the drafter gave']
+    for i, (tried, right) in enumerate(zip(calibration.tried.tolist(), calibration.right.tolist())):
+        if tried:
+            low = lows[i % len(lows)]
+            lines.append(f'  {low:.2f} and above: {right / tried:.2f} of {int(tried)}')
+    return [*lines, 'were right.']
 
 def explain_sizing(
     sizing:TreeSizing,  # After a text
 ) -> str:
     "Return what forward passes cost here, what was chosen, and what scores were worth"
-    if sizing.costs is None:
+    if not sizing.costs:
         return 'Nothing was proposed: the text ended with the prefill.'
     one = sizing.costs[1]
     passes = ', '.join(f'{n}: {seconds / one:.2f}' for n, seconds in sizing.costs.items())
@@ -356,35 +359,36 @@ class FixedSize(Drafter):
         self.reads_hidden = inner.reads_hidden
 
     @property
-    def notes(self):
+    def notes(self):  # type: ignore[override]  # Those of another drafter
         return self.inner.notes
 
-    def skip(self, state, rows):
-        self.inner.skip(state, rows)
+    def skip(self, state, runner):
+        self.inner.skip(state, runner)
 
-    def propose(self, state, rows):
-        return self.inner.propose(state, rows).pad_to(self.nodes)
+    def propose(self, state, runner):
+        return self.inner.propose(state, runner).pad_to(self.nodes)
 
 
-@dataclass(eq=False)
 class AdaptiveDrafter(Drafter):
-    "A drafter whose trees are sized by what pays; subclasses have `bind`, `nodes` and `adaptive`"
-    _last:Drafter|None=field(default=None, init=False, repr=False)  # Of the last batch
+    "A drafter whose trees are sized by what pays; subclasses are dataclasses with `nodes` and `adaptive`, and have `bind`"
+    nodes:int  # Largest tree, the root included
+    adaptive:bool  # Verify only as many draft tokens as pay
+    _last:Drafter|None = None  # Of the last batch
 
-    def bind(self, rows) -> Drafter:
+    def bind(self, runner) -> Drafter:
         "Return the drafter of one batch of texts, with `depths` and `depth`"
         raise NotImplementedError
 
     @property
-    def draft_capacity(self):
+    def draft_capacity(self):  # type: ignore[override]  # Follows from the size of the trees
         return max(self.nodes, 2)
 
-    def start(self, rows):
+    def start(self, runner):
         "Return the drafter of one batch of texts, adaptive or of one size"
-        bound = self.bind(rows)
-        few = isinstance(rows, CompiledRunner)  # Each size costs a compilation
+        bound = self.bind(runner)
+        few = isinstance(runner, CompiledRunner)  # Each size costs a compilation
         if self.adaptive:
-            self._last = TreeSizing(bound, tree_sizes(rows.b, self.nodes, rows.model.device, few=few))
+            self._last = TreeSizing(bound, tree_sizes(runner.b, self.nodes, runner.model.device, few=few))
         else:
             self._last = FixedSize(bound, self.nodes) if few else bound
         return self._last
@@ -392,5 +396,5 @@ class AdaptiveDrafter(Drafter):
     def explain(self) -> str:
         "Return why the last batch was decoded as it was"
         if not isinstance(self._last, TreeSizing):
-            raise DecodingError('there is nothing to explain yet: decode with this drafter first, and with adaptive=True.')
+            raise DecodingError('there is nothing to explain yet: decode with this drafter, and with adaptive=True, first.')
         return self._last.explain()

@@ -29,21 +29,32 @@ class Form:
     text:str='Source: {source}\nTranslation: {target}\n\n'  # With {source}, then {target}, then what ends a translation
 
     def __post_init__(self):
-        fields = [self.text.count(f) for f in ('{source}', '{target}')] == [1, 1] and self.text.index('{source}') < self.text.index('{target}')
-        require(fields, f'the form {self.text!r} does not hold {{source}} and then {{target}}, once each', "write it like 'Source: {source}\\nTranslation: {target}\\n'")
-        require(self._parts()[2] != '', f'nothing follows {{target}} in the form {self.text!r}, and nobody could tell where a translation ends', 'end the form with a line break')
+        once = self.text.count('{source}') == self.text.count('{target}') == 1
+        require(once and self.text.index('{source}') < self.text.index('{target}'),
+                f'the form {self.text!r} does not hold {{source}} and then {{target}}, once each',
+                "write it like 'Source: {source}\\nTranslation: {target}\\n'")
+        require(self.after != '',
+                f'nothing follows {{target}} in the form {self.text!r}, and nobody could tell where a translation ends',
+                'end the form with a line break')
 
     def _parts(self):
+        "Return what stands before, between and after the fields"
         before, rest = self.text.split('{source}')
-        return before, *rest.split('{target}')
+        between, after = rest.split('{target}')
+        return before, between, after
+
     @property
-    def after(self): return self._parts()[2]
+    def after(self):
+        "What ends a translation"
+        return self._parts()[2]
+
     def prompt(self,
         source:str,  # A sentence
     ) -> str:  # Ends where the translation begins
         "Return the question for a translation, without the blank that belongs to its first word"
         before, between, _ = self._parts()
         return before + one_line(source) + between.rstrip(' ')
+
     def pair(self,
         source:str,  # A sentence
         target:str,  # Its translation
@@ -51,6 +62,7 @@ class Form:
         "Return both sentences in the form"
         before, between, after = self._parts()
         return before + one_line(source) + between + one_line(target) + after
+
     def alone(self,
         source:str,  # A sentence
     ) -> str:
@@ -63,11 +75,11 @@ MODES = ('own', 'gold', 'source')
 
 @dataclass(frozen=True)
 class Sentence:
-    "A translation, and what the model knew when it wrote it"
-    text:str  # What was written
-    first:int  # First token of the document in sight
+    "A translation, and what the model knew when it generated it"
+    text:str  # The translation
+    first:int  # First token of the document in context
     stop:int  # Tokens of the document so far
-    learned:int  # How many of these had been learned, or passed over by the guard
+    learned:int  # How many of these had been learned, or passed over because they repeat themselves
     version:int  # Chunks in the adapter
     whole:bool  # Whether it ended by itself, and not because `new_tokens` were spent
 
@@ -77,173 +89,249 @@ class Translation:
     settings:TempLoRAConfig  # Of the memory
     mode:str  # One of `MODES`
     sentences:list=field(default_factory=list, repr=False)  # A `Sentence` for each source
-    chunks:list=field(default_factory=list, repr=False)  # Tokens and loss (nats a token, before the first update) of each chunk given to learning
+    chunks:list=field(default_factory=list, repr=False)  # Tokens and loss (nats a token, before the first update) of each learned chunk
     learned:int=0  # Chunks learned
     notes:list=field(default_factory=list)  # What a user should know about how it went
 
     @property
-    def texts(self): return [s.text for s in self.sentences]
-    def __str__(self): return '\n'.join(self.texts)
+    def texts(self):
+        return [s.text for s in self.sentences]
 
-# %% ../../nbs/5_temp_lora/07_translation.ipynb #c6a2342e
+    def __str__(self):
+        return '\n'.join(self.texts)
+
+# %% ../../nbs/5_temp_lora/07_translation.ipynb #d1ace9ff
 class _Lent(Memory):
     "The adapter of a document, lent to one sentence"
     def __init__(self, phi):
-        self.bank, self.longest = phi.bank, phi.settings.window
+        self.bank = phi.bank
+        self.longest = phi.settings.window
         self.adapter_of = dict(expert=0, base=len(phi.names) - 1 or -1)
-    def start(self, model, bank, roles, ids, compile):
-        require(not compile, 'compiled programs hold adapters as constants, and this one changes as the document goes on', 'translate with compile=False')
-        return self
-    def __enter__(self): return self
-    def __exit__(self, *_): pass
 
-class _Ends(StoppingCriteria):
-    "Stop where the end of the form has been written"
-    def __init__(self, tokenizer, prompt, after): self.tokenizer, self.prompt, self.after = tokenizer, prompt, after
+    def start(self, model, bank, roles, ids, compile):
+        require(not compile,
+                'compiled programs hold adapters as constants, and this one changes as the document goes on',
+                'translate with compile=False')
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+# %% ../../nbs/5_temp_lora/07_translation.ipynb #c6a2342e
+class _FormEnds(StoppingCriteria):
+    "Stop where the end of the form has been generated"
+    def __init__(self, tokenizer, prompt, after):
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        self.after = after
+
     def __call__(self, ids, scores, **_):
-        return torch.tensor([self.after in self.tokenizer.decode(row[self.prompt:]) for row in ids], device=ids.device)
+        texts = [self.tokenizer.decode(row[self.prompt:]) for row in ids]
+        return torch.tensor([self.after in text for text in texts], device=ids.device)
 
 def _tokens(lm, text):
     "Return the tokens of a text that stands in the middle of others"
-    return torch.tensor(lm.tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long, device=lm.device)
+    tokens = lm.tokenizer(text, add_special_tokens=False, verbose=False)
+    return torch.tensor(tokens.input_ids, dtype=torch.long, device=lm.device)
 
 def _opening(lm):
     "Return the token that the tokenizer puts before a text, where it has one"
     first = lm.tokenizer.bos_token_id
-    return torch.tensor([first] if first in lm.tokenizer('').input_ids else [], dtype=torch.long, device=lm.device)
+    opening = [first] if first in lm.tokenizer('').input_ids else []
+    return torch.tensor(opening, dtype=torch.long, device=lm.device)
 
 # %% ../../nbs/5_temp_lora/07_translation.ipynb #f8ea1139
 class _Document:
     "Pairs in tokens, and how many of these tokens have been learned"
     def __init__(self, lm, phi):
-        self.lm, self.phi, self.opening = lm, phi, _opening(lm)
-        self.pairs, self.own, self.learned, self.chunks = [], [], 0, []
+        self.lm = lm
+        self.phi = phi
+        self.opening = _opening(lm)
+        self.pairs: list = []  # Tokens of each pair
+        self.own: list = []  # Which of them the model generated
+        self.learned = 0  # Tokens
+        self.chunks: list = []  # (tokens, loss) of each learned chunk
 
     @property
-    def length(self): return sum(map(len, self.pairs))
+    def length(self):
+        return sum(map(len, self.pairs))
 
-    def sight(self, room):
+    def latest(self, room):
         "Return the latest whole pairs that fit into `room` tokens"
         k = len(self.pairs)
-        while k and len(self.pairs[k-1]) <= room: k -= 1; room -= len(self.pairs[k])
+        while k and len(self.pairs[k-1]) <= room:
+            k -= 1
+            room -= len(self.pairs[k])
         return self.pairs[k:]
 
     def add(self, ids, given):
-        "Append a pair of which the model wrote all but the first `given` tokens"
+        "Append a pair of which the model generated all but the first `given` tokens"
         self.pairs.append(ids)
         self.own.append(torch.arange(len(ids), device=ids.device) >= given)
 
     def learn(self):
         "Learn what is pending if it makes a chunk"
-        s, most = self.phi.settings, self.lm.context - self.phi.settings.train_context - len(self.opening)
-        while s.epochs and (pending := self.length - self.learned) >= s.chunk:
-            text, stop = torch.cat(self.pairs), self.learned + min(pending, most)
+        s = self.phi.settings
+        most = self.lm.context - s.train_context - len(self.opening)
+        while s.epochs and self.length - self.learned >= s.chunk:
+            n = min(self.length - self.learned, most)
+            text = torch.cat(self.pairs)
+            stop = self.learned + n
             if self._worth_learning(text, stop):
-                seen = torch.cat([self.opening, text[max(0, self.learned - s.train_context):stop]])
-                self.chunks.append((stop - self.learned, learn(self.phi, seen, stop - self.learned)[0]))
+                first = max(0, self.learned - s.train_context)
+                losses = learn(self.phi, torch.cat([self.opening, text[first:stop]]), n)
+                self.chunks.append((n, losses[0]))
             self.learned = stop
 
     def _worth_learning(self, text, stop):
-        "Return whether what the model wrote of a chunk says something new"
+        "Return whether what the model generated of a chunk is new"
         own = torch.cat(self.own)[self.learned:stop]
         share = repetition(text[self.learned:stop][own])
-        if share > self.phi.settings.max_repetition: self.phi.notes.append(f'the chunk before token {stop} repeats itself ({share:.0%} of its 4-grams): it was not learned')
-        return share <= self.phi.settings.max_repetition
+        if share <= self.phi.settings.max_repetition:
+            return True
+        repeats = f'the chunk before token {stop} repeats itself ({share:.0%} of its 4-grams)'
+        self.phi.notes.append(f'{repeats}: it was not learned')
+        return False
+
+# %% ../../nbs/5_temp_lora/07_translation.ipynb #ce99b5f2
+def _translate(doc, source, form, new_tokens, options):
+    "Return the `Sentence` that the model generates for one source"
+    phi = doc.phi
+    tok = doc.lm.tokenizer
+    ask = _tokens(doc.lm, form.prompt(source))
+    room = phi.settings.window - len(doc.opening) - len(ask) - new_tokens
+    context = doc.latest(min(phi.settings.latest, room))
+    ids = torch.cat([doc.opening, *context, ask])
+    criteria = [*options.get('stopping_criteria', ()), _FormEnds(tok, len(ids), form.after)]
+    options = options | dict(stopping_criteria=criteria)
+    out = doc.lm.generate(ids, memory=_Lent(phi), max_new_tokens=new_tokens, **options)
+    phi.notes += [note for note in out.notes if note not in phi.notes]
+    new = [t.id for t in out.tokens[0]]
+    whole = len(new) < new_tokens or new[-1] in doc.lm.eos_ids or form.after in tok.decode(new)
+    text, _, _ = out.text.partition(form.after)
+    first = doc.length - sum(map(len, context))
+    return Sentence(one_line(text), first=first, stop=doc.length, learned=doc.learned, version=phi.version, whole=whole)
+
+def _keep(doc, form, mode, source, target):
+    "Append to the document what the mode keeps of a sentence"
+    if mode == 'own' and not target:
+        return  # It would teach silence
+    if mode == 'source':
+        ids = _tokens(doc.lm, form.alone(source))
+    else:
+        ids = _tokens(doc.lm, form.pair(source, target))
+    given = len(_tokens(doc.lm, form.prompt(source))) if mode == 'own' else len(ids)
+    doc.add(ids, given)
 
 # %% ../../nbs/5_temp_lora/07_translation.ipynb #65ccd17f
 def _sentences(texts, what):
-    "Return sentences on one line each; raises `DecodingError` for what is none"
-    require(isinstance(texts, (list, tuple)), f'the {what}s are no list but {type(texts).__name__}', 'give a list with one text a sentence')
+    "Return sentences on one line each; raises `DecodingError` for invalid ones"
+    require(isinstance(texts, (list, tuple)),
+            f'expected a list of {what}s, got {type(texts).__name__}', 'give a list with one text a sentence')
     require(len(texts) > 0, f'there are no {what}s', 'give at least one sentence')
-    for i, t in enumerate(texts): require(isinstance(t, str) and t.strip() != '', f'{what} {i} (counted from 0) is empty or no text', 'leave the sentence out, or give its text')
-    return [one_line(t) for t in texts]
+    for i, text in enumerate(texts):
+        require(isinstance(text, str) and text.strip() != '',
+                f'{what} {i} (counted from 0) is empty or not a text', 'leave the sentence out, or give its text')
+    return [one_line(text) for text in texts]
 
 def _check_references(sources, mode, references, form):
     "Return the references on one line each, or as many times None"
     require(mode in MODES, f'unknown mode {mode!r}', f'use one of {", ".join(MODES)}')
-    require(mode != 'gold' or references is not None, 'mode gold keeps references and there are none', 'give references=, or use own or source')
-    if references is None: return [None] * len(sources)
+    require(mode != 'gold' or references is not None,
+            'mode gold keeps references and there are none', 'give references=, or use own or source')
+    if references is None:
+        return [None] * len(sources)
     references = _sentences(references, 'reference')
-    require(len(references) == len(sources), f'there are {len(references)} references for {len(sources)} sources', 'give one a source, in the same order')
-    for i, r in enumerate(references): require(mode != 'gold' or form.after not in r, f'reference {i} (counted from 0) holds {form.after!r}, which ends a translation', 'choose a form that ends otherwise')
+    require(len(references) == len(sources),
+            f'there are {len(references)} references for {len(sources)} sources', 'give one a source, in the same order')
+    for i, reference in enumerate(references):
+        require(mode != 'gold' or form.after not in reference,
+                f'reference {i} (counted from 0) holds {form.after!r}, which ends a translation',
+                'choose a form that ends otherwise')
     return references
 
 _OURS = {'memory', 'max_new_tokens', 'stop_strings', 'chat'}
 
 def _check_settings(lm, settings, new_tokens, options):
-    "Refuse settings and options with which nothing can be translated"
-    taken = sorted(_OURS & options.keys())
-    require(not taken, f'the option {", ".join(taken)} is decided by the translation itself', 'leave it out; new_tokens limits a sentence and the form ends it')
+    "Raise `DecodingError` for settings and options with which nothing can be translated"
+    taken = ', '.join(sorted(_OURS & options.keys()))
+    require(not taken,
+            f'the option {taken} is decided by the translation itself',
+            'leave it out; new_tokens limits a sentence and the form ends it')
     require(settings.file is None, 'a translation is not kept in a file', 'leave file out of the settings')
     require(new_tokens >= 1, f'new_tokens is {new_tokens}', 'give at least 1')
     check_lengths(settings, lm.context)
-    learns = len(_opening(lm)) + settings.train_context + settings.chunk
-    require(not settings.epochs or learns <= lm.context, f"training reads {learns} tokens at once with the opening one, more than the model's context of {lm.context}", 'choose a smaller chunk or train_context')
+    n = len(_opening(lm)) + settings.train_context + settings.chunk
+    require(not settings.epochs or n <= lm.context,
+            f"training reads {n} tokens at once with the opening one, more than the model's context of {lm.context}",
+            'choose a smaller chunk or train_context')
 
 def _check_room(lm, sources, settings, form, new_tokens):
-    "Refuse a sentence whose question and answer do not fit into the window"
+    "Raise `DecodingError` for a sentence whose question and answer do not fit into the window"
+    opening = len(_opening(lm))
     for i, source in enumerate(sources):
-        n = len(_opening(lm)) + len(_tokens(lm, form.prompt(source)))
-        require(n + new_tokens <= settings.window, f'sentence {i} (counted from 0) asks with {n} tokens and may answer with {new_tokens}, more than the window of {settings.window}', 'split the sentence, or give fewer new_tokens or a larger window')
+        n = opening + len(_tokens(lm, form.prompt(source)))
+        question = f'sentence {i} (counted from 0) asks with {n} tokens and may answer with {new_tokens}'
+        require(n + new_tokens <= settings.window,
+                f'{question}, more than the window of {settings.window}',
+                'split the sentence, or give fewer new_tokens or a larger window')
+
+def _names(lm, settings, options):
+    "Return what the bank must hold: the expert and, for a contrast with another than the base, its amateur"
+    target = options.get('target', Plain())
+    if settings.amateur == 'base' or 'base' not in target.roles:
+        return ('expert',)
+    require(lm.adapter is not None,
+            f'the amateur {settings.amateur!r} needs a task adapter', "load one with adapter=, or use amateur='base'")
+    return ('expert', settings.amateur)
 
 # %% ../../nbs/5_temp_lora/07_translation.ipynb #de82935f
-def _translate(doc, source, form, new_tokens, options):
-    "Return the `Sentence` that the model writes for one source"
-    s, phi, tok, ask = doc.phi.settings, doc.phi, doc.lm.tokenizer, _tokens(doc.lm, form.prompt(source))
-    seen = doc.sight(min(s.latest, s.window - len(doc.opening) - len(ask) - new_tokens))
-    ids = torch.cat([doc.opening, *seen, ask])
-    options = options | dict(stopping_criteria=[*options.get('stopping_criteria', ()), _Ends(tok, len(ids), form.after)])
-    out = doc.lm.generate(ids, memory=_Lent(phi), max_new_tokens=new_tokens, **options)
-    new = [t.id for t in out.tokens[0]]
-    whole = len(new) < new_tokens or new[-1] in doc.lm.eos_ids or form.after in tok.decode(new)
-    phi.notes += [n for n in out.notes if n not in phi.notes]
-    text = one_line(out.text.partition(form.after)[0])
-    return Sentence(text, doc.length - sum(map(len, seen)), doc.length, doc.learned, phi.version, whole)
-
-def _keep(doc, form, mode, source, said, reference):
-    "Append to the document what the mode keeps of a sentence"
-    if mode == 'own' and not said: return
-    target = reference if mode == 'gold' else said
-    ids = _tokens(doc.lm, form.alone(source) if mode == 'source' else form.pair(source, target))
-    doc.add(ids, len(_tokens(doc.lm, form.prompt(source))) if mode == 'own' else len(ids))
-
 def _summary(out, doc, new_tokens):
     "Return notes about the whole document"
-    s, cut, empty = out.settings, [i for i, x in enumerate(out.sentences) if not x.whole], [i for i, x in enumerate(out.sentences) if not x.text]
-    notes = [f'{len(cut)} of {len(out.texts)} translations did not end within {new_tokens} tokens, the first of them sentence {cut[0]} (counted from 0)'] if cut else []
-    if empty: notes.append(f'{len(empty)} of {len(out.texts)} translations are empty, the first of them sentence {empty[0]} (counted from 0)')
-    if s.epochs and all(x.first == 0 for x in out.sentences): notes.append(f'the whole document ({doc.length} tokens) was in sight all along, where Temp-LoRA is useless')
+    notes = []
+    n = len(out.sentences)
+    cut = [i for i, s in enumerate(out.sentences) if not s.whole]
+    if cut:
+        first = f'the first of them sentence {cut[0]} (counted from 0)'
+        notes.append(f'{len(cut)} of {n} translations did not end within {new_tokens} tokens, {first}')
+    empty = [i for i, s in enumerate(out.sentences) if not s.text]
+    if empty:
+        notes.append(f'{len(empty)} of {n} translations are empty, the first of them sentence {empty[0]} (counted from 0)')
+    if out.settings.epochs and all(s.first == 0 for s in out.sentences):
+        notes.append(f'the whole document ({doc.length} tokens) was in context all along, where Temp-LoRA is useless')
     return notes
 
 def translate_document(
     lm:LM,  # Model and tokenizer, with a task adapter or without
     sources:list,  # Sentences in order; white space in them becomes single blanks
-    settings:TempLoRAConfig=TempLoRA(),  # With epochs=0: the base at the same window. `recompute` has no say, since every sentence reads its context anew
-    mode:str='own',  # What is context and is learned: own (the model's translations), gold (references: feedback after every sentence), source
+    settings:TempLoRAConfig=TempLoRA(),  # With epochs=0: the base at the same window; `recompute` has no effect here
+    mode:str='own',  # What is context and is learned: own (the model's translations), gold (references), source
     references:list|None=None,  # One a source; used in mode gold only, each after its sentence was translated
     form:Form=Form(),  # How a pair is written
     new_tokens:int=256,  # Longest translation, in tokens
-    say=None,  # Function that is told of the `Translation` after every sentence
+    on_sentence=None,  # Function that is given the `Translation` after every sentence
     **options,  # Of `lm.generate`: `target`, `drafter`, `do_sample`, `seed`, ...
 ) -> Translation:  # Texts, what each was translated from, notes
     "Translate a document sentence by sentence, learning what the mode keeps of it; the model is afterwards what it was"
     sources = _sentences(sources, 'source')
     references = _check_references(sources, mode, references, form)
     _check_settings(lm, settings, new_tokens, options)
-    _check_room(lm, sources, settings, form, new_tokens)
-    with temporary(lm.model, settings, lm.adapter, _names(lm, settings, options)) as phi:
-        doc, out = _Document(lm, phi), Translation(settings, mode, notes=phi.notes)
+    _check_room(lm, sources, settings, form, new_tokens=new_tokens)
+    names = _names(lm, settings, options)
+    with temporary(lm.model, settings, lm.adapter, names) as phi:
+        doc = _Document(lm, phi)
+        out = Translation(settings, mode, notes=phi.notes)
         for source, reference in zip(sources, references):
-            doc.learn()  # what the sentences before have made pending
-            out.chunks, out.learned = doc.chunks, phi.version
-            out.sentences.append(_translate(doc, source, form, new_tokens, options))
-            if say is not None: say(out)
-            _keep(doc, form, mode, source, out.sentences[-1].text, reference)
+            doc.learn()  # What the sentences before have made pending
+            out.chunks = doc.chunks
+            out.learned = phi.version
+            sentence = _translate(doc, source, form, new_tokens=new_tokens, options=options)
+            out.sentences.append(sentence)
+            if on_sentence is not None:
+                on_sentence(out)
+            _keep(doc, form, mode, source, target=reference if mode == 'gold' else sentence.text)
         out.notes += _summary(out, doc, new_tokens)
     return out
-
-def _names(lm, settings, options):
-    "Return what the bank must hold: the expert and, for a contrast with another than the base, its amateur"
-    if settings.amateur == 'base' or 'base' not in options.get('target', Plain()).roles: return ('expert',)
-    require(lm.adapter is not None, f'the amateur {settings.amateur!r} needs a task adapter', "load one with adapter=, or use amateur='base'")
-    return ('expert', settings.amateur)

@@ -23,9 +23,9 @@ SETTINGS = TempLoRA(chunk=512, window=2560, context=512, train_context=128, epoc
 class Fresh(Reader):
     "The same tokens in sight as the policy gives, and no stale key"
     def losses(self, text, start, stop, version=0):
-        if self.marks.spans and start + self.settings.chunk - self.marks.first <= self.settings.window:
+        if self.ledger.spans and start + self.settings.chunk - self.ledger.first <= self.settings.window:
             self.cache = DynamicCache(config=self.model.config)
-            with torch.no_grad(): self.model.base_model(text[None, self.marks.first:self.marks.stop], past_key_values=self.cache, use_cache=True)
+            with torch.no_grad(): self.model.base_model(text[None, self.ledger.first:self.ledger.stop], past_key_values=self.cache, use_cache=True)
         return super().losses(text, start, stop, version)
 
 def read(lm, text, settings):
@@ -37,7 +37,7 @@ def read(lm, text, settings):
             for name in sorted(readers, reverse=i % 2 == 0):
                 with stopwatch(text.device) as clock, phi.bank.attached([0]): loss = readers[name].losses(text, start, start + settings.chunk, phi.version)
                 nats[name].append(loss.double().sum().item()); seconds[name].append(clock['s'])
-            ages.append(phi.version - min(v for *_, v in readers['stale'].marks.spans))
+            ages.append(phi.version - min(v for *_, v in readers['stale'].ledger.spans))
             with stopwatch(text.device) as clock: learn(phi, text[max(0, start - settings.train_context):start + settings.chunk], settings.chunk)
             learned.append(clock['s'])
     return nats, seconds, learned, ages

@@ -11,7 +11,7 @@ from npu_lora_decoding.foundations.devices import generator
 from npu_lora_decoding.foundations.lora import AdapterBank
 from npu_lora_decoding.hass.checkpoint import save_head
 from npu_lora_decoding.hass.head import DraftHead, head_config
-from npu_lora_decoding.speculation.compiled_draft import FastDraft
+from npu_lora_decoding.speculation.compiled_draft import CompiledDraft
 from transformers import StoppingCriteria
 
 N = 10
@@ -73,7 +73,7 @@ def toy(tmp, family='llama', v=23, context=256, seed=0, vocab=None):
     bank = AdapterBank(model, [load_adapter(toy_adapter(model, tmp/'adapter', lora_alpha=1), model)], ops.lora)
     return Toy(model, head, save_head(head, tmp/'head', model), bank)
 
-class Uncompiled(FastDraft):
+class Uncompiled(CompiledDraft):
     def __init__(self, program): self.device, self._run, self._seen = program.embed.device, program.eval(), set()
 
 def guessed(out): return sum(x.proposer != 'target' for s in out.steps for r in s.tokens for x in r)

@@ -12,7 +12,7 @@ from npu_lora_decoding.foundations.devices import generator
 from npu_lora_decoding.decoding.loop import Decoder, Drafter
 from npu_lora_decoding.speculation.prompt_lookup import PromptLookup
 from npu_lora_decoding.decoding.runner import BatchRunner, CompiledRunner
-from npu_lora_decoding.speculation.adaptive import Calibration, Reach, AdaptiveDrafter, TreeSizing, best_size, pass_seconds, tree_sizes
+from npu_lora_decoding.speculation.adaptive import Calibration, AcceptanceByDepth, AdaptiveDrafter, TreeSizing, best_size, pass_seconds, tree_sizes
 from npu_lora_decoding.decoding.tree import Tree, root_tree
 
 CPU, CUDA = torch.device('cpu'), torch.device('cuda')
@@ -36,7 +36,7 @@ def test_sizes_rise_and_fit(device, few):
 def test_sizes_by_hand(b, nodes, device, sizes): assert tree_sizes(b, nodes, device) == sizes
 
 def test_a_tree_of_one_node_is_refused():
-    with pytest.raises(DecodingError, match='holds no guess'): tree_sizes(1, 1, CPU)
+    with pytest.raises(DecodingError, match='has no draft token'): tree_sizes(1, 1, CPU)
 
 # --- what a pass costs
 
@@ -47,7 +47,7 @@ class Clock(torch.nn.Module):
 def clocked(model, seconds, b=2, keep_hidden=False, roles=('expert',)):
     asked = []
     def time(tree): asked.append(tree.checked()); return seconds[tree.size].pop(0)
-    return SimpleNamespace(model=model, b=b, roles=roles, keep_hidden=keeps, time=time, asked=asked)
+    return SimpleNamespace(model=model, b=b, roles=roles, keep_hidden=keep_hidden, time=time, asked=asked)
 
 def test_the_median_without_the_first_pass():
     rows = clocked(Clock(), {1: [100., 1., 9., 2.], 4: [100., 5., 3., 8.]})  # the first may compile
@@ -195,8 +195,8 @@ def test_best_size_by_hand():
     assert best_size(torch.tensor([1., 2., 3.]), costs, .1) == 4 and best_size(torch.tensor([1., 2.]), costs, .1) == 2  # three nodes fill a size of 4
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(0, 5), min_size=1, max_size=3)), max_size=12))
-def test_reach_is_an_average_that_forgets(passes):
-    r = Reach(5)
+def test_acceptance_by_depth_is_an_average_that_forgets(passes):
+    r = AcceptanceByDepth(5)
     for depth, guesses in passes: r.observe(guesses, depth)
     for j in range(5):
         tried, hits = 4., 4 * .7 ** (j + 1)
@@ -254,7 +254,7 @@ def test_guessing_that_loses_is_given_up_for_longer_and_longer(make):
     sizes = run(s, lambda i: 0, 160)
     assert naps(sizes) == [[False, 8], [True, 16], [False, 8], [True, 32], [False, 8], [True, 64], [False, 8], [True, 16]]
     assert sizes[0] == (4, False)  # tried first
-    assert s.inner.skipped == 128 and s.notes == ['guessing did not pay: 128 of 160 passes were plain decoding (drafter.explain() shows why)']
+    assert s.inner.skipped == 128 and s.notes == ['drafting did not pay: 128 of 160 forward passes were plain decoding (drafter.explain() shows why)']
     assert sum(s.chosen.values()) == 32 == len(s.inner.asked)
 
 def test_guessing_that_pays_never_stops(make):
@@ -317,7 +317,7 @@ def test_explain_says_what_was_seen(make):
     s = make({1: 2., 2: 3., 4: 5.}, a_node=1., score=.75)
     run(s, lambda i: 1, 6)
     text = s.explain()
-    assert '1: 1.00, 2: 1.50, 4: 2.50' in text and 'Passes: 6, plain without a draft: 0' in text and f'by size of the tree: 1: {s.chosen[1]}, 2: {s.chosen[2]}, 4: {s.chosen[4]}' in text
+    assert '1: 1.00, 2: 1.50, 4: 2.50' in text and 'Forward passes: 6, plain without a draft: 0' in text and f'by size of the tree: 1: {s.chosen[1]}, 2: {s.chosen[2]}, 4: {s.chosen[4]}' in text
     assert 'depth 3: 1.50' in text and '  0.70 and above: ' in text and '0.80 and above' not in text
     assert f'of {int(s.calibration.tried.sum())}\n' in text
 
@@ -333,7 +333,7 @@ def test_nothing_to_explain():
         with pytest.raises(DecodingError, match='nothing to explain yet'): d.explain()
         plain = answer(model, None)
         assert answer(model, d).equal(plain)
-        if d.adaptive: assert d.explain().startswith('A pass costs, relative to one node: 1: 1.00')
+        if d.adaptive: assert d.explain().startswith('A forward pass costs, relative to one node: 1: 1.00')
         else:
             with pytest.raises(DecodingError, match='adaptive=True'): d.explain()
 
@@ -346,5 +346,5 @@ def test_each_batch_starts_anew():
     model, d = toy_model(vocab=11), PromptLookup()
     answer(model, d); first = d._last
     answer(model, d); assert d._last is not first and isinstance(first, TreeSizing) and d._last.sizes == first.sizes == tree_sizes(1, 9, CPU)
-    assert PromptLookup(guesses=1).draft_capacity == 2 and PromptLookup(guesses=20).draft_capacity == 21
+    assert PromptLookup(draft_tokens=1).draft_capacity == 2 and PromptLookup(draft_tokens=20).draft_capacity == 21
     assert isinstance(d, AdaptiveDrafter) and isinstance(d, Drafter)

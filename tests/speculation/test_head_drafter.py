@@ -18,14 +18,14 @@ from npu_lora_decoding.foundations.devices import generator
 from npu_lora_decoding.decoding.loop import Decoder, Drafter
 from npu_lora_decoding.hass.head import DraftHead, target_weights, head_config
 from npu_lora_decoding.hass.checkpoint import save_head
-from npu_lora_decoding.speculation.compiled_draft import DraftProgram, FastDraft, static_head_cache
+from npu_lora_decoding.speculation.compiled_draft import DraftProgram, CompiledDraft, static_head_cache
 from npu_lora_decoding.speculation.joint import JointDrafter
 from npu_lora_decoding.speculation.prompt_lookup import PromptLookup, paths
 from npu_lora_decoding.foundations.lora import AdapterBank
 from npu_lora_decoding.decoding.loop import LM
 from npu_lora_decoding.decoding.runner import CompiledRunner
 from npu_lora_decoding.speculation.adaptive import TreeSizing
-from npu_lora_decoding.speculation.head_drafter import HASS, certain_slots
+from npu_lora_decoding.speculation.head_drafter import HASS, committed_slots
 from npu_lora_decoding.decoding.tree import root_tree
 from helpers.loops import EndsOn, Pair, generate, same
 from helpers.toys import toy_tokenizer
@@ -53,7 +53,7 @@ def rows(request, monkeypatch):
     "Options of the Decoder for each kind of cache; the static one without its compiler"
     monkeypatch.setattr(ops, 'compiles', lambda device=None: True)
     monkeypatch.setattr(rows_module, '_compiled_step', rows_module._step); monkeypatch.setattr(rows_module, '_compiled_step_hidden', rows_module._step_hidden)
-    monkeypatch.setattr(speculate, 'FastDraft', Uncompiled)
+    monkeypatch.setattr(speculate, 'CompiledDraft', Uncompiled)
     return dict(compile=request.param == 'static')
 
 def prompts(lengths=(7, 3, 5, 1), v=23, seed=0):
@@ -72,8 +72,8 @@ def equals_plain(t, drafter, target=PLAIN, lengths=(7, 3, 5, 1), rows={}, least=
     assert guessed(fast) >= least and len(fast.steps) <= len(plain.steps)
     return plain, fast
 
-DRAFTERS = dict(chain=lambda f: HASS(f, chain=True), tree=lambda f: HASS(f), fixed=lambda f: HASS(f, adaptive=False), lookup=lambda f: PromptLookup(shortest=1),
-                joined=lambda f: JointDrafter((HASS(f), PromptLookup(shortest=1)), adaptive=False), sized=lambda f: JointDrafter((PromptLookup(shortest=1), HASS(f, chain=True)), nodes=9))
+DRAFTERS = dict(chain=lambda f: HASS(f, chain=True), tree=lambda f: HASS(f), fixed=lambda f: HASS(f, adaptive=False), lookup=lambda f: PromptLookup(min_ngram=1),
+                joined=lambda f: JointDrafter((HASS(f), PromptLookup(min_ngram=1)), adaptive=False), sized=lambda f: JointDrafter((PromptLookup(min_ngram=1), HASS(f, chain=True)), nodes=9))
 
 # --- greedy: the same tokens
 
@@ -190,14 +190,14 @@ def test_drafts_after_a_pause_are_those_without(llama, rows):
 
 def test_guessing_that_loses_pauses_and_catches_up(llama, rows, monkeypatch):
     "Passes over trees are dear until the first pause"
-    costs, skip = {}, speculate._Guesses.skip
+    costs, skip = {}, speculate._HeadDrafter.skip
     monkeypatch.setattr(sizing, 'pass_seconds', lambda rows, sizes: costs.update({n: 1e3 if n == 1 else 9e3 for n in sizes}) or costs)
     def cheaper(self, *a): costs.update({n: 1e3 for n in costs}); skip(self, *a)
-    monkeypatch.setattr(speculate._Guesses, 'skip', cheaper)
+    monkeypatch.setattr(speculate._HeadDrafter, 'skip', cheaper)
     drafter = HASS(llama.folder)
     _, fast = equals_plain(llama, drafter, COLD, (7, 3), rows, least=3, max_new_tokens=46)
     sizer = drafter._last
-    assert '16 of' in sizer.notes[0] and 'plain without a draft: 16' in drafter.explain() and not sizer.pause and fast.notes == sizer.notes
+    assert '16 of' in sizer.notes[0] and 'plain without a draft: 16' in drafter.explain() and not sizer.backoff.left and fast.notes == sizer.notes
     cache_is_right(llama, inner(drafter), fast, prompts((7, 3))[1], llama.bank)
 
 def test_ended_sequences_keep_what_they_had(llama, rows):
@@ -213,7 +213,7 @@ def test_certain_slots_are_a_loop():
     g = generator(1)
     for width in (None, 4, 9):
         h, follows, certain = torch.randn(3, 6, 2, generator=g), torch.randint(0, 99, (3, 6), generator=g), torch.rand(3, 6, generator=g) < .5
-        f, t, count = certain_slots(h, follows, certain, width)
+        f, t, count = committed_slots(h, follows, certain, width)
         assert f.shape[1] == t.shape[1] == (width or int(certain.sum(-1).max())) and count.tolist() == certain.sum(-1).tolist()
         for b in range(3):
             n = min(int(count[b]), t.shape[1])
@@ -242,16 +242,16 @@ def test_a_head_for_another_model_is_named(llama, qwen3):
 def test_a_draft_vocabulary(tmp_path):
     few = [5, 7, 3, 20, 11, 2, 9, 13, 4, 22]
     t = toy(tmp_path, vocab=few)
-    for words in (None, 4):
-        drafter, seen = HASS(t.folder, words=words, adaptive=False), set()
-        equals_plain(t, drafter, COLD, least=3 if words is None else 0)
-        assert drafter._bound.lm_head.shape == (words or 10, 32)
+    for n in (None, 4):
+        drafter, seen = HASS(t.folder, draft_vocab=n, adaptive=False), set()
+        equals_plain(t, drafter, COLD, least=3 if n is None else 0)
+        assert drafter._bound.lm_head.shape == (n or 10, 32)
         fast = run(t, COLD, drafter, max_new_tokens=40)
         seen = {x.id for s in fast.steps for r in s.tokens for x in r if x.proposer == 'head'}
-        assert seen and seen <= set(few[:words])
+        assert seen and seen <= set(few[:n])
 
-def test_words_need_a_draft_vocabulary(llama):
-    with pytest.raises(DecodingError, match='no draft vocabulary'): run(llama, drafter=HASS(llama.folder, words=9))
+def test_a_part_of_it_needs_a_draft_vocabulary(llama):
+    with pytest.raises(DecodingError, match='no draft vocabulary'): run(llama, drafter=HASS(llama.folder, draft_vocab=9))
 
 @pytest.mark.parametrize('kw', [dict(depth=0), dict(top_k=0), dict(nodes=1)], ids=str)
 def test_drafts_that_cannot_be(kw):
@@ -269,7 +269,7 @@ def test_a_head_without_numbers_guesses_nothing(llama, rows, name):
     run(llama, drafter=drafter, rows=rows)
     drafter._bound.head.fc.weight[0, 0] = torch.nan
     plain, fast = equals_plain(llama, drafter, rows=rows, least=0)
-    assert guessed(fast) == 0 and len([n for n in drafter._last.notes if 'no number' in n]) == 1
+    assert guessed(fast) == 0 and len([n for n in drafter._last.notes if 'NaN' in n]) == 1
 
 def test_a_head_that_fails_on_the_way(llama, rows, monkeypatch):
     "What was guessed before stays; the note comes once, and nobody asks the head again"
@@ -448,7 +448,7 @@ def test_compiled_drafts_of_equal_shapes_stay_apart():
         for p in h.parameters(): p.copy_(torch.randn(p.shape, generator=g) * p.shape[-1]**-.5)
         return h
     programs = [DraftProgram(head(seed), frozen.embed, frozen.lm_head, depth, 4, 8) for seed, depth in ((0, 3), (0, 5), (1, 3))]
-    fast = [FastDraft(p) for p in programs]
+    fast = [CompiledDraft(p) for p in programs]
     g = generator(3)
     slots = torch.randn(1, 4, d, generator=g), torch.randint(3, 97, (1, 4), generator=g), torch.tensor([4]), torch.tensor([5])
     given = lambda p: (*static_head_cache(p.head, 1, 64).tensors, *slots)

@@ -6,7 +6,7 @@ from hypothesis import given, strategies as st
 from npu_lora_decoding.foundations.adapters import toy_model
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.decoding.loop import Decoder, Drafter
-from npu_lora_decoding.speculation.joint import JointDrafter, join
+from npu_lora_decoding.speculation.joint import JointDrafter, join_trees
 from npu_lora_decoding.speculation.prompt_lookup import PromptLookup, match_lengths, paths
 from npu_lora_decoding.speculation.adaptive import TreeSizing
 from npu_lora_decoding.decoding.tree import Tree, root_tree
@@ -42,10 +42,10 @@ def test_copy_is_searching(text, corpus, guesses, shortest, more):
     assert (got.tolist(), n) == naive_copy(text, corpus, guesses, shortest + more, shortest)
 
 @pytest.mark.parametrize('text,kw,want', [
-    ([5], {}, ([], 0)), ([5, 5], {}, ([], 0)), ([5, 5], dict(shortest=1), ([5], 1)),  # one token, and one that agrees
-    ([5, 6, 7, 5, 6], {}, ([7, 5, 6], 2)), ([5, 6, 7, 5, 6], dict(guesses=2), ([7, 5], 2)), ([5, 6, 7, 5, 6], dict(shortest=3), ([], 0)),  # cut at the end of the text, or at `guesses`
+    ([5], {}, ([], 0)), ([5, 5], {}, ([], 0)), ([5, 5], dict(min_ngram=1), ([5], 1)),  # one token, and one that agrees
+    ([5, 6, 7, 5, 6], {}, ([7, 5, 6], 2)), ([5, 6, 7, 5, 6], dict(draft_tokens=2), ([7, 5], 2)), ([5, 6, 7, 5, 6], dict(min_ngram=3), ([], 0)),  # cut at the end of the text, or at `guesses`
     ([1, 2, 3, 9, 4, 2, 3, 8, 0, 1, 2, 3], {}, ([9, 4, 2, 3, 8, 0, 1, 2], 3)),  # three tokens agree there, two here
-    ([1, 2, 3, 9, 4, 2, 3, 8, 0, 1, 2, 3], dict(longest=2), ([8, 0, 1, 2, 3], 2)),  # of equals the last
+    ([1, 2, 3, 9, 4, 2, 3, 8, 0, 1, 2, 3], dict(max_ngram=2), ([8, 0, 1, 2, 3], 2)),  # of equals the last
     ([1, 2, 3], dict(corpus=([9, 1, 2, 3, 4],)), ([4], 3)), ([1, 2, 3], dict(corpus=([9, 1, 2, 3],)), ([], 0)),  # nothing follows the corpus's end
     ([2, 3, 9, 1, 2, 3], dict(corpus=([1, 2, 3, 4],)), ([4], 3)), ([2, 3, 9, 2, 3], dict(corpus=([2, 3, 4],)), ([9, 2, 3], 2)),  # a longer match in the corpus wins, an equal one does not
     ([1, 2], dict(corpus=([], [7], [1, 2, 8], [1, 2, 9])), ([8], 2))], ids=str)  # texts without a place, the first of equals
@@ -56,7 +56,7 @@ def test_copies_by_hand(text, kw, want):
 def test_paths_of_a_batch():
     state = SimpleNamespace(text=[T([5, 6, 7, 5, 6]), T([1, 2, 3]), T([4, 1, 2, 8, 9, 9, 4, 1, 2])])
     state.last = T([6, 3, 2])
-    tree = PromptLookup(guesses=4).propose(state, None).checked()
+    tree = PromptLookup(draft_tokens=4).propose(state, None).checked()
     assert tree.tokens.tolist()[0] == [6, 7, 5, 6, 6] and tree.tokens[2].tolist() == [2, 8, 9, 9, 4] and tree.tokens[:, 0].equal(state.last)
     assert tree.parents.tolist() == [[-1, 0, 1, 2, -2], [-1, -2, -2, -2, -2], [-1, 0, 1, 2, 3]]
     torch.testing.assert_close(tree.scores, T([[1., 3/4, 9/16, 27/64, 0.], [1., 0., 0., 0., 0.], [1., .8, .64, .512, .4096]]))  # 2 and 3 tokens agree
@@ -67,9 +67,9 @@ def test_paths_of_a_batch():
 def test_corpora_of_every_kind():
     assert [c.tolist() for c in PromptLookup(corpus=([1, 2], T([[3, 4]]), T([5], dtype=torch.int32))).corpus] == [[1, 2], [3, 4], [5]]
 
-@pytest.mark.parametrize('kw', [dict(guesses=0), dict(shortest=0), dict(shortest=3, longest=2)], ids=str)
+@pytest.mark.parametrize('kw', [dict(draft_tokens=0), dict(min_ngram=0), dict(min_ngram=3, max_ngram=2)], ids=str)
 def test_copies_that_cannot_be(kw):
-    with pytest.raises(DecodingError, match='longest no smaller'): PromptLookup(**kw)
+    with pytest.raises(DecodingError, match='max_ngram no smaller'): PromptLookup(**kw)
 
 # --- one tree for several drafters
 
@@ -99,7 +99,7 @@ def guesses(draw):
 
 @given(st.lists(st.lists(guesses(), min_size=2, max_size=2), min_size=1, max_size=3), st.integers(1, 16))
 def test_join_keeps_the_best_of_all(found, nodes):
-    joined = join([tree_of(f, f'd{k}', 9) for k, f in enumerate(found)], nodes).checked()
+    joined = join_trees([tree_of(f, f'd{k}', 9) for k, f in enumerate(found)], nodes).checked()
     for b in range(2):
         got, all_of = read(joined, b), {}
         for k, f in enumerate(found):
@@ -116,14 +116,14 @@ def test_join_keeps_the_best_of_all(found, nodes):
 def test_joined_batches_are_filled():
     a = tree_of([{(): 1., (3,): .5, (3, 4): .4}, {(): 1.}], 'a', 3)
     b = tree_of([{(): 1., (3,): .6, (5,): .1}, {(): 1., (7,): .2}], 'b', 4)
-    tree = join([a, b], 16)
+    tree = join_trees([a, b], 16)
     assert tree.parents.tolist() == [[-1, 0, 1, 0], [-1, 0, -2, -2]] and tree.tokens.tolist() == [[50, 3, 4, 5], [50, 7, 0, 0]]
     assert tree.proposers(0, [1, 2, 3]) == ['a', 'a', 'b'] and tree.proposers(1, [1]) == ['b']  # who is trusted most owns a guess of several
     torch.testing.assert_close(tree.scores[0], T([1., .6, .4, .1]))  # but the higher score counts
-    assert join([a], 1).size == 1
+    assert join_trees([a], 1).size == 1
 
 def test_trees_without_scores_are_not_joined():
-    with pytest.raises(DecodingError, match='without scores'): join([paths([T([1])], T([5]), [.5], 'a'), Tree(T([[5, 6]]), T([[-1, 0]]))], 4)
+    with pytest.raises(DecodingError, match='without scores'): join_trees([paths([T([1])], T([5]), [.5], 'a'), Tree(T([[5, 6]]), T([[-1, 0]]))], 4)
 
 # --- drafters that share
 
@@ -176,10 +176,10 @@ def passes(joined, state, rate, n, seconds):
     "Propose and judge `n` times with drafts of the given seconds; return who was asked each time"
     asked = []
     for _ in range(n):
-        before = [len(w.seconds) for w in joined._worth] or [0] * len(joined.drafters)
+        before = [len(w.seconds) for w in joined._contributions] or [0] * len(joined.drafters)
         joined.propose(state, None)
-        asked.append([len(w.seconds) > k for w, k in zip(joined._worth, before)])
-        for w, a, s in zip(joined._worth, asked[-1], seconds):
+        asked.append([len(w.seconds) > k for w, k in zip(joined._contributions, before)])
+        for w, a, s in zip(joined._contributions, asked[-1], seconds):
             if a: w.seconds[-1] = s
         joined.record_outcome(state, T([True] * len(state.last)), rate)
     return asked
@@ -196,7 +196,7 @@ def test_a_drafter_that_adds_nothing_rests():
     assert all(a for a, _ in asked)
     rests = [i for i, (_, b) in enumerate(asked) if not b]
     assert rests == [*range(8, 24), *range(32, 64), *range(72, 100)]  # asked again, less and less often
-    assert j.drafters[1].skipped == len(rests) and j.notes == [f'guesses of stub 4 did not pay beside the others: left out of {len(rests)} of 100 proposals']
+    assert j.drafters[1].skipped == len(rests) and j.notes == [f'draft tokens of stub 4 did not pay beside the others: left out of {len(rests)} of 100 proposals']
     tree = j.propose(accepts(3), None).checked()
     assert tree.proposer == ('stub 3', 'stub 4') and tree.proposers(0, [1]) == ['stub 3']  # names keep their places while one rests
 
@@ -223,4 +223,4 @@ def test_a_resting_drafter_changes_no_token(monkeypatch):
     plain = said(None)
     monkeypatch.setattr('npu_lora_decoding.speculation.adaptive.TreeSizing._long_run', lambda self: 1e4)
     out = said(JointDrafter((PromptLookup(corpus=tuple(plain.sequences[:, 6:])), Slow((1,), 1, token=2))))
-    assert out.sequences.equal(plain.sequences) and 'guesses of stub 2 did not pay' in ' '.join(out.notes)
+    assert out.sequences.equal(plain.sequences) and 'draft tokens of stub 2 did not pay' in ' '.join(out.notes)

@@ -27,9 +27,9 @@ def test_reading_is_reading(shape, rule, lr, length):
         b = min(a + d, length)
         if b < 2: continue
         with phi.bank.attached([0]): got = reader.losses(TEXT, a, b, phi.version)
-        first = reader.marks.first
-        assert b - first <= w and a - first >= min(a, c) and reader.marks.stop == b - 1
-        assert reader.cache.get_seq_length() == len(reader.marks.versions) == b - 1 - first  # one token short, and positions begin at 0
+        first = reader.ledger.first
+        assert b - first <= w and a - first >= min(a, c) and reader.ledger.stop == b - 1
+        assert reader.cache.get_seq_length() == len(reader.ledger.versions) == b - 1 - first  # one token short, and positions begin at 0
         if lr == 0: torch.testing.assert_close(got, token_losses(MODEL, TEXT[first:b-1], TEXT[max(a, 1):b]), rtol=1e-4, atol=1e-4)
         if b - a == d: learn(phi, TEXT[max(0, a-8):b], d)
 
@@ -40,7 +40,7 @@ def test_nothing_stale_under_the_policy_chunk():
         with phi.bank.attached([0]):
             got = reader.losses(TEXT, a, a + 6, phi.version)
             torch.testing.assert_close(got, token_losses(MODEL, TEXT[max(0, a-10):a+5], TEXT[max(a, 1):a+6]), rtol=1e-4, atol=1e-4)
-        assert set(reader.marks.versions) == {phi.version}
+        assert set(reader.ledger.versions) == {phi.version}
         learn(phi, TEXT[max(0, a-8):a+6], 6)
 
 @pytest.mark.parametrize('window,context,chunk', [(24, 6, 6), (24, 18, 6), (25, 6, 6), (40, 3, 7)])
@@ -69,7 +69,7 @@ def test_stale_keys_are_used_and_newer_ones_are_not():
         got = reader.losses(TEXT, 8, 16, phi.version)
         torch.testing.assert_close(got, token_losses(MODEL, TEXT[7:15], TEXT[8:16], cache), rtol=1e-5, atol=1e-5)
         assert (got - token_losses(MODEL, TEXT[:15], TEXT[8:16])).abs().max() > 1e-3  # fresh keys would say something else
-    assert reader.marks.spans == [(7, 0), (15, 1)]
+    assert reader.ledger.spans == [(7, 0), (15, 1)]
 
 def test_drift_is_measured_and_the_cache_is_not_touched():
     phi, cache = TemporaryAdapter(MODEL, TempLoRA(r=4, alpha=4., lr=.02, train_context=8)), DynamicCache(config=MODEL.config)
@@ -90,9 +90,9 @@ def test_sliding_is_seeing_the_sinks_and_the_latest(shape, sinks, length):
     if sinks >= w - d: return
     reader = Reader(one, TempLoRA(chunk=d, window=w, context=1, recompute=f'slide:{sinks}', epochs=0))
     for a in range(0, length - length % d, d):
-        b, before = a + d, reader.marks.stop
+        b, before = a + d, reader.ledger.stop
         if b < 2: continue
-        got, m = reader.losses(TEXT, a, b), reader.marks
+        got, m = reader.losses(TEXT, a, b), reader.ledger
         read += range(before, m.stop)
         assert m.cached == reader.cache.get_seq_length() == min(b - 1, w - 1) and m.sinks == (sinks if m.first else 0)
         torch.testing.assert_close(got, token_losses(one, torch.cat([TEXT[:m.sinks], TEXT[m.first:b-1]]), TEXT[max(a, 1):b]), rtol=1e-4, atol=1e-4)

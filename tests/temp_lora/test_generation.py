@@ -63,7 +63,7 @@ def test_drafters_change_nothing(who, t, rule, head):
     "All in sight, in a small window, and while learning: no pass reaches across the end of a chunk"
     roomy, learns = replace(STILL, window=200, context=192, recompute=rule), replace(STILL, lr=.01, recompute=rule)
     plain = {s: write(s, 50, t) for s in (None, learns)}
-    drafter = PromptLookup(shortest=1, corpus=[x[t:] for x in plain.values()]) if who == 'lookup' else HASS(head, nodes=4, depth=2, top_k=2, adaptive=False)
+    drafter = PromptLookup(min_ngram=1, corpus=[x[t:] for x in plain.values()]) if who == 'lookup' else HASS(head, nodes=4, depth=2, top_k=2, adaptive=False)
     assert torch.equal(write(roomy, 50, t, drafter=drafter), plain[None]) and torch.equal(write(learns, 50, t, drafter=drafter), plain[learns])
     assert not torch.equal(plain[learns], plain[None])
 

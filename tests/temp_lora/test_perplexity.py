@@ -50,14 +50,14 @@ def test_stopped_by_ctrl_c_anywhere_and_continued(rule, epochs, tmp_path):
     def interrupt(r):
         if len(r.chunks) % 5 == 0: signal.raise_signal(signal.SIGINT)
     runs = []
-    while len(runs) < 5 and not (runs and runs[-1].finished): runs.append(read_document(LM, TEXT, s, file, save_every=3, say=interrupt))
+    while len(runs) < 5 and not (runs and runs[-1].finished): runs.append(read_document(LM, TEXT, s, file, save_every=3, on_chunk=interrupt))
     assert len(runs) == 4 and scores(runs[-1]) == want and [f.name for f in tmp_path.iterdir()] == ['state.safetensors']
 
 def test_an_error_in_the_middle_leaves_the_last_save(tmp_path):
     file = tmp_path/'state.safetensors'
     def fail(r):
         if len(r.chunks) == 8: raise MemoryError
-    with pytest.raises(MemoryError): read_document(LM, TEXT, S, file, save_every=3, say=fail)
+    with pytest.raises(MemoryError): read_document(LM, TEXT, S, file, save_every=3, on_chunk=fail)
     assert scores(read_document(LM, TEXT, S, file)) == scores(read_document(LM, TEXT, S))
 
 @pytest.mark.slow
@@ -73,7 +73,7 @@ from helpers.toys import toy_lm
         def say(reading):
             print(len(reading.chunks), flush=True)
             time.sleep(.05)
-        read_document(toy_lm(), torch.tensor({TEXT.tolist()}), {S!r}, {str(tmp_path/'state.safetensors')!r}, save_every=2, say=say)''')
+        read_document(toy_lm(), torch.tensor({TEXT.tolist()}), {S!r}, {str(tmp_path/'state.safetensors')!r}, save_every=2, on_chunk=say)''')
     p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True, env=environment())
     for line in p.stdout:
         if int(line) >= 9: p.send_signal(signal.SIGKILL); break

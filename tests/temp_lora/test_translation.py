@@ -225,7 +225,7 @@ def test_a_stop_spread_over_tokens_and_one_that_stands_in_the_question():
 
 def test_say_is_told_before_anything_is_learned_of_a_sentence(taught):
     told = []
-    out = translate(s=LEARNS, say=lambda o: told.append((len(o.texts), o.learned, len(taught))))
+    out = translate(s=LEARNS, on_sentence=lambda o: told.append((len(o.texts), o.learned, len(taught))))
     assert [t[0] for t in told] == list(range(1, 17)) and [t[1] for t in told] == [t[2] for t in told] == [x.version for x in out.sentences]
 
 def test_a_document_in_sight_is_told_so():
@@ -248,14 +248,14 @@ def test_no_trace(error, where, monkeypatch, tmp_path):
     if where == 'learning': monkeypatch.setattr(t, 'backward_chunk', failing(t.backward_chunk))
     if where == 'decoding': monkeypatch.setattr(lm.model.model, 'forward', failing(lm.model.model.forward))
     say = failing(lambda out: None) if where == 'saying' else None
-    if error is None: translate(s=LEARNS, lm=lm, say=say)
+    if error is None: translate(s=LEARNS, lm=lm, on_sentence=say)
     else:
-        with pytest.raises(type(error)): translate(s=LEARNS, lm=lm, say=say)
+        with pytest.raises(type(error)): translate(s=LEARNS, lm=lm, on_sentence=say)
     monkeypatch.undo(); lm.model.model.__dict__.pop('forward', None)
     assert len(calls) >= 4 and traces(lm.model) == before
 
 @pytest.mark.parametrize('options, what', [
-    (dict(sources=[]), 'no sources'), (dict(sources='a text'), 'no list but str'), (dict(sources=None), 'no list but NoneType'),
+    (dict(sources=[]), 'no sources'), (dict(sources='a text'), 'got str'), (dict(sources=None), 'got NoneType'),
     (dict(sources=['a', ' \n\t']), 'source 1'), (dict(sources=['a', 3]), 'source 1'), (dict(mode='both'), 'unknown mode'),
     (dict(mode='gold', references=None), 'there are none'), (dict(references=GOLD[1:]), '15 references for 16 sources'), (dict(mode='gold', references=[*GOLD[1:], ' ']), 'reference 15'),
     (dict(mode='gold', references=[*GOLD[1:], 'a;b']), 'which ends a translation'), (dict(sources=['a', 'b' * 111], references=None), 'sentence 1'), (dict(new_tokens=0), 'at least 1'),
