@@ -100,7 +100,7 @@ class Drafter:
     draft_capacity = 64  # Largest tree: columns that a static cache keeps free for it
     max_draft_depth = 63  # Deepest draft token: one forward pass commits at most so many, and a bonus token
     reads_hidden = False  # Whether forward passes keep their hidden states in `runner.hidden`
-    notes = ()  # What a user should know about how it went
+    notes:list|tuple = ()  # What a user should know about how it went
     depths:tuple  # Depths it can draft to, rising; only drafters whose trees are sized have it, and `depth`
     depth:int  # The one it drafts to next
 
@@ -120,7 +120,7 @@ class Drafter:
 
 class Memory:
     "Learns while a text is generated; subclasses have `start`, and what it returns has the rest"
-    notes = ()  # What a user should know about how it went
+    notes:list|tuple = ()  # What a user should know about how it went
     longest = None  # Most tokens that the model reads at once; None: the whole text
 
     def start(self, model, bank, roles, ids, compile):
