@@ -206,6 +206,13 @@ def _choose(root, tokens, scores, parents, nodes):
         proposer='head',
         scores=with_root(scores.new_ones(len(root)), values, 0.))
 
+def _check_size(depth, top_k, nodes):
+    "Raise `DecodingError` for sizes that are not those of a tree"
+    require(
+        depth >= 0 and top_k >= 1 and nodes >= 2,
+        f'a tree with depth {depth}, top_k {top_k} and {nodes} nodes',
+        'give a depth of at least 0, top_k of at least 1 and at least 2 nodes')
+
 @torch.no_grad()
 def draft_tree(
     head:DraftHead,  # The head
@@ -221,10 +228,7 @@ def draft_tree(
 ) -> Tree:  # `nodes` a sequence; fillers where there are fewer candidates
     "Return EAGLE-2's dynamic tree"
     _check(embed, lm_head, vocab)
-    require(
-        depth >= 0 and top_k >= 1 and nodes >= 2,
-        f'a tree with depth {depth}, top_k {top_k} and {nodes} nodes',
-        'give a depth of at least 0, top_k of at least 1 and at least 2 nodes')
+    _check_size(depth, top_k, nodes)
     k = min(top_k, len(lm_head))
     past = cache.past
     itself = torch.eye(k, dtype=torch.bool, device=tokens.device)
