@@ -224,7 +224,7 @@ def test_bad_texts():
     with pytest.raises(DecodingError, match='there are no texts'): measure_acceptance(head, embed, lm_head, [])
     with pytest.raises(DecodingError, match='nothing is to be measured'): measure_acceptance(head, embed, lm_head, [Text(ids[0], 3, f[0])], chain=())
     with pytest.raises(DecodingError, match='longer answers'): measure_acceptance(head, embed, lm_head, [Text(ids[0], 23, f[0])])
-    with pytest.raises(DecodingError, match='at least one guess'): chain_lengths(head, embed, lm_head, ids, f, torch.zeros_like(ids), 0)
+    with pytest.raises(DecodingError, match='at least one draft token'): chain_lengths(head, embed, lm_head, ids, f, torch.zeros_like(ids), 0)
     with pytest.raises(DecodingError, match='temperature is -1'): target_texts(toy_lm(vocab=76), ['a'], temperature=-1)
     with pytest.raises(DecodingError, match='no prompts'): target_texts(toy_lm(vocab=76), [])
 
