@@ -83,7 +83,11 @@ def compare_methods(
     looks = Looks(lm, items, new_tokens, shown) if html else None
     judged, target = answer_tokens or (96 if verses else new_tokens), CoLD(alpha, beta)
     with vllm_peers(vllm, lm, items, max(new_tokens, judged), batch, target) as (others, seen):
-        rows = compare(lm, folder, items, methods.split(','), new_tokens, batch, rounds, target, compile, metric, head, others, timed, judged, assistant, look=looks and looks.add)
+        rows = compare(
+            lm, folder, items, methods.split(','), new_tokens=new_tokens, batch=batch, rounds=rounds, target=target,
+            compile=compile, metric=metric, head=head, others=others, timed=timed, answer_tokens=judged,
+            assistant=assistant, look=looks and looks.add,
+        )
     task = dict(task='king_james' if verses else Path(prompts).name, part='test' if verses else None, adapter=folder and Path(folder).name)
     rows = [r | (seen if r['method'] == 'environment' else task) for r in rows]
     print(table(rows, relative_to, full=True))
@@ -146,7 +150,10 @@ def demo(
     for item in its[:show]: _demo_verse(lm, item, CoLD(alpha, beta))
     print(f'Now every method in turns, a few minutes: {_SHOWN.replace(",", ", ")} ...\n', flush=True)
     looks = Looks(lm, its, 40, counted=2)
-    rows = compare(lm, folder, its, _SHOWN.split(','), new_tokens, 1, rounds, CoLD(alpha, beta), False, 'chrf', str(shipped_head('king_james')), None, timed, 64, look=looks.add, once=True)
+    rows = compare(
+        lm, folder, its, _SHOWN.split(','), new_tokens=new_tokens, rounds=rounds, target=CoLD(alpha, beta), metric='chrf',
+        head=str(shipped_head('king_james')), timed=timed, answer_tokens=64, look=looks.add, once=True,
+    )
     print(table(rows, full=True), flush=True)
     if text_tokens:
         print(f'\nA long text with and without a memory: {text_tokens:,} tokens of the King James Bible, in a window of 384.', flush=True)

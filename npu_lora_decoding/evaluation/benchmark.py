@@ -7,10 +7,11 @@ __all__ = ['BATCHES', 'step_seconds', 'memory_mb', 'environment', 'speed_ratio',
 
 # %% ../../nbs/6_evaluation/04_benchmark.ipynb #aeb889a7
 import ctypes, gc, math, platform, statistics, subprocess
+from dataclasses import dataclass
 from pathlib import Path
 import torch
 from fastprogress.fastprogress import progress_bar
-from ..foundations.errors import require
+from ..foundations.errors import DecodingError, require
 from ..foundations.timing import peak_memory, stopwatch
 from ..foundations.statistics import Interval, bootstrap, paired, ENOUGH
 from ..foundations.model_shape import shape_of
@@ -18,7 +19,7 @@ from ..decoding.loop import LM
 from ..cold.rule import CoLD
 from .judging import answers, batches_of, judge
 from .methods import EVAL_BATCH_SIZE, methods
-from .flops import adapter_weights, draft_shape, flops_of, tokens_a_pass, watched
+from .flops import adapter_weights, draft_shape, flops_of, tau_of, watched
 import npu_lora_decoding
 
 # %% ../../nbs/6_evaluation/04_benchmark.ipynb #695f5842
@@ -26,17 +27,20 @@ def step_seconds(
     run,  # `(ids, mask, n) -> new ids`
     ids:torch.Tensor,  # Prompts `(b, t)`
     mask:torch.Tensor,  # `(b, t)`
-    n:int,  # Tokens to write, at least 2
+    n:int,  # Tokens to generate, at least 2
 ) -> tuple:  # Seconds a step, seconds to the first token, new ids `(b, n)`
-    "Return the time of one decoding step, prefill taken out, the time of the prefill, and what was written"
-    with stopwatch(ids.device) as one: run(ids, mask, 1)
-    with stopwatch(ids.device) as all_: out = run(ids, mask, n)
+    "Return the time of one decoding step, prefill taken out, the time of the prefill, and the new tokens"
+    with stopwatch(ids.device) as one:
+        run(ids, mask, 1)
+    with stopwatch(ids.device) as all_:
+        out = run(ids, mask, n)
     return (all_['s'] - one['s']) / (n - 1), one['s'], out
 
 def _trim():
     "Give freed memory back to the operating system, so that the next peak is the next method's own"
     gc.collect()
-    try: ctypes.CDLL('libc.so.6').malloc_trim(0)
+    try:
+        ctypes.CDLL('libc.so.6').malloc_trim(0)
     except (OSError, AttributeError): pass  # not glibc: peaks are then an upper bound
 
 def memory_mb(
@@ -44,76 +48,213 @@ def memory_mb(
     device:torch.device,  # Where it runs
 ) -> float:  # MiB
     "Run twice; return what the first run left behind plus the peak of the second"
-    now = lambda: _peak_of(device, lambda: None)
-    _trim(); before = now()
-    run(); _trim()
+    def now(): return _peak_of(device, lambda: None)
+    _trim()
+    before = now()
+    run()
+    _trim()
     held = now() - before
     return held + _peak_of(device, run) - now()
 
 def _peak_of(device, run):
-    with peak_memory(device) as mem: run()
+    with peak_memory(device) as mem:
+        run()
     return mem['mb']
 
 # %% ../../nbs/6_evaluation/04_benchmark.ipynb #72dbc5bb
 def _commit():
-    "Return the commit of the package's code, marked when the code (not a result file beside it) has changed since; None outside a checkout"
-    git = lambda *a: subprocess.run(['git', *a], capture_output=True, text=True, cwd=Path(npu_lora_decoding.__file__).parent).stdout.strip()
+    "Return the commit of the package's code, marked where the code has changed since; None outside a checkout"
+    folder = Path(npu_lora_decoding.__file__).parent
+    def git(*args): return subprocess.run(['git', *args], capture_output=True, text=True, cwd=folder).stdout.strip()
     head = git('rev-parse', '--short', 'HEAD')
-    return head + ('-dirty' if git('status', '--porcelain', '-uno', '--', '.') else '') if head else None
+    if not head: return None
+    return head + ('-dirty' if git('status', '--porcelain', '-uno', '--', '.') else '')
 
 def environment() -> dict:
     "Return what a reader must know to judge a timing: versions, cores, commit"
     import transformers, peft
-    return dict(method='environment', python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, peft=peft.__version__,
-                cores=torch.get_num_threads(), machine=platform.machine(), commit=_commit())
+    return dict(
+        method='environment',
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        peft=peft.__version__,
+        cores=torch.get_num_threads(),
+        machine=platform.machine(),
+        commit=_commit(),
+    )
+
+def _check_known(name, known):
+    "Raise `DecodingError` with what is missing for a method that cannot be built"
+    if name in known: return
+    leave = 'or leave the method out'
+    require('hass' not in name or name not in methods(head='any'), f'{name} needs a draft head', f'give one with --head, {leave}')
+    require(
+        name != 'transformers_assisted',
+        f'{name} needs a smaller model of the same family',
+        f'give one with --assistant, {leave}',
+    )
+    require(
+        name not in ('vllm_greedy', 'vllm_lora', 'vllm_cold'),
+        f'{name} needs vLLM, which has an environment of its own',
+        f'name its Python with --vllm, {leave}',
+    )
+    raise DecodingError(f'unknown method {name!r}: use some of {", ".join(known)}.')
 
 def _check(names, known, adapter, batch, n):
+    "Raise `DecodingError` for what cannot be compared"
     for name in names:
-        require(name in known or not ('hass' in name and name in methods(head='any')), f'{name} needs a draft head', 'give one with --head, or leave the method out')
-        require(name in known or name != 'transformers_assisted', f'{name} needs a smaller model of the same family', 'give one with --assistant, or leave the method out')
-        require(name in known or name not in ('vllm_greedy', 'vllm_lora', 'vllm_cold'), f'{name} needs vLLM, which has an environment of its own', 'name its Python with --vllm, or leave the method out')
-        require(name in known, f'unknown method {name!r}', f'use some of {", ".join(known)}')
-        require(adapter is not None or not known[name].needs_adapter, f'{name} needs an adapter', 'give one with --adapter, or leave the method out')
-        require(batch == 1 or not known[name].single, f'{name} decodes one sequence at a time', 'use --batch 1, or leave the method out')
-    require(n >= 2, 'one token shows no step', 'write at least 2 new tokens')
+        _check_known(name, known)
+        has_adapter = adapter is not None or not known[name].needs_adapter
+        require(has_adapter, f'{name} needs an adapter', 'give one with --adapter, or leave the method out')
+        fits = batch == 1 or not known[name].single
+        require(fits, f'{name} decodes one sequence at a time', 'use --batch 1, or leave the method out')
+    require(n >= 2, 'one token shows no step', 'generate at least 2 new tokens')
 
+# %% ../../nbs/6_evaluation/04_benchmark.ipynb #45eb2ab3
 def speed_ratio(
     seconds:list,  # A list a round, a number a batch
     reference:list,  # The same of the method it is compared with, in the same turns
 ) -> Interval:  # Mean ratio and its central 95%
-    "Return how many times as fast a method is as the reference; intervals resample batches, over whose rounds the logarithms are averaged"
-    logs = [[math.log(max(b, 1e-9) / max(a, 1e-9)) for a, b in zip(*turn)] for turn in zip(seconds, reference)]  # a clock's noise can exceed a toy's step
-    return Interval(*map(math.exp, bootstrap([statistics.mean(of_batch) for of_batch in zip(*logs)])))
+    "Return how many times as fast a method is as the reference; its interval resamples batches, averaged over rounds"
+    def log_ratio(own, other): return math.log(max(other, 1e-9) / max(own, 1e-9))  # a clock's noise can exceed a toy's step
+    logs = [[log_ratio(a, b) for a, b in zip(*turn)] for turn in zip(seconds, reference)]
+    of_batches = [statistics.mean(of_batch) for of_batch in zip(*logs)]
+    return Interval(*map(math.exp, bootstrap(of_batches)))
+
+# %% ../../nbs/6_evaluation/04_benchmark.ipynb #7e43faa5
+@dataclass
+class _Measured:
+    "What was measured of one method"
+    mb:float  # What it holds, and what a run adds
+    clocks:list  # (seconds a step, seconds to the first token) of every turn and batch
+    tokens:list  # New tokens of every timed prompt, in the first turn
+    flops:float|None  # A token; None where forward passes cannot be seen
+    tau:float|None  # Tokens per forward pass; None where they cannot be seen
+
+def _measure(lm, runs, known, batches, rounds, n):
+    "Return a `_Measured` for every method"
+    mb = {name: memory_mb(lambda: run(*batches[0], n), lm.device) for name, run in runs.items()}
+    clocks, tokens = _turns(runs, batches, rounds, n)
+    # Before anything else runs: of the timed prompts alone
+    taus = {name: statistics.mean(run.taus) for name, run in runs.items() if getattr(run, 'taus', None)}
+    found = {}
+    for name, run in runs.items():
+        flops, tau = _work(lm, run, known[name], batches[0], n)
+        if not known[name].hides_tau: tau = 1.
+        found[name] = _Measured(mb[name], clocks[name], tokens[name], flops, taus.get(name, tau))
+    return found
+
+def _turns(runs, batches, rounds, n):
+    "Return every method's clocks (a step, the first token), and its tokens in the first round"
+    clocks = {name: [] for name in runs}
+    tokens = {name: [] for name in runs}
+    for turn in progress_bar(range(rounds), leave=False):
+        for ids, mask in batches:
+            for name, run in runs.items():
+                step, first, out = step_seconds(run, ids, mask, n)
+                clocks[name].append((step, first))
+                if turn == 0: tokens[name] += out.tolist()
+    return clocks, tokens
 
 def _work(lm, run, method, batch, n):
-    "Return FLOPs a token and tokens a pass, None for both where the passes cannot be seen"
+    "Return FLOPs a token and tokens per forward pass; None for both where forward passes cannot be seen"
     if not hasattr(run, 'model'): return None, None
     ids, mask = batch
-    run = getattr(run, 'eager', lambda: run)()  # compiled passes are not seen
-    run(ids, mask, 2)  # loads a head, and measures what passes cost
-    heads, helper = getattr(run, 'heads', list)(), getattr(run, 'assistant', None)
-    with watched(run.model, ids.shape[1], [h for h, _ in heads], helper) as passes: run(ids, mask, n)
-    shapes = dict(target=shape_of(lm.model)) | {'draft': draft_shape(h, w) for h, w in heads} | (dict(assistant=shape_of(helper)) if helper else {})
+    run = getattr(run, 'eager', lambda: run)()  # compiled forward passes are not seen
+    run(ids, mask, 2)  # loads a head, and measures what forward passes cost
+    heads = getattr(run, 'heads', list)()
+    helper = getattr(run, 'assistant', None)
+    with watched(run.model, ids.shape[1], [h for h, _ in heads], helper) as passes:
+        run(ids, mask, n)
+    shapes = dict(target=shape_of(lm.model))
+    shapes |= {'draft': draft_shape(h, words) for h, words in heads}
+    if helper: shapes |= dict(assistant=shape_of(helper))
     tokens = len(ids) * (n if passes[0].new else n - 1)
-    return flops_of(passes, shapes, method.share * adapter_weights(lm.adapter)) / tokens, tokens_a_pass(passes, n)
+    flops = flops_of(passes, shapes, method.share * adapter_weights(lm.adapter))
+    return flops / tokens, tau_of(passes, n)
 
+# %% ../../nbs/6_evaluation/04_benchmark.ipynb #7c0f1be1
+def _reference(name, method, names):
+    "Return the method that a row's speed is compared with: the same without drafting, else greedy, else the first"
+    fallback = 'greedy' if 'greedy' in names else names[0]
+    over = method.same_as if method.same_as in names else fallback
+    return None if over == name else over
+
+def _scores(lm, prompts, runs, known, *, tokens, batch, metric, judged_as):
+    "Return every method's score of every prompt's answer"
+    def score(name, run):
+        width = 1 if known[name].single else max(batch, EVAL_BATCH_SIZE)
+        return judge(answers(lm, prompts, run, tokens, width), prompts, metric)
+    found = {name: score(name, run) for name, run in runs.items() if name not in judged_as}
+    return {name: found[judged_as.get(name, name)] for name in runs}
+
+def _speed(clocks, reference, over, batches, batch):
+    "Return what the clocks show of one method"
+    def rounds(of): return [[s for s, _ in of[i:i+batches]] for i in range(0, len(of), batches)]
+    steps = [s for s, _ in clocks]
+    ratio = reference and speed_ratio(rounds(clocks), rounds(reference))
+    ms = 1000 * statistics.median(steps)
+    return dict(
+        ms_per_token=ms,
+        ms_spread=[1000 * min(steps), 1000 * max(steps)],
+        tokens_per_s=1000 * batch / ms,
+        ms_to_first=1000 * statistics.median(first for _, first in clocks),
+        ms_runs=[[1000 * s for s in r] for r in rounds(clocks)],
+        speedup_over=over,
+        speedup=ratio and ratio.mean,
+        speedup_interval=ratio and [ratio.low, ratio.high],
+    )
+
+def _quality(scores, name, over, metric):
+    "Return what the judged answers show of one method"
+    own = scores.get(name)
+    mean = own and bootstrap(own)
+    gain = own and name != over and paired(own, scores[over]) or None
+    return dict(
+        quality=mean and mean.mean,
+        quality_interval=mean and [mean.low, mean.high],
+        metric=None if metric is None else getattr(metric, '__name__', str(metric)),
+        items=own and len(own),
+        gain_over=over if gain else None,
+        gain=gain and gain.mean,
+        gain_interval=gain and [gain.low, gain.high],
+        scores=own and [round(s, 4) for s in own],
+    )
+
+def _equal(found, name):
+    "Return the share of timed prompts on which a method generated greedy decoding's tokens; None where it need not"
+    if 'greedy' not in found or name.startswith('sample'): return None
+    greedy = found['greedy'].tokens
+    return sum(a == b for a, b in zip(found[name].tokens, greedy)) / len(greedy)
+
+def _judged_as(names, known, found):
+    "Return the methods whose scores are those of another, because both generated the same timed tokens"
+    same = {}
+    for name in names:
+        over = known[name].same_as
+        if over in found and found[name].tokens == found[over].tokens: same[name] = over
+    return same
+
+# %% ../../nbs/6_evaluation/04_benchmark.ipynb #693ee6b6
 def compare(
     lm:LM,  # Model and adapter
-    adapter,  # The adapter's PEFT folder (the peers load it themselves), or None
+    adapter,  # The adapter's PEFT folder (third parties load it themselves), or None
     prompts:list,  # Texts, messages or `Item`s
     names:list,  # Methods, see `methods`
-    new_tokens:int=32,  # Tokens each method writes while it is timed
+    *,
+    new_tokens:int=32,  # Tokens that each method generates while it is timed
     batch:int=1,  # Prompts at once
     rounds:int=3,  # Turns on every batch that count
-    target:CoLD=CoLD(),  # Dials of the contrastive methods
+    target:CoLD=CoLD(),  # Alpha and beta of the contrastive methods
     compile:bool=False,  # Whether our loop runs on its fast path
     metric=None,  # For `Item`s: scores the answers
     head:str|None=None,  # Folder of a draft head
-    others:dict|None=None,  # More contestants: name -> `Method`
+    others:dict|None=None,  # More methods: name -> `Method`
     timed:int|None=None,  # Only the first so many prompts are timed; None: all
     answer_tokens:int|None=None,  # Longest answer that is judged; None: `new_tokens`
     assistant:str|None=None,  # Folder or hub id of a smaller model, for `transformers_assisted`
-    once:bool=False,  # A method that guesses, and wrote the timed tokens of the method without, has that one's scores and is not judged again
+    once:bool=False,  # Where drafting left the timed tokens as they were, the answers are not judged again
     look=None,  # Called with each name and its `run` when all is measured
 ) -> list:  # One dictionary a method, then the environment
     "Return speed, memory, work and quality of every method on the same prompts, measured in turns"
@@ -121,61 +262,41 @@ def compare(
     _check(names, known, adapter, batch, new_tokens)
     runs = {n: known[n].build(lm, adapter) for n in names}
     batches = batches_of(lm, prompts[:timed], batch)
-    mb = {n: memory_mb(lambda: run(*batches[0], new_tokens), lm.device) for n, run in runs.items()}  # this is the warm-up too: it compiles and fills caches
-    clocks, said = _turns(runs, batches, rounds, new_tokens)
-    taus = {n: statistics.mean(r.taus) for n, r in runs.items() if getattr(r, 'taus', None)}  # of the timed prompts alone
-    work = {n: _work(lm, r, known[n], batches[0], new_tokens) for n, r in runs.items()}
-    twins = {n: known[n].same_as for n in names if once and said[n] == said.get(known[n].same_as)}
-    scores = _scores(lm, prompts, runs, known, answer_tokens or new_tokens, batch, metric, twins) if metric is not None else {}
-    if look is not None:
-        for name, run in runs.items(): look(name, run)
-    about = dict(model=lm.name, device=str(lm.device), dtype=str(lm.dtype).removeprefix('torch.'), batch=batch, new_tokens=new_tokens)
-    weights = sum(p.numel() * p.element_size() for p in lm.model.parameters()) / 2**20
-    rows = []
-    for n in names:
-        over, m = _reference(n, known[n], names), known[n]
-        rows.append(dict(method=n, peer=m.peer) | about | _speed(clocks[n], over and clocks[over], over, len(batches), batch) | _quality(scores, n, 'greedy' if 'greedy' in names else names[0], metric) |
-                    dict(tau=taus.get(n, work[n][1] if m.guesses else 1.), flops_per_token=work[n][0], peak_mb=None if m.apart else weights + mb[n], same_as=m.same_as, judged_as=twins.get(n), equal_tokens=_equal(said, n), compiled=compile and m.compiles))
+    found = _measure(lm, runs, known, batches, rounds, n=new_tokens)
+    judged_as = _judged_as(names, known, found) if once else {}
+    longest = answer_tokens or new_tokens
+    how = dict(tokens=longest, batch=batch, metric=metric, judged_as=judged_as)
+    scores = {} if metric is None else _scores(lm, prompts, runs, known, **how)
+    for name, run in runs.items():
+        if look is not None: look(name, run)
+    about = _about(lm, batch, new_tokens)
+    rows = [_row(lm, name, known[name], found, scores, names=names, metric=metric, about=about) for name in names]
+    for row in rows:
+        row |= dict(judged_as=judged_as.get(row['method']), compiled=compile and known[row['method']].compiles)
     return rows + [environment()]
 
-def _turns(runs, batches, rounds, n):
-    "Return every method's clocks (a step, the first token), and what it wrote in the first round"
-    clocks, said = {name: [] for name in runs}, {name: [] for name in runs}
-    for turn in progress_bar(range(rounds), leave=False):
-        for ids, mask in batches:
-            for name, run in runs.items():
-                step, first, out = step_seconds(run, ids, mask, n)
-                clocks[name].append((step, first))
-                if turn == 0: said[name] += out.tolist()
-    return clocks, said
+def _about(lm, batch, new_tokens):
+    "Return what all rows of a comparison have in common"
+    dtype = str(lm.dtype).removeprefix('torch.')
+    return dict(model=lm.name, device=str(lm.device), dtype=dtype, batch=batch, new_tokens=new_tokens)
 
-def _scores(lm, prompts, runs, known, tokens, batch, metric, twins):
-    "Return every method's score of every prompt's answer"
-    wide = lambda name: 1 if known[name].single else max(batch, EVAL_BATCH_SIZE)
-    found = {name: judge(answers(lm, prompts, run, tokens, wide(name)), prompts, metric) for name, run in runs.items() if name not in twins}
-    return {name: found[twins.get(name, name)] for name in runs}
-
-def _reference(name, method, names):
-    "Return the method that a row's speed is compared with: the same without guesses, else greedy, else the first"
-    over = method.same_as if method.same_as in names else 'greedy' if 'greedy' in names else names[0]
-    return None if over == name else over
-
-def _equal(said, name): return None if 'greedy' not in said or name.startswith('sample') else sum(a == b for a, b in zip(said[name], said['greedy'])) / len(said['greedy'])
-
-def _speed(clocks, reference, over, batches, batch):
-    "Return what the clocks say of one method"
-    rounds = lambda c: [[s for s, _ in c[i:i+batches]] for i in range(0, len(c), batches)]
-    steps, ratio = [s for s, _ in clocks], reference and speed_ratio(rounds(clocks), rounds(reference))
-    ms = 1000 * statistics.median(steps)
-    return dict(ms_per_token=ms, ms_spread=[1000*min(steps), 1000*max(steps)], tokens_per_s=1000 * batch / ms, ms_to_first=1000 * statistics.median(f for _, f in clocks), ms_runs=[[1000*s for s in r] for r in rounds(clocks)],
-                speedup_over=over, speedup=ratio and ratio.mean, speedup_interval=ratio and [ratio.low, ratio.high])
-
-def _quality(scores, name, over, metric):
-    "Return what the judged answers say of one method"
-    mine = scores.get(name)
-    mean, gain = mine and bootstrap(mine), mine and name != over and paired(mine, scores[over]) or None
-    return dict(quality=mean and mean.mean, quality_interval=mean and [mean.low, mean.high], metric=None if metric is None else getattr(metric, '__name__', str(metric)), items=mine and len(mine),
-                gain_over=over if gain else None, gain=gain and gain.mean, gain_interval=gain and [gain.low, gain.high], scores=mine and [round(s, 4) for s in mine])
+def _row(lm, name, method, found, scores, *, names, metric, about):
+    "Return one method's row"
+    mine = found[name]
+    over = _reference(name, method, names)
+    batches = -(-len(mine.tokens) // about['batch'])
+    speed = _speed(mine.clocks, over and found[over].clocks, over, batches, about['batch'])
+    quality = _quality(scores, name, 'greedy' if 'greedy' in names else names[0], metric)
+    weights = sum(p.numel() * p.element_size() for p in lm.model.parameters()) / 2**20
+    return dict(method=name, peer=method.third_party) | about | speed | quality | dict(
+        tau=mine.tau,
+        flops_per_token=mine.flops,
+        peak_mb=None if method.other_process else weights + mine.mb,
+        same_as=method.same_as,
+        judged_as=None,
+        equal_tokens=_equal(found, name),
+        compiled=False,
+    )
 
 # %% ../../nbs/6_evaluation/04_benchmark.ipynb #17791cbc
 BATCHES = 4  # Timed batches below which no speed is judged
@@ -188,21 +309,48 @@ def table(
     "Return the rows as a table of ratios"
     rows = [r for r in rows if r['method'] != 'environment']
     found = [r for r in rows if relative_to in (None, r['method'])]
-    require(len(found) > 0, f'{relative_to!r} is none of the methods', f'name one of {", ".join(r["method"] for r in rows)}')
+    known = ', '.join(r['method'] for r in rows)
+    require(len(found) > 0, f'{relative_to!r} is not among the methods', f'name one of {known}')
     ref = found[0]
-    heads = [f'method', f'step time / {ref["method"]}', 'spread', f'tokens/s / {ref["method"]}', 'tokens a pass', 'peak MB', 'quality', 'same tokens as greedy'] + ['gain, 95%', f'first token / {ref["method"]}', f'FLOPs / {ref["method"]}'] * full
-    lines = ['| ' + ' | '.join(heads) + ' |', '|---' * len(heads) + '|']
-    show = lambda x, f='{:.2f}': '' if x is None else f.format(x)
-    for r in rows:
-        low, high = (x / ref['ms_per_token'] for x in r['ms_spread'])
-        quality = '' if r['quality'] is None else f'{r["quality"]:.2f} ({r["quality_interval"][0]:.2f} to {r["quality_interval"][1]:.2f})'
-        name = r['method'] + (' (peer)' if r['peer'] else '') + (', compiled' if r.get('compiled') else '')
-        cells = [name, show(r['ms_per_token'] / ref['ms_per_token']), f'{low:.2f} to {high:.2f}', show(r['tokens_per_s'] / ref['tokens_per_s']), show(r.get('tau')), show(r['peak_mb'], '{:.0f}'), quality, show(r['equal_tokens'], '{:.0%}')]
-        per = lambda k: show(r[k] / ref[k] if r.get(k) and ref.get(k) else None)
-        lines.append('| ' + ' | '.join(cells + [_gain(r), per('ms_to_first'), per('flops_per_token')] * full) + ' |')
+    columns = [_columns(r, ref) | (_more_columns(r, ref) if full else {}) for r in rows]
+    lines = ['| ' + ' | '.join(columns[0]) + ' |', '|---' * len(columns[0]) + '|']
+    lines += ['| ' + ' | '.join(c.values()) + ' |' for c in columns]
     return '\n'.join(lines)
 
+def _show(x, form='{:.2f}'):
+    return '' if x is None else form.format(x)
+
+def _with_interval(x, interval, form='{:.2f}'):
+    low, high = interval
+    return f'{form} ({form} to {form})'.format(x, low, high)
+
+def _columns(r, ref):
+    "Return heading -> cell of one row"
+    low, high = (x / ref['ms_per_token'] for x in r['ms_spread'])
+    name = r['method'] + (' (third party)' if r['peer'] else '') + (', compiled' if r.get('compiled') else '')
+    return {
+        'method': name,
+        f'step time / {ref["method"]}': _show(r['ms_per_token'] / ref['ms_per_token']),
+        'spread': f'{low:.2f} to {high:.2f}',
+        f'tokens/s / {ref["method"]}': _show(r['tokens_per_s'] / ref['tokens_per_s']),
+        'tokens per forward pass': _show(r.get('tau')),
+        'peak MB': _show(r['peak_mb'], '{:.0f}'),
+        'quality': '' if r['quality'] is None else _with_interval(r['quality'], r['quality_interval']),
+        'same tokens as greedy': _show(r['equal_tokens'], '{:.0%}'),
+    }
+
+def _more_columns(r, ref):
+    "Return heading -> cell of what the full form adds"
+    def ratio(key): return _show(r[key] / ref[key] if r.get(key) and ref.get(key) else None)
+    return {
+        'gain, 95%': _gain(r),
+        f'first token / {ref["method"]}': ratio('ms_to_first'),
+        f'FLOPs / {ref["method"]}': ratio('flops_per_token'),
+    }
+
 def _gain(r):
+    "Return a row's gain in quality, in bold where it is shown"
     if r.get('gain') is None: return ''
-    text, (low, high) = f'{r["gain"]:+.2f} ({r["gain_interval"][0]:+.2f} to {r["gain_interval"][1]:+.2f})', r['gain_interval']
+    low, high = r['gain_interval']
+    text = _with_interval(r['gain'], (low, high), '{:+.2f}')
     return f'**{text}**' if r['items'] >= ENOUGH and (low > 0 or high < 0) else text

@@ -18,17 +18,25 @@ def proposer_html(
     i:int=0,  # Which of its prompts
 ) -> str:  # HTML
     "Return one answer, each token in the colour of who proposed it, with a legend of their shares"
-    tokens, decode = result.tokens[i], lambda t: visible(str(result.lm.tokenizer.decode([t])))
-    box = lambda who, text: f'<span title="{html.escape(visible(who))}" style="background:{COLOURS.get(who, "#f5e6a8")};color:black;white-space:pre-wrap">{text}</span>'
+    tokens = result.tokens[i]
+    decode = lambda t: visible(str(result.lm.tokenizer.decode([t])))
+    box = (
+        lambda who, text: f'<span title="{html.escape(visible(who))}" style="background:{COLOURS.get(who, "#f5e6a8")};color:black;white-space:pre-wrap">{text}</span>'
+    )
     spans = [box(t.proposer, html.escape(decode(t.id)).replace('\n', '↵<br>') or '∅') for t in tokens]
-    shares = {w: sum(t.proposer == w for t in tokens) / max(len(tokens), 1) for w in dict.fromkeys(['target', *(t.proposer for t in tokens)])}
+    shares = {
+        w: sum(t.proposer == w for t in tokens) / max(len(tokens), 1)
+        for w in dict.fromkeys(['target', *(t.proposer for t in tokens)])
+    }
     legend = ' '.join(box(w, f' {html.escape(visible(w))} {share:.0%} ') for w, share in shares.items())
     return f'<div style="font-family:sans-serif;line-height:1.7">{"".join(spans)}</div><div style="font-size:85%">{legend}</div>'
 
 # %% ../../nbs/6_evaluation/09_draft_plots.ipynb #1903a116
 def _places(parents):
     "Return a place (level, height) for each node of one tree: leaves side by side, parents in the middle of their children"
-    children, places, leaves = {}, {}, 0
+    children = {}
+    places = {}
+    leaves = 0
     for i, p in enumerate(parents):
         if p >= 0: children.setdefault(p, []).append(i)
     def walk(i, level):
@@ -49,24 +57,52 @@ def plot_draft(
 ):  # The axes
     "Draw the tree that a step checked, and the path that was accepted"
     import matplotlib.pyplot as plt
-    tree, accepted = step.tree, step.accepted
-    if tree is None or accepted is None: raise DecodingError('the trees of this result were not kept: generate with record=True.')
-    parents, tokens, taken = tree.parents[b].tolist(), tree.tokens[b].tolist(), accepted[b].tolist()
-    who, places = tree.proposers(b, list(range(len(parents)))), _places(parents)
-    leaves, deepest = 1 - min(y for _, y in places.values()), max(x for x, _ in places.values())
+    tree = step.tree
+    accepted = step.accepted
+    if tree is None or accepted is None:
+        raise DecodingError('the trees of this result were not kept: generate with record=True.')
+    parents = tree.parents[b].tolist()
+    tokens = tree.tokens[b].tolist()
+    taken = accepted[b].tolist()
+    who = tree.proposers(b, list(range(len(parents))))
+    places = _places(parents)
+    leaves = 1 - min(y for _, y in places.values())
+    deepest = max(x for x, _ in places.values())
     ax = ax or plt.subplots(figsize=(1.5 * (deepest + 2), .32 * leaves + .8))[1]
     name = lambda t: repr(lm.tokenizer.decode([t]))[1:-1] or '∅'
-    def write(at, token, colour, edge): ax.text(at[0], at[1], name(token), ha='center', va='center', fontsize=8, parse_math=False, bbox=dict(boxstyle='round,pad=.2', fc=colour, ec=edge, lw=1.4 if edge != 'lightgrey' else .8))
+    def write(at, token, colour, edge):
+        ax.text(
+            at[0],
+            at[1],
+            name(token),
+            ha='center',
+            va='center',
+            fontsize=8,
+            parse_math=False,
+            bbox=dict(boxstyle='round,pad=.2', fc=colour, ec=edge, lw=1.4 if edge != 'lightgrey' else 0.8),
+        )
     for i, (x, y) in places.items():
         if parents[i] >= 0:
             up = places[parents[i]]
-            ax.plot([up[0], x], [up[1], y], c='seagreen' if taken[i] else 'lightgrey', lw=1.6 if taken[i] else .8, zorder=0)
-        write((x, y), tokens[i], COLOURS.get(who[i], '#f5e6a8') if i else 'white', 'seagreen' if taken[i] else 'lightgrey')
+            ax.plot(
+                [up[0], x],
+                [up[1], y],
+                c='seagreen' if taken[i] else 'lightgrey',
+                lw=1.6 if taken[i] else 0.8,
+                zorder=0,
+            )
+        write(
+            (x, y),
+            tokens[i],
+            COLOURS.get(who[i], '#f5e6a8') if i else 'white',
+            'seagreen' if taken[i] else 'lightgrey',
+        )
     end = places[max(i for i in places if taken[i])]
     if step.tokens[b]:
         ax.plot([end[0], end[0] + .8], [end[1], end[1]], c='k', lw=.8, ls=':', zorder=0)
         write((end[0] + .8, end[1]), step.tokens[b][-1].id, 'white', 'k')
-    ax.set(xlim=(-.4, deepest + 1.2), ylim=(-leaves + .3, .7)); ax.axis('off')
+    ax.set(xlim=(-.4, deepest + 1.2), ylim=(-leaves + .3, .7))
+    ax.axis('off')
     return ax
 
 # %% ../../nbs/6_evaluation/09_draft_plots.ipynb #bc5c6019
@@ -77,12 +113,15 @@ def reached(
     counts = []
     for step in result.steps[1:]:
         require(step.tree is not None, 'the trees of this result were not kept', 'generate with record=True')
-        deep, live = step.tree.depths, [len(t) > 0 for t in step.tokens]
+        deep = step.tree.depths
+        live = [len(t) > 0 for t in step.tokens]
         for b in range(len(live)):
-            levels, right = int(deep[b].max()) if live[b] else 0, int(step.accepted[b].sum()) - 1
+            levels = int(deep[b].max()) if live[b] else 0
+            right = int(step.accepted[b].sum()) - 1
             for j in range(min(levels, right + 1)):
                 if j == len(counts): counts.append([0, 0])
-                counts[j][0] += 1; counts[j][1] += right > j
+                counts[j][0] += 1
+                counts[j][1] += right > j
     return [tuple(c) for c in counts]
 
 def plot_reached(
@@ -95,7 +134,9 @@ def plot_reached(
     for name, result in results.items():
         found = [(j + 1, right / tried) for j, (tried, right) in enumerate(reached(result)) if tried]
         ax.plot(*zip(*found), 'o-', ms=4, label=name)
-    ax.set(xlabel='guess', ylabel='right, given those before', ylim=(0, 1)); ax.locator_params('x', integer=True); ax.legend(fontsize=8)
+    ax.set(xlabel='guess', ylabel='right, given those before', ylim=(0, 1))
+    ax.locator_params('x', integer=True)
+    ax.legend(fontsize=8)
     return ax
 
 # %% ../../nbs/6_evaluation/09_draft_plots.ipynb #1a7b8095
@@ -107,17 +148,47 @@ def plot_sizes(
     import matplotlib.pyplot as plt
     rows = [r for r in rows if r['method'] == 'tree size']
     axes = plt.subplots(1, 2, figsize=(9.5, 3), layout='constrained')[1] if axes is None else axes
-    nodes, speed = [r['nodes'] for r in rows], [r['speedup'] for r in rows]
-    axes[0].errorbar(nodes, speed, [[s - r['spread'][0] for s, r in zip(speed, rows)], [r['spread'][1] - s for s, r in zip(speed, rows)]], fmt='o-', c='seagreen', lw=1.4, elinewidth=.7, label='measured (all texts)')
-    axes[0].plot(nodes, [r['predicted'] for r in rows], 's--', c='grey', ms=4, label='predicted from costs and a replay')
+    nodes = [r['nodes'] for r in rows]
+    speed = [r['speedup'] for r in rows]
+    axes[0].errorbar(
+        nodes,
+        speed,
+        [[s - r['spread'][0] for s, r in zip(speed, rows)], [r['spread'][1] - s for s, r in zip(speed, rows)]],
+        fmt='o-',
+        c='seagreen',
+        lw=1.4,
+        elinewidth=0.7,
+        label='measured (all texts)',
+    )
+    axes[0].plot(
+        nodes, [r['predicted'] for r in rows], 's--', c='grey', ms=4, label='predicted from costs and a replay'
+    )
     axes[0].axhline(1, c='k', lw=.5)
-    axes[0].set(xscale='log', xticks=nodes, xticklabels=nodes, xlabel='nodes of the tree', ylabel='times as fast as plain', ylim=0); axes[0].minorticks_off(); axes[0].legend(fontsize=8)
-    places, left = range(len(rows)), [0.] * len(rows)
+    axes[0].set(
+        xscale='log',
+        xticks=nodes,
+        xticklabels=nodes,
+        xlabel='nodes of the tree',
+        ylabel='times as fast as plain',
+        ylim=0,
+    )
+    axes[0].minorticks_off()
+    axes[0].legend(fontsize=8)
+    places = range(len(rows))
+    left = [0.] * len(rows)
     for part, colour in (('target', '#9ecae1'), ('draft', '#bfe3bf'), ('rest', '#f5e6a8')):
         share = [100 * r['shares'][part] for r in rows]
         axes[1].barh(places, share, left=left, color=colour, label=part)
         for y, (x, w) in enumerate(zip(left, share)):
-            if w > 4: axes[1].text(x + w / 2, y, f'{w:.0f}', ha='center', va='center', fontsize=8)
+            if w > 4:
+                axes[1].text(x + w / 2, y, f'{w:.0f}', ha='center', va='center', fontsize=8)
         left = [x + w for x, w in zip(left, share)]
-    axes[1].set(yticks=places, yticklabels=nodes, ylabel='nodes of the tree', xlabel='share of a step (%)', xlim=(0, 100)); axes[1].legend(fontsize=8, loc='upper center', bbox_to_anchor=(.5, 1.15), ncols=3, frameon=False)
+    axes[1].set(
+        yticks=places,
+        yticklabels=nodes,
+        ylabel='nodes of the tree',
+        xlabel='share of a step (%)',
+        xlim=(0, 100),
+    )
+    axes[1].legend(fontsize=8, loc='upper center', bbox_to_anchor=(.5, 1.15), ncols=3, frameon=False)
     return axes

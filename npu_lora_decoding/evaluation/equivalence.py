@@ -15,7 +15,7 @@ from ..decoding.sampling import Plain
 from ..decoding.loop import LM, bank_of
 from ..cold.rule import CoLD
 from .judging import batches_of
-from .methods import drafters, guessing, methods
+from .methods import drafters, methods, speculative
 
 # %% ../../nbs/6_evaluation/05_equivalence.ipynb #ef6fb8e9
 TIE = 1e-4  # Scores closer than this may change places by rounding alone
@@ -27,9 +27,15 @@ def scores_at(
     ids:torch.Tensor,  # One sequence `(t,)`
 ) -> torch.Tensor:  # The target's scores of the next token `(v,)`
     "Return what the target thinks of every next token, by a pass over the whole sequence"
-    bank, ids = bank_of(lm), ids[None].to(lm.device)
+    bank = bank_of(lm)
+    ids = ids[None].to(lm.device)
     rows = BatchRunner(lm.model, target.roles, 1, ids.shape[1])
-    with nullcontext() if bank is None else bank.attached([0 if role == 'expert' else -1 for role in target.roles]): logits = rows.prefill(ids, torch.ones_like(ids))
+    with (
+        nullcontext()
+        if bank is None
+        else bank.attached([0 if role == 'expert' else -1 for role in target.roles])
+    ):
+        logits = rows.prefill(ids, torch.ones_like(ids))
     return target.combine(*(l[:, -1, :lm.vocab if 'base' in target.roles else None] for l in logits))[0]
 
 def gap(
@@ -77,11 +83,19 @@ class Check:
     def equal(self): return self.prompts - len(self.differences)
     def __str__(self):
         lines = [f'{self.name:<44} {self.equal}/{self.prompts} prompts equal, {self.tokens} tokens']
-        return '\n'.join(lines + [f'    prompt {d.prompt}, token {d.step}: lead {d.lead:.1e}{" (tie)" if d.tie else ", NOT a tie"}' for d in self.differences])
+        return '\n'.join(
+            lines
+            + [
+                f'    prompt {d.prompt}, token {d.step}: lead {d.lead:.1e}{" (tie)" if d.tie else ", NOT a tie"}'
+                for d in self.differences
+            ]
+        )
 
 def _alone(run):
     "The same way of decoding, one prompt after the other"
-    return lambda ids, mask, n: torch.cat([run(r[m.bool()][None], m[m.bool()][None], n) for r, m in zip(ids, mask)])
+    return lambda ids, mask, n: torch.cat(
+        [run(r[m.bool()][None], m[m.bool()][None], n) for r, m in zip(ids, mask)]
+    )
 
 def _remembered(run):
     "The same way of decoding, which decodes each batch once"
@@ -102,28 +116,40 @@ def check(
     new_tokens:int,  # Tokens to compare
 ) -> Check:  # With every difference
     "Compare two ways of decoding on all prompts"
-    found, tokens, number = [], 0, 0
+    found = []
+    tokens = 0
+    number = 0
     for ids, mask in batches:
-        for prompt, m, a, b in zip(ids, mask, fast(ids, mask, new_tokens).tolist(), slow(ids, mask, new_tokens).tolist()):
+        for prompt, m, a, b in zip(
+            ids, mask, fast(ids, mask, new_tokens).tolist(), slow(ids, mask, new_tokens).tolist()
+        ):
             d = first_difference(lm, target, prompt[m.bool()], a, b, number)
-            found, tokens, number = found + ([d] if d else []), tokens + (d.step if d else len(a)), number + 1
+            found = found + ([d] if d else [])
+            tokens = tokens + (d.step if d else len(a))
+            number = number + 1
     return Check(name, number, tokens, tuple(found))
 
 def _promises(lm, adapter, target, compile, head):
     "Yield every promise: its name, whose scores decide, the fast way and the slow one"
-    eager, compiled = methods(target), methods(target, compile=True)
+    eager = methods(target)
+    compiled = methods(target, compile=True)
     build = lambda method: method.build(lm, adapter)
     ways = dict(greedy=Plain()) | (dict(cold=target) if adapter else {})
     plain = {way: build(eager[way]) for way in ways}
     alone = {way: _remembered(_alone(run)) for way, run in plain.items()}
-    yield 'loop = transformers', Plain(), plain['greedy'], build(eager['peft_greedy' if adapter else 'transformers_greedy'])
-    if adapter: yield 'CoLD: one pass = two passes', target, plain['cold'], build(eager['cold_naive'])
+    yield 'loop = transformers', Plain(), plain['greedy'], build(
+        eager['peft_greedy' if adapter else 'transformers_greedy']
+    )
+    if adapter:
+        yield 'CoLD: one pass = two passes', target, plain['cold'], build(eager['cold_naive'])
     for way, t in ways.items():
         yield f'{way}: padded batch = one by one', t, plain[way], alone[way]
-        if compile: yield f'{way}: compiled = eager', t, _alone(build(compiled[way])), alone[way]
+        if compile:
+            yield f'{way}: compiled = eager', t, _alone(build(compiled[way])), alone[way]
         for name, make in drafters(head).items():
             for fast in (False, True) if compile else (False,):
-                run, label = build(guessing(t, make, fast)), f'{way}: {name}' + ', compiled' * fast
+                run = build(speculative(t, make, compile=fast))
+                label = f'{way}: {name}' + ', compiled' * fast
                 yield f'{label} = without', t, _alone(run), alone[way]
                 yield f'{label}, padded batch = without, one by one', t, run, alone[way]
 
@@ -141,8 +167,13 @@ def verify(
     only:tuple=('',),  # Checks whose names begin with one of these
 ) -> list:  # `Check`s
     "Return whether every fast way decodes as the slow way does; raises `DecodingError` unless the model is in fp32"
-    require(lm.dtype == torch.float32, f'in {lm.dtype} roundings change tokens, and no equality can be expected', 'use --dtype fp32')
-    batches, done = batches_of(lm, prompts, batch), []
+    require(
+        lm.dtype == torch.float32,
+        f'in {lm.dtype} roundings change tokens, and no equality can be expected',
+        'use --dtype fp32',
+    )
+    batches = batches_of(lm, prompts, batch)
+    done = []
     for name, t, fast, slow in _promises(lm, adapter, target, compile, head):
         if name in skip or not name.startswith(only): continue
         done.append(check(lm, name, t, fast, slow, batches, new_tokens))
@@ -155,12 +186,32 @@ def check_rows(
     **about,  # What else a row records
 ) -> list:  # Dictionaries for a result file
     "Return the checks as rows"
-    return [dict(method='verify', check=c.name, prompts=c.prompts, tokens=c.tokens, equal=c.equal, ties=[vars(d) for d in c.differences if d.tie],
-                 unexplained=[vars(d) for d in c.unexplained]) | about for c in checks]
+    return [
+        dict(
+            method='verify',
+            check=c.name,
+            prompts=c.prompts,
+            tokens=c.tokens,
+            equal=c.equal,
+            ties=[vars(d) for d in c.differences if d.tie],
+            unexplained=[vars(d) for d in c.unexplained],
+        )
+        | about
+        for c in checks
+    ]
 
 def check_table(
     rows:list,  # From `check_rows`
 ) -> str:  # Markdown
     "Return the rows as a table"
-    lines = ['| greedy tokens, fp32 | prompts | tokens | equal prompts | excused ties | unexplained |', '|---|---|---|---|---|---|']
-    return '\n'.join(lines + [f'| {r["check"]} | {r["prompts"]} | {r["tokens"]:,} | {r["equal"] / r["prompts"]:.0%} | {len(r["ties"])} | {len(r["unexplained"])} |' for r in rows])
+    lines = [
+        '| greedy tokens, fp32 | prompts | tokens | equal prompts | excused ties | unexplained |',
+        '|---|---|---|---|---|---|',
+    ]
+    return '\n'.join(
+        lines
+        + [
+            f'| {r["check"]} | {r["prompts"]} | {r["tokens"]:,} | {r["equal"] / r["prompts"]:.0%} | {len(r["ties"])} | {len(r["unexplained"])} |'
+            for r in rows
+        ]
+    )

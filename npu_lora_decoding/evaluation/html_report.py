@@ -20,7 +20,13 @@ from .plots import token_html
 from .draft_plots import proposer_html, reached
 
 # %% ../../nbs/6_evaluation/10_html_report.ipynb #180ba560
-_HARMFUL = {c: 0x2400 + c for c in range(32) if c not in (9, 10)} | {127: 0x2421} | dict.fromkeys([*range(0x80, 0xa0), *range(0x202a, 0x202f), *range(0x2066, 0x206a), *range(0xd800, 0xe000)], 0xfffd)
+_HARMFUL = (
+    {c: 0x2400 + c for c in range(32) if c not in (9, 10)}
+    | {127: 0x2421}
+    | dict.fromkeys(
+        [*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)], 0xFFFD
+    )
+)
 _E = lambda x: html.escape(str(x))
 
 # %% ../../nbs/6_evaluation/10_html_report.ipynb #129db510
@@ -38,42 +44,71 @@ def relative_speed(
 ) -> Interval:  # With its 95% interval, or from the slowest to the fastest step where the turns were not kept
     "Return how many times as fast one row is as another"
     if row is ref: return Interval(1., 1., 1.)
-    ratio, turns, its = row['tokens_per_s'] / ref['tokens_per_s'], row.get('ms_runs'), ref.get('ms_runs')
-    if turns and its: found = speed_ratio(turns, its); return Interval(ratio, min(ratio, found.low), max(ratio, found.high))
+    ratio = row['tokens_per_s'] / ref['tokens_per_s']
+    turns = row.get('ms_runs')
+    its = ref.get('ms_runs')
+    if turns and its:
+        found = speed_ratio(turns, its)
+        return Interval(ratio, min(ratio, found.low), max(ratio, found.high))
     low, high = (ratio * row['ms_per_token'] / ms for ms in row['ms_spread'][::-1])
     return Interval(ratio, low, high)
 
 # %% ../../nbs/6_evaluation/10_html_report.ipynb #7c206dd1
-_W, _H, _L, _R, _T, _B = 460, 290, 44, 142, 12, 40  # The picture's size, and its margins: labels stand on the right
+_W = 460  # The picture's size, and its margins: labels stand on the right
+_H = 290
+_L = 44
+_R = 142
+_T = 12
+_B = 40
 
-def _scale(low, high, a, b): return lambda v: a + (v - low) / (high - low or 1) * (b - a)
+def _scale(low, high, a, b):
+    return lambda v: a + (v - low) / (high - low or 1) * (b - a)
 
 def _ticks(low, high, n=6):
     "Return about `n` round numbers from low to high"
     raw = (high - low) / n or 1
     unit = 10 ** math.floor(math.log10(raw))
     step = next(s * unit for s in (1, 2, 5, 10) if s * unit >= raw)
-    return [round(i * step, 10) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        round(i * step, 10) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 def _apart(wanted, gap, low, high):
     "Return places near the wanted ones, at least `gap` apart where there is room, between two bounds"
-    order, at = sorted(range(len(wanted)), key=wanted.__getitem__), {}
-    for above, i in zip([None, *order], order): at[i] = max(wanted[i], low if above is None else at[above] + gap)
-    for n, i in enumerate(reversed(order)): at[i] = min(at[i], high - n * gap)
+    order = sorted(range(len(wanted)), key=wanted.__getitem__)
+    at = {}
+    for above, i in zip([None, *order], order):
+        at[i] = max(wanted[i], low if above is None else at[above] + gap)
+    for n, i in enumerate(reversed(order)):
+        at[i] = min(at[i], high - n * gap)
     return [at[i] for i in range(len(wanted))]
 
 def _chart(x, y, inside, labels, xlabel, ylabel, title):
     "Return an SVG: axes over the ranges `x` and `y`, what is drawn inside, and (text, x, y, class) labels with lines to their points"
-    X, Y = _scale(*x, _L, _W - _R), _scale(*y, _H - _B, _T)
-    parts = [f'<line class="grid" x1="{X(t):.1f}" x2="{X(t):.1f}" y1="{_T}" y2="{_H-_B}"/><text x="{X(t):.1f}" y="{_H-_B+15}" text-anchor="middle">{t:g}</text>' for t in _ticks(*x)]
-    parts += [f'<line class="grid" x1="{_L}" x2="{_W-_R}" y1="{Y(t):.1f}" y2="{Y(t):.1f}"/><text x="{_L-5}" y="{Y(t)+4:.1f}" text-anchor="end">{t:g}</text>' for t in _ticks(*y)]
-    parts += [f'<text x="{(_L+_W-_R)/2}" y="{_H-6}" text-anchor="middle">{_E(xlabel)}</text><text transform="translate(11 {(_T+_H-_B)/2}) rotate(-90)" text-anchor="middle">{_E(ylabel)}</text>', inside(X, Y)]
+    X = _scale(*x, _L, _W - _R)
+    Y = _scale(*y, _H - _B, _T)
+    parts = [
+        f'<line class="grid" x1="{X(t):.1f}" x2="{X(t):.1f}" y1="{_T}" y2="{_H-_B}"/><text x="{X(t):.1f}" y="{_H-_B+15}" text-anchor="middle">{t:g}</text>'
+        for t in _ticks(*x)
+    ]
+    parts += [
+        f'<line class="grid" x1="{_L}" x2="{_W-_R}" y1="{Y(t):.1f}" y2="{Y(t):.1f}"/><text x="{_L-5}" y="{Y(t)+4:.1f}" text-anchor="end">{t:g}</text>'
+        for t in _ticks(*y)
+    ]
+    parts += [
+        f'<text x="{(_L+_W-_R)/2}" y="{_H-6}" text-anchor="middle">{_E(xlabel)}</text><text transform="translate(11 {(_T+_H-_B)/2}) rotate(-90)" text-anchor="middle">{_E(ylabel)}</text>',
+        inside(X, Y),
+    ]
     places = _apart([Y(py) for _, _, py, _ in labels], 14, _T + 4, _H - _B)
-    parts += [f'<polyline class="lead" points="{X(px):.1f},{Y(py):.1f} {_W-_R+6},{at:.1f} {_W-_R+12},{at:.1f}"/><text class="{kind}" x="{_W-_R+15}" y="{at+4:.1f}">{_E(text)}</text>' for (text, px, py, kind), at in zip(labels, places)]
+    parts += [
+        f'<polyline class="lead" points="{X(px):.1f},{Y(py):.1f} {_W-_R+6},{at:.1f} {_W-_R+12},{at:.1f}"/><text class="{kind}" x="{_W-_R+15}" y="{at+4:.1f}">{_E(text)}</text>'
+        for (text, px, py, kind), at in zip(labels, places)
+    ]
     return f'<svg viewBox="0 0 {_W} {_H}" role="img" aria-label="{_E(title)}"><title>{_E(title)}</title>{"".join(parts)}</svg>'
 
 # %% ../../nbs/6_evaluation/10_html_report.ipynb #30aa5868
-def _measured(rows): return [r for r in rows if r['method'] != 'environment' and 'chunks' not in r]
+def _measured(rows):
+    return [r for r in rows if r['method'] != 'environment' and 'chunks' not in r]
 def _read(rows): return [r for r in rows if 'chunks' in r]
 
 def pareto_svg(
@@ -87,18 +122,33 @@ def pareto_svg(
     points = [(s.mean, r['quality']) for s, r in zip(speeds, rows)]
     on = frontier(points)
     kinds = [f'{"best" if i in on else "beaten"}{" peer" * r["peer"]}' for i, r in enumerate(rows)]
-    lows, highs = [r['quality_interval'][0] for r in rows], [r['quality_interval'][1] for r in rows]
+    lows = [r['quality_interval'][0] for r in rows]
+    highs = [r['quality_interval'][1] for r in rows]
     room = (max(highs) - min(lows)) * .05 or 1
-    x, y = (0, max(s.high for s in speeds) * 1.04), (min(lows) - room, max(highs) + room)
+    x = (0, max(s.high for s in speeds) * 1.04)
+    y = (min(lows) - room, max(highs) + room)
     def inside(X, Y):
         line = ' '.join(f'{X(points[i][0]):.1f},{Y(points[i][1]):.1f}' for i in on)
-        marks = [f'<g class="{kind}"><title>{_E(_about(r))}</title><line x1="{X(a):.1f}" x2="{X(a):.1f}" y1="{Y(r["quality_interval"][0]):.1f}" y2="{Y(r["quality_interval"][1]):.1f}"/><line x1="{X(s.low):.1f}" x2="{X(s.high):.1f}" y1="{Y(b):.1f}" y2="{Y(b):.1f}"/><circle cx="{X(a):.1f}" cy="{Y(b):.1f}" r="4"/></g>' for r, s, kind, (a, b) in zip(rows, speeds, kinds, points)]
+        marks = [
+            f'<g class="{kind}"><title>{_E(_about(r))}</title><line x1="{X(a):.1f}" x2="{X(a):.1f}" y1="{Y(r["quality_interval"][0]):.1f}" y2="{Y(r["quality_interval"][1]):.1f}"/><line x1="{X(s.low):.1f}" x2="{X(s.high):.1f}" y1="{Y(b):.1f}" y2="{Y(b):.1f}"/><circle cx="{X(a):.1f}" cy="{Y(b):.1f}" r="4"/></g>'
+            for r, s, kind, (a, b) in zip(rows, speeds, kinds, points)
+        ]
         return f'<polyline class="front" points="{line}"/>' + ''.join(marks)
     labels = [(_short(r['method']), a, b, kind) for r, kind, (a, b) in zip(rows, kinds, points)]
-    return _chart(x, y, inside, labels, f'tokens/s, relative to {_short(ref["method"])}', f'quality ({_short(rows[0].get("metric"))})', 'Quality against speed, with 95% intervals')
+    return _chart(
+        x,
+        y,
+        inside,
+        labels,
+        f'tokens/s, relative to {_short(ref["method"])}',
+        f'quality ({_short(rows[0].get("metric"))})',
+        'Quality against speed, with 95% intervals',
+    )
 
-def _short(name, n=20): return str(name) if len(str(name)) <= n else str(name)[:n-1] + '…'
-def _about(r): return f'{r["method"]}: {r["quality"]:.2f} ({r["quality_interval"][0]:.2f} to {r["quality_interval"][1]:.2f}), {r["tokens_per_s"]:.1f} tokens/s'
+def _short(name, n=20):
+    return str(name) if len(str(name)) <= n else str(name)[:n-1] + '…'
+def _about(r):
+    return f'{r["method"]}: {r["quality"]:.2f} ({r["quality_interval"][0]:.2f} to {r["quality_interval"][1]:.2f}), {r["tokens_per_s"]:.1f} tokens/s'
 
 # %% ../../nbs/6_evaluation/10_html_report.ipynb #413f9b59
 _FEW = 5  # Tries below which a share says nothing
@@ -107,17 +157,34 @@ def acceptance_svg(
     counts:dict,  # Method -> for each guess (times tried, times right), as `reached` returns
 ) -> str:  # SVG, empty where nothing was guessed
     "Draw the share of right guesses by position"
-    lines = {n: line for n, c in counts.items() if (line := [(j + 1, right / tried, tried) for j, (tried, right) in enumerate(c) if tried >= _FEW])}
+    lines = {
+        n: line
+        for n, c in counts.items()
+        if (line := [(j + 1, right / tried, tried) for j, (tried, right) in enumerate(c) if tried >= _FEW])
+    }
     if not lines: return ''
     def inside(X, Y):
         out = []
         for k, (name, line) in enumerate(lines.items()):
-            dots = ''.join(f'<circle cx="{X(j):.1f}" cy="{Y(s):.1f}" r="3.5"><title>{_E(name)}, guess {j}: {s:.0%} of {n}</title></circle>' for j, s, n in line)
-            out.append(f'<g class="c{k % 6}"><polyline points="{" ".join(f"{X(j):.1f},{Y(s):.1f}" for j, s, _ in line)}"/>{dots}</g>')
+            dots = ''.join(
+                f'<circle cx="{X(j):.1f}" cy="{Y(s):.1f}" r="3.5"><title>{_E(name)}, guess {j}: {s:.0%} of {n}</title></circle>'
+                for j, s, n in line
+            )
+            out.append(
+                f'<g class="c{k % 6}"><polyline points="{" ".join(f"{X(j):.1f},{Y(s):.1f}" for j, s, _ in line)}"/>{dots}</g>'
+            )
         return ''.join(out)
     labels = [(_short(n), *line[-1][:2], f't{k % 6}') for k, (n, line) in enumerate(lines.items())]
     longest = max(line[-1][0] for line in lines.values())
-    return _chart((.5, max(longest, 2) + .5), (0, 1), inside, labels, 'guess', 'right, given those before', 'Share of right guesses by position')
+    return _chart(
+        (0.5, max(longest, 2) + 0.5),
+        (0, 1),
+        inside,
+        labels,
+        'guess',
+        'right, given those before',
+        'Share of right guesses by position',
+    )
 
 # %% ../../nbs/6_evaluation/10_html_report.ipynb #2fee7167
 class Looks:
@@ -129,8 +196,12 @@ class Looks:
         shown:int=2,  # Prompts whose tokens are shown
         counted:int=6,  # Prompts whose guesses are counted
     ):
-        self.lm, self.prompts, self.new_tokens, self.shown = lm, prompts[:max(shown, counted)], new_tokens, shown
-        self.answers, self.counts = {}, {}
+        self.lm = lm
+        self.prompts = prompts[:max(shown, counted)]
+        self.new_tokens = new_tokens
+        self.shown = shown
+        self.answers = {}
+        self.counts = {}
 
     def add(self,
         name:str,  # Of the method
@@ -139,16 +210,20 @@ class Looks:
         "Let one method answer"
         for i, prompt in enumerate(self.prompts):
             ids, mask = encode(self.lm, [prompt_of(self.lm, prompt)])
-            if hasattr(run, 'write'): said = self._recorded(name, run.write(ids, mask, self.new_tokens, self.lm.eos_ids, record=True))
-            elif i < self.shown: said = f'<div class="text">{_E(until_end(self.lm, run(ids, mask, self.new_tokens, self.lm.eos_ids)[0].tolist()))}</div>'
+            if hasattr(run, 'write'):
+                said = self._recorded(name, run.write(ids, mask, self.new_tokens, self.lm.eos_ids, record=True))
+            elif i < self.shown:
+                said = f'<div class="text">{_E(until_end(self.lm, run(ids, mask, self.new_tokens, self.lm.eos_ids)[0].tolist()))}</div>'
             else: break
             if i < self.shown: self.answers.setdefault(name, []).append(said)
 
     def _recorded(self, name, out):
         "Return an answer as coloured tokens, after counting its guesses"
-        mine, new = self.counts.setdefault(name, []), reached(out)
+        mine = self.counts.setdefault(name, [])
+        new = reached(out)
         mine += [(0, 0)] * (len(new) - len(mine))
-        for j, (tried, right) in enumerate(new): mine[j] = (mine[j][0] + tried, mine[j][1] + right)
+        for j, (tried, right) in enumerate(new):
+            mine[j] = (mine[j][0] + tried, mine[j][1] + right)
         return proposer_html(out) if new and 'base' not in out.target.roles else token_html(out)
 
 # %% ../../nbs/6_evaluation/10_html_report.ipynb #14d40be8
@@ -173,36 +248,103 @@ def _advice(rows):
     "Return the recommendation, and each verdict with its reason"
     found = verdicts(rows)
     badge = {True: ('yes', 'helps'), False: ('no', 'not shown'), None: ('open', 'not judged')}
-    worse = lambda v: v.helps is False and v.effect is not None and (v.effect.low > 1 if v.idea == 'Temp-LoRA' else v.effect.high < (0 if v.idea == 'CoLD' else 1))
-    items = [f'<li><span class="badge {badge[v.helps][0]}">{"hurts" if worse(v) else badge[v.helps][1]}</span><b>{_E(v.idea)}</b>: {_E(v.reason)}</li>' for v in found]
+    worse = (
+        lambda v: v.helps is False
+        and v.effect is not None
+        and (v.effect.low > 1 if v.idea == 'Temp-LoRA' else v.effect.high < (0 if v.idea == 'CoLD' else 1))
+    )
+    items = [
+        f'<li><span class="badge {badge[v.helps][0]}">{"hurts" if worse(v) else badge[v.helps][1]}</span><b>{_E(v.idea)}</b>: {_E(v.reason)}</li>'
+        for v in found
+    ]
     return f'<p class="advice">{_E(recommendation(found))}</p><ul class="verdicts">{"".join(items)}</ul>'
 
 def _cell(x, f='{:.2f}', interval=None, zero=None):
     "Return a number as a table cell, with its interval, coloured where that excludes `zero`"
     if x is None: return '<td>–</td>'
     low, high = interval or (None, None)
-    kind = '' if zero is None or low is None else ' class="better"' if low > zero else ' class="worse"' if high < zero else ''
-    return f'<td{kind}>{f.format(x)}' + (f' <small>{f.format(low)} to {f.format(high)}</small>' if interval else '') + '</td>'
+    kind = (
+        ''
+        if zero is None or low is None
+        else ' class="better"' if low > zero else ' class="worse"' if high < zero else ''
+    )
+    return (
+        f'<td{kind}>{f.format(x)}'
+        + (f' <small>{f.format(low)} to {f.format(high)}</small>' if interval else '')
+        + '</td>'
+    )
 
 _LENT = 'Scores of another method: one that guesses wrote that one\'s timed tokens, and was not judged again. '
-_HEADS = ('method', 'quality, 95%', 'gain, 95%', 'tokens/s', 'times as fast, 95%', 'as', 'tokens a pass', 'ms to first token', 'ms a step, spread', 'GFLOPs a token', 'peak MB', 'same tokens as greedy')
+_HEADS = (
+    'method',
+    'quality, 95%',
+    'gain, 95%',
+    'tokens/s',
+    'times as fast, 95%',
+    'as',
+    'tokens a pass',
+    'ms to first token',
+    'ms a step, spread',
+    'GFLOPs a token',
+    'peak MB',
+    'same tokens as greedy',
+)
 
 def _table(rows):
     "Return all methods as a table"
     body = []
     for r in _measured(rows):
-        notes = ', '.join(n for n, on in (('peer', r['peer']), ('compiled', r.get('compiled')), (f'scores of {_E(r.get("judged_as"))}', r.get('judged_as'))) if on)
+        notes = ', '.join(
+            n
+            for n, on in (
+                ('peer', r['peer']),
+                ('compiled', r.get('compiled')),
+                (f'scores of {_E(r.get("judged_as"))}', r.get('judged_as')),
+            )
+            if on
+        )
         work = r.get('flops_per_token')
-        body.append(f'<tr><td title="{_E(r["method"])}">{_E(r["method"])}{f" <small>{notes}</small>" if notes else ""}</td>' + _cell(r['quality'], '{:.2f}', r['quality_interval']) + _cell(r.get('gain'), '{:+.2f}', r.get('gain_interval'), 0 if (r.get('items') or 0) >= ENOUGH else None) +
-                    _cell(r['tokens_per_s'], '{:.1f}') + _cell(r.get('speedup'), '{:.2f}', r.get('speedup_interval'), 1 if len(r['ms_runs'][0]) >= BATCHES else None) + f'<td>{_E(r.get("speedup_over") or "–")}</td>' + _cell(r.get('tau')) + _cell(r.get('ms_to_first'), '{:.0f}') +
-                    _cell(r['ms_per_token'], '{:.1f}', r['ms_spread']) + _cell(work and work / 1e9, '{:.3f}') + _cell(r['peak_mb'], '{:.0f}') + _cell(r['equal_tokens'], '{:.0%}') + '</tr>')
+        body.append(
+            f'<tr><td title="{_E(r["method"])}">{_E(r["method"])}{f" <small>{notes}</small>" if notes else ""}</td>'
+            + _cell(r['quality'], '{:.2f}', r['quality_interval'])
+            + _cell(
+                r.get('gain'), '{:+.2f}', r.get('gain_interval'), 0 if (r.get('items') or 0) >= ENOUGH else None
+            )
+            + _cell(r['tokens_per_s'], '{:.1f}')
+            + _cell(
+                r.get('speedup'),
+                '{:.2f}',
+                r.get('speedup_interval'),
+                1 if len(r['ms_runs'][0]) >= BATCHES else None,
+            )
+            + f'<td>{_E(r.get("speedup_over") or "–")}</td>'
+            + _cell(r.get('tau'))
+            + _cell(r.get('ms_to_first'), '{:.0f}')
+            + _cell(r['ms_per_token'], '{:.1f}', r['ms_spread'])
+            + _cell(work and work / 1e9, '{:.3f}')
+            + _cell(r['peak_mb'], '{:.0f}')
+            + _cell(r['equal_tokens'], '{:.0%}')
+            + '</tr>'
+        )
     return f'<div class="wide"><table><thead><tr>{"".join(f"<th>{_E(h)}</th>" for h in _HEADS)}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 def _long_text(rows):
     "Return the readings of a long text as a table"
     if not (rows := _read(rows)): return ''
-    cells = ''.join(f'<tr><td>{_E(r["method"])}</td>' + _cell(r['quality'], '{:.3f}') + _cell(r['tokens'], '{:,}') + _cell(r['tokens_per_s'], '{:.1f}') + _cell(r['ms_per_token'], '{:.1f}', r['ms_spread']) + _cell(r.get('flops_per_token') and r['flops_per_token'] / 1e9, '{:.3f}') + '</tr>' for r in rows)
-    heads = ''.join(f'<th>{h}</th>' for h in ('method', 'perplexity', 'tokens', 'tokens/s', 'ms a token, spread', 'GFLOPs a token'))
+    cells = ''.join(
+        f'<tr><td>{_E(r["method"])}</td>'
+        + _cell(r['quality'], '{:.3f}')
+        + _cell(r['tokens'], '{:,}')
+        + _cell(r['tokens_per_s'], '{:.1f}')
+        + _cell(r['ms_per_token'], '{:.1f}', r['ms_spread'])
+        + _cell(r.get('flops_per_token') and r['flops_per_token'] / 1e9, '{:.3f}')
+        + '</tr>'
+        for r in rows
+    )
+    heads = ''.join(
+        f'<th>{h}</th>'
+        for h in ('method', 'perplexity', 'tokens', 'tokens/s', 'ms a token, spread', 'GFLOPs a token')
+    )
     return f'<h2>A long text, with and without a memory</h2><p class="soft">{_E(rows[0]["text"])}, scored chunk by chunk before it is learned. Lower perplexity is better.</p><div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>'
 
 def _tokens(looks):
@@ -210,10 +352,29 @@ def _tokens(looks):
     if looks is None or not looks.answers: return ''
     out = []
     for i, prompt in enumerate(looks.prompts[:looks.shown]):
-        asked, answer = (prompt.prompt, prompt.answer) if isinstance(prompt, Item) else (prompt[-1]['content'] if isinstance(prompt, list) and isinstance(prompt[-1], dict) else prompt, '')
-        said = ''.join(f'<dt>{_E(name)}</dt><dd class="tokens">{a[i]}</dd>' for name, a in looks.answers.items() if i < len(a))
-        out.append(f'<details{" open" if i == 0 else ""}><summary>{_E(_short(asked, 300))}</summary><dl>' + (f'<dt>reference</dt><dd class="text">{_E(answer)}</dd>' if answer else '') + said + '</dl></details>')
-    return '<h2>What they wrote</h2><p class="soft">With contrast, green is what the adapter raised and red what it lowered; a frame marks a choice that contrast changed. With guesses, the colour says who proposed a token. Facts appear under the mouse.</p>' + ''.join(out)
+        asked, answer = (
+            (prompt.prompt, prompt.answer)
+            if isinstance(prompt, Item)
+            else (
+                prompt[-1]['content'] if isinstance(prompt, list) and isinstance(prompt[-1], dict) else prompt,
+                '',
+            )
+        )
+        said = ''.join(
+            f'<dt>{_E(name)}</dt><dd class="tokens">{a[i]}</dd>'
+            for name, a in looks.answers.items()
+            if i < len(a)
+        )
+        out.append(
+            f'<details{" open" if i == 0 else ""}><summary>{_E(_short(asked, 300))}</summary><dl>'
+            + (f'<dt>reference</dt><dd class="text">{_E(answer)}</dd>' if answer else '')
+            + said
+            + '</dl></details>'
+        )
+    return (
+        '<h2>What they wrote</h2><p class="soft">With contrast, green is what the adapter raised and red what it lowered; a frame marks a choice that contrast changed. With guesses, the colour says who proposed a token. Facts appear under the mouse.</p>'
+        + ''.join(out)
+    )
 
 # %% ../../nbs/6_evaluation/10_html_report.ipynb #ecaafde4
 def page(
@@ -223,15 +384,54 @@ def page(
     about:str='',  # One line: which prompts, which adapter, which command
 ) -> str:  # HTML
     "Return a comparison as one self-contained page"
-    seen, env = _measured(rows), next((r for r in rows if r['method'] == 'environment'), {})
-    pareto, reach = pareto_svg(rows), acceptance_svg(looks.counts if looks else {})
-    facts = [about, *([f'{seen[0]["model"]}, {seen[0]["dtype"]}, {seen[0]["device"]}, batch {seen[0]["batch"]}, {seen[0]["new_tokens"]} new tokens'] if seen else []), ', '.join(f'{k} {v}' for k, v in env.items() if k not in ('method', 'recommendation', 'verdicts') and v is not None)]
-    body = [f'<h1>{_E(title)}</h1>', *(f'<p class="soft">{_E(f)}</p>' for f in facts if f), '<h2>What to use here</h2>', _advice(rows), '<h2>All methods</h2>', _table(rows),
-            f'<p class="soft">{_LENT if any(r.get("judged_as") for r in rows) else ""}A gain is paired, item by item, with the reference (greedy, or else the first row). Methods took turns in one process. A ratio compares two methods turn by turn; intervals are 95% and resample prompts. Green or red: the interval excludes "no difference", on at least {ENOUGH} items or {BATCHES} timed batches. With many rows, one in forty looks better by chance.</p>',
-            '<h2>Quality against speed</h2>', f'<figure>{pareto}<figcaption>Dots are means, lines 95% intervals of the quality itself and of the speed. The dashed line is the frontier: it joins, in blue, the methods that no other beats in both; grey ones are beaten. Hollow dots are other libraries. Whether a difference is more than chance is said by the paired gain in the table.</figcaption></figure>' if pareto else '<p class="soft">No answers were judged: give prompts with answers, and a metric.</p>',
-            *(['<h2>How far guesses reach</h2>', f'<figure>{reach}<figcaption>Share of right guesses by position, given those before, over the first prompts; positions tried fewer than {_FEW} times are left out.</figcaption></figure>'] if reach else []), _long_text(rows), _tokens(looks)]
+    seen = _measured(rows)
+    env = next((r for r in rows if r['method'] == 'environment'), {})
+    pareto = pareto_svg(rows)
+    reach = acceptance_svg(looks.counts if looks else {})
+    facts = [
+        about,
+        *(
+            [
+                f'{seen[0]["model"]}, {seen[0]["dtype"]}, {seen[0]["device"]}, batch {seen[0]["batch"]}, {seen[0]["new_tokens"]} new tokens'
+            ]
+            if seen
+            else []
+        ),
+        ', '.join(
+            f'{k} {v}'
+            for k, v in env.items()
+            if k not in ('method', 'recommendation', 'verdicts') and v is not None
+        ),
+    ]
+    body = [
+        f'<h1>{_E(title)}</h1>',
+        *(f'<p class="soft">{_E(f)}</p>' for f in facts if f),
+        '<h2>What to use here</h2>',
+        _advice(rows),
+        '<h2>All methods</h2>',
+        _table(rows),
+        f'<p class="soft">{_LENT if any(r.get("judged_as") for r in rows) else ""}A gain is paired, item by item, with the reference (greedy, or else the first row). Methods took turns in one process. A ratio compares two methods turn by turn; intervals are 95% and resample prompts. Green or red: the interval excludes "no difference", on at least {ENOUGH} items or {BATCHES} timed batches. With many rows, one in forty looks better by chance.</p>',
+        '<h2>Quality against speed</h2>',
+        (
+            f'<figure>{pareto}<figcaption>Dots are means, lines 95% intervals of the quality itself and of the speed. The dashed line is the frontier: it joins, in blue, the methods that no other beats in both; grey ones are beaten. Hollow dots are other libraries. Whether a difference is more than chance is said by the paired gain in the table.</figcaption></figure>'
+            if pareto
+            else '<p class="soft">No answers were judged: give prompts with answers, and a metric.</p>'
+        ),
+        *(
+            [
+                '<h2>How far guesses reach</h2>',
+                f'<figure>{reach}<figcaption>Share of right guesses by position, given those before, over the first prompts; positions tried fewer than {_FEW} times are left out.</figcaption></figure>',
+            ]
+            if reach
+            else []
+        ),
+        _long_text(rows),
+        _tokens(looks),
+    ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><meta http-equiv="Content-Security-Policy" content="default-src \'none\';style-src \'unsafe-inline\'"><title>{_E(title)}</title><style>{_CSS}</style>'
-    return f'<!DOCTYPE html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'.translate(_HARMFUL)
+    return f'<!DOCTYPE html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'.translate(
+        _HARMFUL
+    )
 
 def save_page(
     path:str|Path,  # HTML file
@@ -239,4 +439,5 @@ def save_page(
     **kwargs,  # As for `page`
 ):
     "Write the page of a comparison, atomically"
-    with atomic_path(path) as tmp: tmp.write_text(page(*args, **kwargs), encoding='utf-8')
+    with atomic_path(path) as tmp:
+        tmp.write_text(page(*args, **kwargs), encoding='utf-8')

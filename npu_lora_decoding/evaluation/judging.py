@@ -29,7 +29,13 @@ class Arm:
     options:tuple=()  # transformers' generation options, as pairs
     seed:int=0  # Of sampling
 
-ARMS = dict(greedy=Arm(), beam=Arm(beams=4), nucleus=Arm(options=(('do_sample', True), ('top_p', .9))), min_p=Arm(options=(('do_sample', True), ('min_p', .1))), cold=Arm(CoLD()))
+ARMS = dict(
+    greedy=Arm(),
+    beam=Arm(beams=4),
+    nucleus=Arm(options=(('do_sample', True), ('top_p', 0.9))),
+    min_p=Arm(options=(('do_sample', True), ('min_p', 0.1))),
+    cold=Arm(CoLD()),
+)
 
 def write(
     lm:LM,  # Model and adapter
@@ -38,10 +44,15 @@ def write(
     new_tokens:int,  # Longest answer
 ) -> list:  # One text a prompt
     "Return the answers of one batch"
-    if not callable(arm) and arm.beams == 1: return lm.generate(prompts, arm.target, max_new_tokens=new_tokens, seed=arm.seed, record=False, **dict(arm.options)).texts
+    if not callable(arm) and arm.beams == 1:
+        return lm.generate(
+            prompts, arm.target, max_new_tokens=new_tokens, seed=arm.seed, record=False, **dict(arm.options)
+        ).texts
     ids, mask = encode(lm, prompts)
-    if callable(arm): return [until_end(lm, row) for row in arm(ids, mask, new_tokens, lm.eos_ids).tolist()]
-    with adapted(lm): out = beam_search(lm.model, ids, mask, arm.beams, new_tokens, lm.eos_ids, lm.pad_id)
+    if callable(arm):
+        return [until_end(lm, row) for row in arm(ids, mask, new_tokens, lm.eos_ids).tolist()]
+    with adapted(lm):
+        out = beam_search(lm.model, ids, mask, arm.beams, new_tokens, lm.eos_ids, lm.pad_id)
     return [until_end(lm, row) for row in out[:, ids.shape[1]:].tolist()]
 
 def until_end(
@@ -86,7 +97,8 @@ def answers(
     said = [''] * len(items)
     for start in progress_bar(range(0, len(items), batch), leave=False):
         part = order[start:start+batch]
-        for i, text in zip(part, write(lm, [prompt_of(lm, items[i]) for i in part], arm, new_tokens)): said[i] = text
+        for i, text in zip(part, write(lm, [prompt_of(lm, items[i]) for i in part], arm, new_tokens)):
+            said[i] = text
     return said
 
 def judge(
@@ -115,15 +127,26 @@ def parse_arm(
 ) -> tuple:  # `Arm`, label for readers
     "Return the arm written as `text`"
     name, *dials = text.split(':')
-    require(name in ARMS, f'unknown arm {text!r}', f'use greedy, beam, nucleus:TEMPERATURE, min_p:TEMPERATURE or cold:ALPHA:BETA')
-    try: dials = [float(d) for d in dials]
-    except ValueError: raise DecodingError(f'the arm {text!r} has a setting that is no number: write for example cold:0.1:0.2.') from None
+    require(
+        name in ARMS,
+        f'unknown arm {text!r}',
+        f'use greedy, beam, nucleus:TEMPERATURE, min_p:TEMPERATURE or cold:ALPHA:BETA',
+    )
+    try:
+        dials = [float(d) for d in dials]
+    except ValueError:
+        raise DecodingError(
+            f'the arm {text!r} has a setting that is no number: write for example cold:0.1:0.2.'
+        ) from None
     if name == 'cold':
         target = CoLD(*dials)
         return Arm(target), f'CoLD, alpha {target.alpha:g}, beta {target.beta:g}'
     if name in ('nucleus', 'min_p'):
         temperature = (dials or [1.])[0]
-        return Arm(options=(*ARMS[name].options, ('temperature', temperature))), f'{name.replace("_", "-")} sampling, temperature {temperature:g}'
+        return (
+            Arm(options=(*ARMS[name].options, ('temperature', temperature))),
+            f'{name.replace("_", "-")} sampling, temperature {temperature:g}',
+        )
     return ARMS[name], dict(greedy='greedy', beam='beam search, 4 beams')[name]
 
 def score_arms(
@@ -139,9 +162,20 @@ def score_arms(
 ):
     "Yield a row of scores for each arm, from the file where it is there"
     parsed = [(a, *parse_arm(a)) for a in arms]
-    rows = [r for r in json_rows(path) if r.get('method') == about['method']] if path and Path(path).exists() else []
+    rows = (
+        [r for r in json_rows(path) if r.get('method') == about['method']]
+        if path and Path(path).exists()
+        else []
+    )
     for text, arm, label in parsed:
-        row = next((r for r in rows if r.get('arm') == text and 'scores' in r and all(r.get(k) == v for k, v in about.items())), None)
+        row = next(
+            (
+                r
+                for r in rows
+                if r.get('arm') == text and 'scores' in r and all(r.get(k) == v for k, v in about.items())
+            ),
+            None,
+        )
         if row is None:
             said = answers(lm, items, arm, new_tokens, batch)
             row = about | dict(arm=text, label=label, scores=[round(s, 4) for s in judge(said, items, metric)])

@@ -40,7 +40,8 @@ def _moved(x, device):
     return x.to(device) if isinstance(x, torch.Tensor) else x
 
 def _copy_back(to, source):
-    for t, s in zip(to, source) if isinstance(to, (list, tuple)) else [(to, source)]: t.copy_(s)
+    for t, s in zip(to, source) if isinstance(to, (list, tuple)) else [(to, source)]:
+        t.copy_(s)
 
 def on_device(
     host,  # Function of tensors
@@ -52,7 +53,8 @@ def on_device(
     def call(*args):
         moved = [_moved(a, device) for a in args]
         out = host(*moved)
-        for i in mutates: _copy_back(args[i], moved[i])
+        for i in mutates:
+            _copy_back(args[i], moved[i])
         return _moved(out, 'cpu')
     return call
 
@@ -65,9 +67,12 @@ def check_cases(
     outcomes = []
     for case in cases:
         for dtype in case.dtypes:
-            try: case.check(dtype, on_device(case.host, device, case.mutates)); problem = None
+            try:
+                case.check(dtype, on_device(case.host, device, case.mutates))
+                problem = None
             except Exception as e:  # a kernel that does not compile or start is an answer too, and the other cases must still run
-                problem = f'{type(e).__name__}: {e}'; log(f'{case.family}: {case.name}, {dtype}: {problem}')
+                problem = f'{type(e).__name__}: {e}'
+                log(f'{case.family}: {case.name}, {dtype}: {problem}')
             outcomes.append(Outcome(case.family, case.name, str(dtype).removeprefix('torch.'), problem))
     return outcomes
 
@@ -76,13 +81,17 @@ def lora_loop(y, x, A, B, scale, ranks, ids):  # As for `lora`, with one slice
     "One row after the other: what a first version would do"
     y = y[0].clone()
     for i, k in enumerate(ids.tolist()):
-        if k >= 0: y[i] += (x[i] @ A[0, k].T @ B[0][k]) * scale[0, k].to(x.dtype)
+        if k >= 0:
+            y[i] += (x[i] @ A[0, k].T @ B[0][k]) * scale[0, k].to(x.dtype)
     return [y]
 
 def lora_gather(y, x, A, B, scale, ranks, ids):  # As for `lora`, with one slice
     "Each row's adapter gathered into a batch of matrices"
     i = ids.clamp(min=0)
-    h = torch.einsum('btd,brd->btr', x, A[0, i]) * torch.where(ids >= 0, scale[0, i], 0).to(x.dtype)[:, None, None]
+    h = (
+        torch.einsum('btd,brd->btr', x, A[0, i])
+        * torch.where(ids >= 0, scale[0, i], 0).to(x.dtype)[:, None, None]
+    )
     return [y[0] + torch.einsum('btr,bro->bto', h, B[0][i])]
 
 def peft_layer(
@@ -99,8 +108,11 @@ def peft_layer(
     config = LoraConfig(r=A.shape[2], lora_alpha=A.shape[2], init_lora_weights=False)
     layer = Linear(base, '0', config=config, r=A.shape[2], lora_alpha=A.shape[2])
     for k in range(A.shape[1]):
-        if k: layer.update_layer(str(k), A.shape[2], A.shape[2], config=config)
-        layer.lora_A[str(k)].weight.data, layer.lora_B[str(k)].weight.data, layer.scaling[str(k)] = A[0, k], B[0][k].T.contiguous(), scale[0, k].item()
+        if k:
+            layer.update_layer(str(k), A.shape[2], A.shape[2], config=config)
+        layer.lora_A[str(k)].weight.data = A[0, k]
+        layer.lora_B[str(k)].weight.data = B[0][k].T.contiguous()
+        layer.scaling[str(k)] = scale[0, k].item()
     return layer.to(weight.device).eval()
 
 def lora_problem(
@@ -117,15 +129,19 @@ def lora_problem(
 
 def lora_contestants(weight, x, A, B, scale, ranks, ids):  # From `lora_problem`
     "Return the ways to apply the layer, each a function without arguments"
-    peft, names = peft_layer(weight, A, B, scale), [str(k) for k in ids.tolist()]
+    peft = peft_layer(weight, A, B, scale)
+    names = [str(k) for k in ids.tolist()]
     ways = dict(ours=ops.lora, loop=lora_loop, gather=lora_gather)
-    return {name: lambda f=f: f([F.linear(x, weight)], x, A, B, scale, ranks, ids)[0] for name, f in ways.items()} | dict(peft=lambda: peft(x, adapter_names=names))
+    return {
+        name: lambda f=f: f([F.linear(x, weight)], x, A, B, scale, ranks, ids)[0] for name, f in ways.items()
+    } | dict(peft=lambda: peft(x, adapter_names=names))
 
 # %% ../../nbs/6_evaluation/07_kernel_check.ipynb #ed1e6963
 def _many(f, times):
     "Return a function that calls `f` so often that the clock can tell"
     def call():
-        for _ in range(times): f()
+        for _ in range(times):
+            f()
     return call
 
 def copy_bandwidth(
@@ -133,7 +149,8 @@ def copy_bandwidth(
     mb:int=512,  # Size of what is copied
 ) -> float:  # Bytes a second, read and written
     "Return the device's bandwidth for a plain copy"
-    x = torch.empty(mb << 20, dtype=torch.uint8, device=device); y = torch.empty_like(x)
+    x = torch.empty(mb << 20, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
     return 2 * x.numel() / time_interleaved(dict(copy=lambda: y.copy_(x)), 10, 3, device)['copy'].median
 
 def lora_floor(x, A, B, y):  # As for `lora`, with one slice
@@ -146,8 +163,12 @@ def cold_calls(
 ):  # Function without arguments
     "Return a function that applies `lora` to other adapters at every call"
     calls = max(2, (mb << 20) // (rows * r * 2 * d * dtype.itemsize))
-    A, B = (torch.empty(shape, dtype=dtype, device=device).normal_(std=d**-.5) for shape in ((1, calls * rows, r, d), (calls * rows, r, d)))
-    scale, ranks = torch.ones(1, calls * rows, device=device), torch.full((1, calls * rows), r, dtype=torch.int32, device=device)
+    A, B = (
+        torch.empty(shape, dtype=dtype, device=device).normal_(std=d**-0.5)
+        for shape in ((1, calls * rows, r, d), (calls * rows, r, d))
+    )
+    scale = torch.ones(1, calls * rows, device=device)
+    ranks = torch.full((1, calls * rows), r, dtype=torch.int32, device=device)
     x, y = (torch.randn(rows, 1, d, device=device).to(dtype) for _ in range(2))
     ids = itertools.cycle(torch.arange(calls * rows, device=device).view(calls, rows))
     return lambda: ops.lora([y], x, A, [B], scale, ranks, next(ids))
@@ -164,14 +185,28 @@ def measure_lora(
     log=print,  # Called with a line for each size
 ) -> list:  # Rows: sizes, each way's time against ours, and ours' share of the copy bandwidth
     "Return what adding LoRA costs, side by side"
-    copy, table = copy_bandwidth(device), []
+    copy = copy_bandwidth(device)
+    table = []
     for d, r, b in [(d, r, b) for d in widths for r in ranks for b in rows]:
         weight, x, A, B, *_ = problem = lora_problem(b, d, r, dtype, device)
-        ways = {name: _many(way, times) for name, way in lora_contestants(*problem).items()} | dict(alone=_many(cold_calls(b, d, r, dtype, device), times))
+        ways = {name: _many(way, times) for name, way in lora_contestants(*problem).items()} | dict(
+            alone=_many(cold_calls(b, d, r, dtype, device), times)
+        )
         seconds = {name: t.median / times for name, t in time_interleaved(ways, rounds, 2, device).items()}
         share = lora_floor(x, A, B, F.linear(x, weight)) / seconds['alone'] / copy
-        table.append(dict(width=d, rank=r, rows=b, share_of_copy=share, **{name: seconds[name] / seconds['ours'] for name in ('loop', 'gather', 'peft')}))
-        log(f'd {d:5} r {r:3} rows {b:2}: {share:6.1%} of copy bandwidth; ' + ', '.join(f'{n} {table[-1][n]:.2f}x' for n in ('loop', 'gather', 'peft')))
+        table.append(
+            dict(
+                width=d,
+                rank=r,
+                rows=b,
+                share_of_copy=share,
+                **{name: seconds[name] / seconds['ours'] for name in ('loop', 'gather', 'peft')}
+            )
+        )
+        log(
+            f'd {d:5} r {r:3} rows {b:2}: {share:6.1%} of copy bandwidth; '
+            + ', '.join(f'{n} {table[-1][n]:.2f}x' for n in ('loop', 'gather', 'peft'))
+        )
     return table
 
 # %% ../../nbs/6_evaluation/07_kernel_check.ipynb #b7cd4df3
@@ -189,19 +224,39 @@ class Guesses(Drafter):
 
     def propose(self, state, rows):
         self.steps += 1
-        tokens = [self._tree(a.tolist(), text, text[self.first:].numel()) for a, text in zip(self.answers, state.text)]
-        return Tree(torch.tensor(tokens, device=self.answers.device), torch.tensor([[-1, 0, 0, 2]] * len(tokens), device=self.answers.device), 'guess')
+        tokens = [
+            self._tree(a.tolist(), text, text[self.first :].numel())
+            for a, text in zip(self.answers, state.text)
+        ]
+        return Tree(
+            torch.tensor(tokens, device=self.answers.device),
+            torch.tensor([[-1, 0, 0, 2]] * len(tokens), device=self.answers.device),
+            'guess',
+        )
 
     def _tree(self, answer, text, said):
         right, then = (answer[said:said + 2] + [0, 0])[:2]
-        return [int(text[-1]), right + 1 if right == 0 else right - 1, right if self.steps % 2 else max(0, right - 2), then]
+        return [
+            int(text[-1]),
+            right + 1 if right == 0 else right - 1,
+            right if self.steps % 2 else max(0, right - 2),
+            then,
+        ]
 
 def _over_trees(lm, target, known):
     "Return a way of decoding over trees whose guesses come from known answers, a batch at a call"
     bank = bank_of(lm)
     def run(ids, mask, n):
         decoder = Decoder(target, Guesses(next(known), ids.shape[1]), bank=bank, vocab=lm.vocab)
-        out = lm.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=lm.pad_id, custom_generate=decoder)
+        out = lm.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=n,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=lm.pad_id,
+            custom_generate=decoder,
+        )
         return out[:, ids.shape[1]:]
     return run
 
@@ -212,14 +267,36 @@ def check_tokens(
     target:CoLD=CoLD(),  # Contrast to check, beside greedy decoding
 ) -> list:  # `Check`s
     "Compare decoding with kernels and with references; CoLD also over trees, whose guesses are the references' own answers, right and wrong in turn"
-    require(lm.dtype == torch.float32, f'in {lm.dtype} roundings change tokens, and no equality can be expected', 'use fp32')
-    batches, ways = batches_of(lm, prompts, 4), methods(target)
-    with ops.references(): known = [ways['cold'].build(lm, None)(*batch, new_tokens) for batch in batches]
-    ours = dict(greedy=ways['greedy'].build(lm, None), cold=ways['cold'].build(lm, None), trees=_over_trees(lm, target, iter(known)))
+    require(
+        lm.dtype == torch.float32,
+        f'in {lm.dtype} roundings change tokens, and no equality can be expected',
+        'use fp32',
+    )
+    batches = batches_of(lm, prompts, 4)
+    ways = methods(target)
+    with ops.references():
+        known = [ways['cold'].build(lm, None)(*batch, new_tokens) for batch in batches]
+    ours = dict(
+        greedy=ways['greedy'].build(lm, None),
+        cold=ways['cold'].build(lm, None),
+        trees=_over_trees(lm, target, iter(known)),
+    )
     answers = {name: _recorded(run, batches, new_tokens) for name, run in ours.items()}
     with ops.references():  # which also judge how close a difference was
-        compare = lambda name, way, t: check(lm, f'{name}: kernels = references', t, answers[name], ways[way].build(lm, None), batches, new_tokens)
-        return [compare('greedy', 'greedy', Plain()), compare('cold', 'cold', target), compare('trees', 'cold', target)]
+        compare = lambda name, way, t: check(
+            lm,
+            f'{name}: kernels = references',
+            t,
+            answers[name],
+            ways[way].build(lm, None),
+            batches,
+            new_tokens,
+        )
+        return [
+            compare('greedy', 'greedy', Plain()),
+            compare('cold', 'cold', target),
+            compare('trees', 'cold', target),
+        ]
 
 # %% ../../nbs/6_evaluation/07_kernel_check.ipynb #982ff98f
 def kernel_device(
@@ -227,10 +304,18 @@ def kernel_device(
 ) -> torch.device:
     "Return the device to check; raises `DecodingError` where there is none, or no kernels"
     require(kind in ('npu', 'cuda'), f'kernels run on npu and cuda, not on {kind!r}', 'choose one of them')
-    remedy = "run this on an Ascend host with CANN, torch_npu and triton-ascend" if kind == 'npu' else 'run this on a machine with a CUDA device and triton'
+    remedy = (
+        "run this on an Ascend host with CANN, torch_npu and triton-ascend"
+        if kind == 'npu'
+        else 'run this on a machine with a CUDA device and triton'
+    )
     require(has_device(kind), f'no {kind} device is here, so there is nothing to report', remedy)
     problem = ops.find_kernels(kind)[2]
-    require(problem is None, str(problem), f'install {"triton-ascend" if kind == "npu" else "triton"} as its own page says')
+    require(
+        problem is None,
+        str(problem),
+        f'install {"triton-ascend" if kind == "npu" else "triton"} as its own page says',
+    )
     return get_device(kind)
 
 def kernel_report(
@@ -242,13 +327,23 @@ def kernel_report(
 ) -> dict:  # Device, operators, and the sections `cases`, `tokens` and `lora`
     "Return everything that one run on a device can tell; a section that stops says why, and the others follow"
     served = {op: ops.backend(op, device) for op in ops._OPERATORS}
-    require('torch' not in served.values(), f'these operators have no kernel on {device.type}: {", ".join(k for k, v in served.items() if v == "torch")}', 'install the Triton of this device')
+    require(
+        'torch' not in served.values(),
+        f'these operators have no kernel on {device.type}: {", ".join(k for k, v in served.items() if v == "torch")}',
+        'install the Triton of this device',
+    )
     from npu_lora_kernels import cases
     name = getattr(torch, device.type).get_device_name(device)
     log(f'{name}: {served}')
     report = dict(device=name, operators=served)
-    sections = dict(cases=lambda: [asdict(o) for o in check_cases([c for f in cases.FAMILIES for c in cases.family(f).CASES], device, log)],
-                    tokens=lambda: check_rows(check_tokens(lm, prompts)), lora=lambda: measure_lora(device, log=log))
+    sections = dict(
+        cases=lambda: [
+            asdict(o)
+            for o in check_cases([c for f in cases.FAMILIES for c in cases.family(f).CASES], device, log)
+        ],
+        tokens=lambda: check_rows(check_tokens(lm, prompts)),
+        lora=lambda: measure_lora(device, log=log),
+    )
     for section, make in sections.items():
         report[section] = _section(section, make, log)
         save(report)
@@ -267,4 +362,8 @@ def wrong(
     "Return what a report found wrong"
     broken = [f'{name}: {s["error"]}' for name, s in report.items() if isinstance(s, dict) and 'error' in s]
     rows = lambda name: report[name] if isinstance(report[name], list) else []
-    return broken + [f'{c["case"]}, {c["dtype"]}: {c["problem"]}' for c in rows('cases') if c['problem']] + [f'{t["check"]}: {len(t["unexplained"])} prompts differ' for t in rows('tokens') if t['unexplained']]
+    return (
+        broken
+        + [f'{c["case"]}, {c["dtype"]}: {c["problem"]}' for c in rows('cases') if c['problem']]
+        + [f'{t["check"]}: {len(t["unexplained"])} prompts differ' for t in rows('tokens') if t['unexplained']]
+    )

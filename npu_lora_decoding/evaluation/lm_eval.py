@@ -23,8 +23,13 @@ def unmasked_logits(
     ids:torch.Tensor,  # `(b, t)`
 ) -> torch.Tensor:  # `(b, t, v)`
     r"Return the logits that likelihoods are computed from: $(1 + \beta)e - \beta a$, without CoLD's mask"
-    bank, contrast = bank_of(lm), 'base' in target.roles
-    require(bank is not None or not contrast, 'CoLD contrasts an adapter with its base, but there is no adapter', 'give adapter=FOLDER')
+    bank = bank_of(lm)
+    contrast = 'base' in target.roles
+    require(
+        bank is not None or not contrast,
+        'CoLD contrasts an adapter with its base, but there is no adapter',
+        'give adapter=FOLDER',
+    )
     if bank is None: return lm.model(ids).logits
     def seen(k):
         with bank.attached([k] * len(ids)): return lm.model(ids).logits
@@ -37,7 +42,11 @@ def target_of(
     beta:float,  # CoLD's strength
 ):
     "Return the target called `method`"
-    require(method in ('greedy', 'cold'), f'unknown method {method!r}', 'use greedy or cold; sampling is a matter of the task')
+    require(
+        method in ('greedy', 'cold'),
+        f'unknown method {method!r}',
+        'use greedy or cold; sampling is a matter of the task',
+    )
     return CoLD(alpha, beta) if method == 'cold' else Plain()
 
 @functools.cache
@@ -46,7 +55,10 @@ def register() -> type:
     try:
         from lm_eval.api.registry import register_model
         from lm_eval.models.huggingface import HFLM
-    except ImportError as e: raise DecodingError("lm-evaluation-harness is not installed: pip install 'npu_lora_decoding[eval]'.") from e
+    except ImportError as e:
+        raise DecodingError(
+            "lm-evaluation-harness is not installed: pip install 'npu_lora_decoding[eval]'."
+        ) from e
 
     @register_model('npu_lora')
     class NpuLora(HFLM):
@@ -65,23 +77,49 @@ def register() -> type:
             **kwargs,  # HFLM's: batch_size, max_length, ...
         ):
             lm, _ = load_target(pretrained, adapter, dtype, device)
-            target, guess = target_of(method, alpha, beta), None
-            require('base' not in target.roles or lm.adapter is not None, 'CoLD contrasts an adapter with its base, but there is no adapter', 'give adapter=FOLDER, or method=greedy')
+            target = target_of(method, alpha, beta)
+            guess = None
+            require(
+                'base' not in target.roles or lm.adapter is not None,
+                'CoLD contrasts an adapter with its base, but there is no adapter',
+                'give adapter=FOLDER, or method=greedy',
+            )
             if drafter is not None:
                 made = drafters(head)
-                require(drafter in made, f'unknown drafter {drafter!r}', f'use {", ".join(made)}' + ('' if head else ', or give head=FOLDER'))
+                require(
+                    drafter in made,
+                    f'unknown drafter {drafter!r}',
+                    f'use {", ".join(made)}' + ('' if head else ', or give head=FOLDER'),
+                )
                 guess = made[drafter]()
             kwargs.pop('max_batch_size', None)
             super().__init__(pretrained=lm.model, tokenizer=lm.tokenizer, device=str(lm.device), **kwargs)
-            self.lm, self.target = lm, target
-            self.decoder = Decoder(target, guess, bank=bank_of(lm), compile=compile, record=False, vocab=lm.vocab if 'base' in target.roles else None)
+            self.lm = lm
+            self.target = target
+            self.decoder = Decoder(
+                target,
+                guess,
+                bank=bank_of(lm),
+                compile=compile,
+                record=False,
+                vocab=lm.vocab if 'base' in target.roles else None,
+            )
 
         def _model_generate(self, context, max_length, stop, **how):
             # transformers' own criterion for strings: it judges each text by itself, so that with guesses each grows at its own pace; for the harness's all would wait for the slowest
-            if not how.get('do_sample'): how = {k: v for k, v in how.items() if k != 'temperature'} | dict(do_sample=False)
-            return self.model.generate(context, max_length=max_length, stopping_criteria=[StopStringCriteria(self.tokenizer, stop)], pad_token_id=self.tokenizer.pad_token_id, custom_generate=self.decoder, **how)
+            if not how.get('do_sample'):
+                how = {k: v for k, v in how.items() if k != 'temperature'} | dict(do_sample=False)
+            return self.model.generate(
+                context,
+                max_length=max_length,
+                stopping_criteria=[StopStringCriteria(self.tokenizer, stop)],
+                pad_token_id=self.tokenizer.pad_token_id,
+                custom_generate=self.decoder,
+                **how
+            )
 
-        def _model_call(self, inps, attn_mask=None, labels=None): return unmasked_logits(self.lm, self.target, inps)
+        def _model_call(self, inps, attn_mask=None, labels=None):
+            return unmasked_logits(self.lm, self.target, inps)
     return NpuLora
 
 def main():

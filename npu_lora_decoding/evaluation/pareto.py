@@ -12,7 +12,17 @@ from ..foundations.statistics import Interval, bootstrap
 from .html_report import frontier, relative_speed
 
 # %% ../../nbs/6_evaluation/11_pareto.ipynb #cf0f1c9f
-_SAME = dict(model='model', task='task', part='part of the task', adapter='adapter', metric='metric', items='number of items', dtype='number type', device='device', batch='batch size')
+_SAME = dict(
+    model='model',
+    task='task',
+    part='part of the task',
+    adapter='adapter',
+    metric='metric',
+    items='number of items',
+    dtype='number type',
+    device='device',
+    batch='batch size',
+)
 _DTYPES = dict(bf16='bfloat16', fp32='float32', fp16='float16')
 
 def check_same(
@@ -21,10 +31,15 @@ def check_same(
     "Raise `DecodingError` unless rows agree in all that decides a score or a speed"
     for key, name in _SAME.items():
         found = sorted({str(_DTYPES.get(r[key], r[key])) for r in rows if r.get(key) is not None})
-        require(len(found) < 2, f'these rows cannot share a plot, because their {name} differs: {" and ".join(found[:4])}', f'give files of one {name}')
+        require(
+            len(found) < 2,
+            f'these rows cannot share a plot, because their {name} differs: {" and ".join(found[:4])}',
+            f'give files of one {name}',
+        )
 
 # %% ../../nbs/6_evaluation/11_pareto.ipynb #b41f8672
-def _timed(rows): return [r for r in rows if r.get('tokens_per_s') and 'chunks' not in r]
+def _timed(rows):
+    return [r for r in rows if r.get('tokens_per_s') and 'chunks' not in r]
 def _name(row): return row['method'] + (', compiled' if row.get('compiled') else '')
 
 def unit_of(
@@ -34,7 +49,11 @@ def unit_of(
     names = [[_name(r) for r in timed] for rows in files.values() if (timed := _timed(rows))]
     require(len(names) > 0, 'no row has a speed', 'give a file of `nld compare --json`')
     shared = [n for n in names[0] if all(n in o for o in names)]
-    require(len(shared) > 0, 'the files have timed no method in common, so their speeds cannot be compared', 'measure one method in every file, or give one file')
+    require(
+        len(shared) > 0,
+        'the files have timed no method in common, so their speeds cannot be compared',
+        'measure one method in every file, or give one file',
+    )
     return min(shared, key=lambda n: (not n.startswith('greedy'), shared.index(n)))
 
 # %% ../../nbs/6_evaluation/11_pareto.ipynb #2d5f9c1e
@@ -48,29 +67,54 @@ def _quality(row):
 def _lenders(row, rows):
     "Return the rows whose speed belongs to a judged row: itself, or those of its method that write one token a pass"
     if row.get('tokens_per_s'): return [row]
-    return [r for r in rows if r['method'] == row.get('arm', '').partition(':')[0] and r.get('tau') == 1 and not r['peer']]
+    return [
+        r
+        for r in rows
+        if r['method'] == row.get('arm', '').partition(':')[0] and r.get('tau') == 1 and not r['peer']
+    ]
 
 def pareto_points(
     files:dict,  # File name -> rows
 ) -> list:  # `Point`s
     "Return every method that has a quality and a speed; raises `DecodingError` where they cannot share a plot"
-    judged = [r for rows in files.values() for r in rows if 'chunks' not in r and (r.get('arm') or r.get('tokens_per_s')) and _quality(r)]
+    judged = [
+        r
+        for rows in files.values()
+        for r in rows
+        if 'chunks' not in r and (r.get('arm') or r.get('tokens_per_s')) and _quality(r)
+    ]
     check_same(judged)
-    unit, timed = unit_of(files), []
+    unit = unit_of(files)
+    timed = []
     for rows in files.values():
         one = [r for r in _timed(rows) if _name(r) == unit][:1]  # none in a file without speeds
         timed += [(r, relative_speed(r, ref)) for ref in one for r in _timed(rows)]
     silent = len(files) > 1 and any(r.get('task') is None for r in judged)
-    require(not silent, 'a row does not say of which task its score is, so it cannot be joined with other files', 'give its file alone, or write it again with this version of `nld compare`')
-    found, used = [], {}
+    require(
+        not silent,
+        'a row does not say of which task its score is, so it cannot be joined with other files',
+        'give its file alone, or write it again with this version of `nld compare`',
+    )
+    found = []
+    used = {}
     for r in judged:
         lent = [(t, s) for t, s in timed if any(t is o for o in _lenders(r, [t for t, _ in timed]))]
         for t, s in lent:
             used |= {id(r): r, id(t): t}
-            if _name(t) == unit and t is not r and any(p.label == r['label'] for p in found): continue  # the unit, once for every file
-            found.append(Point(r.get('label') or _name(r), s, _quality(r), bool(t['peer'])) if t is r or not t.get('compiled') else Point(f'{r["label"]}, compiled', s, _quality(r), False))
+            # the unit, once for every file
+            if _name(t) == unit and t is not r and any(p.label == r['label'] for p in found):
+                continue
+            found.append(
+                Point(r.get('label') or _name(r), s, _quality(r), bool(t['peer']))
+                if t is r or not t.get('compiled')
+                else Point(f'{r["label"]}, compiled', s, _quality(r), False)
+            )
     check_same(list(used.values()))
-    require(len(found) > 1, 'fewer than two methods have both a quality and a speed', 'give `nld compare --json` a metric, or add a file of `nld evaluate --json` for the same model')
+    require(
+        len(found) > 1,
+        'fewer than two methods have both a quality and a speed',
+        'give `nld compare --json` a metric, or add a file of `nld evaluate --json` for the same model',
+    )
     return found
 
 # %% ../../nbs/6_evaluation/11_pareto.ipynb #2e9680dc
@@ -84,12 +128,43 @@ def plot_pareto(
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(7, 3.4), layout='constrained')[1]
     on = frontier([(p.speed.mean, p.quality.mean) for p in points])
-    ax.plot([points[i].speed.mean for i in on], [points[i].quality.mean for i in on], '--', c='tab:orange', lw=1, zorder=0)
+    ax.plot(
+        [points[i].speed.mean for i in on],
+        [points[i].quality.mean for i in on],
+        '--',
+        c='tab:orange',
+        lw=1,
+        zorder=0,
+    )
     for k, (i, p) in enumerate(sorted(enumerate(points), key=lambda o: (-o[1].quality.mean, o[1].speed.mean))):
-        (x, l, r), (y, b, t), colour = p.speed, p.quality, 'tab:blue' if i in on else 'darkgrey'
-        ax.errorbar([x], [y], [[y - b], [t - y]], [[x - l], [r - x]], fmt='o', c=colour, mfc='white' if p.peer else colour, ms=5, lw=1)
-        ax.annotate(p.label, (x, y), xytext=(1.04, .95 - .9 * k / max(len(points) - 1, 1)), textcoords='axes fraction', va='center', fontsize=8, color='black' if i in on else 'grey', parse_math=False, annotation_clip=False,
-                    arrowprops=dict(arrowstyle='-', color='lightgrey', lw=.6, relpos=(0, .5), shrinkB=3), zorder=1)  # beside the plot, where labels cannot hide points or each other
+        (x, l, r) = p.speed
+        (y, b, t) = p.quality
+        colour = 'tab:blue' if i in on else 'darkgrey'
+        ax.errorbar(
+            [x],
+            [y],
+            [[y - b], [t - y]],
+            [[x - l], [r - x]],
+            fmt='o',
+            c=colour,
+            mfc='white' if p.peer else colour,
+            ms=5,
+            lw=1,
+        )
+        # beside the plot, where labels cannot hide points or each other
+        ax.annotate(
+            p.label,
+            (x, y),
+            xytext=(1.04, 0.95 - 0.9 * k / max(len(points) - 1, 1)),
+            textcoords='axes fraction',
+            va='center',
+            fontsize=8,
+            color='black' if i in on else 'grey',
+            parse_math=False,
+            annotation_clip=False,
+            arrowprops=dict(arrowstyle='-', color='lightgrey', lw=0.6, relpos=(0, 0.5), shrinkB=3),
+            zorder=1,
+        )
     ax.set(xlabel=f'speed, times {unit}', ylabel=f'quality{metric and f" ({metric})"}')
     return ax
 
@@ -104,5 +179,12 @@ def pareto_table(
     lines = [f'{"method":<36}{"quality":>26}{"speed, times " + unit:>34}']
     for i, p in sorted(enumerate(points), key=lambda x: -x[1].quality.mean):
         by = [points[j].label for j in on if at[j][0] >= at[i][0] and at[j][1] >= at[i][1]]
-        lines.append(f'{p.label:<36}' + ''.join(f'{f"{o.mean:.2f} ({o.low:.2f} to {o.high:.2f})":>{w}}' for o, w in ((p.quality, 26), (p.speed, 34))) + ('' if i in on else f'   beaten by {by[0]}'))
+        lines.append(
+            f'{p.label:<36}'
+            + ''.join(
+                f'{f"{o.mean:.2f} ({o.low:.2f} to {o.high:.2f})":>{w}}'
+                for o, w in ((p.quality, 26), (p.speed, 34))
+            )
+            + ('' if i in on else f'   beaten by {by[0]}')
+        )
     return '\n'.join(lines)

@@ -37,9 +37,16 @@ def shade(
 def _tip(token, decode):
     "Return what is known of a token, one fact a line"
     facts = [f'expert {math.exp(token.logp):.3f}'] if token.logp is not None else []
-    if token.base_logp is not None: facts += [f'base {math.exp(token.base_logp):.3f}', f'contrast {contrast(token):+.2f} nats', f'{token.plausible} plausible']
-    if token.expert_top1 is not None and token.expert_top1 != token.id: facts.append(f'expert preferred {decode(token.favourite)!r}')
-    if token.proposer != 'target': facts.append(f'proposed by {token.proposer}')
+    if token.base_logp is not None:
+        facts += [
+            f'base {math.exp(token.base_logp):.3f}',
+            f'contrast {contrast(token):+.2f} nats',
+            f'{token.plausible} plausible',
+        ]
+    if token.expert_top1 is not None and token.expert_top1 != token.id:
+        facts.append(f'expert preferred {decode(token.favourite)!r}')
+    if token.proposer != 'target':
+        facts.append(f'proposed by {token.proposer}')
     return '\n'.join(facts)
 
 def token_html(
@@ -47,11 +54,14 @@ def token_html(
     i:int=0,  # Which of its prompts
 ) -> str:  # HTML
     "Return one answer as coloured tokens; the facts of each appear under the mouse"
-    decode, spans = (lambda t: visible(str(result.lm.tokenizer.decode([t])))), []
+    decode = lambda t: visible(str(result.lm.tokenizer.decode([t])))
+    spans = []
     for t in result.tokens[i]:
         frame = 'outline:2px solid #d07000;' if t.expert_top1 is not None and t.id != t.expert_top1 else ''
         text = html.escape(decode(t.id)).replace('\n', '↵<br>') or '∅'
-        spans.append(f'<span title="{html.escape(visible(_tip(t, decode)))}" style="background:rgb{shade(contrast(t))};color:black;{frame}white-space:pre-wrap">{text}</span>')
+        spans.append(
+            f'<span title="{html.escape(visible(_tip(t, decode)))}" style="background:rgb{shade(contrast(t))};color:black;{frame}white-space:pre-wrap">{text}</span>'
+        )
     return '<div style="font-family:sans-serif;line-height:1.7">' + ''.join(spans) + '</div>'
 
 def token_ansi(
@@ -60,12 +70,18 @@ def token_ansi(
     colour:bool|None=None,  # None: only when standard output is a terminal and NO_COLOR is not set
 ) -> str:  # Text with ANSI colours, or with marks where there are none
     "Return one answer for a terminal; a token chosen against the expert's favourite is underlined, or stands in [brackets]"
-    if colour is None: colour = sys.stdout.isatty() and 'NO_COLOR' not in os.environ
-    decode, out = (lambda t: visible(str(result.lm.tokenizer.decode([t])))), []  # a token may hold what a terminal obeys
+    if colour is None:
+        colour = sys.stdout.isatty() and 'NO_COLOR' not in os.environ
+    decode = lambda t: visible(str(result.lm.tokenizer.decode([t])))  # a token may hold what a terminal obeys
+    out = []
     for t in result.tokens[i]:
         if t.id in result.lm.eos_ids: continue
-        changed, text = t.expert_top1 is not None and t.id != t.expert_top1, decode(t.id)
-        if colour: out.append(f'\033[48;2;{";".join(map(str, shade(contrast(t))))};30{";1;4" if changed else ""}m{text}\033[0m')
+        changed = t.expert_top1 is not None and t.id != t.expert_top1
+        text = decode(t.id)
+        if colour:
+            out.append(
+                f'\033[48;2;{";".join(map(str, shade(contrast(t))))};30{";1;4" if changed else ""}m{text}\033[0m'
+            )
         else: out.append(f'[{text}]' if changed else text)
     return ''.join(out)
 
@@ -73,9 +89,13 @@ def token_ansi(
 def _repr_html_(self:Result):
     "Coloured tokens, and the figures below them"
     stats = [f'{self.tokens_per_s:.0f} tokens/s', f'{self.tau:.2f} tokens a pass']
-    if self.changed is not None: stats.append(f'{self.changed:.0%} not the expert\'s favourite')
+    if self.changed is not None:
+        stats.append(f'{self.changed:.0%} not the expert\'s favourite')
     stats += [html.escape(n) for n in self.notes]
-    return '<hr>'.join(token_html(self, i) for i in range(len(self.texts))) + f'<div style="color:grey;font-size:85%">{" · ".join(stats)}</div>'
+    return (
+        '<hr>'.join(token_html(self, i) for i in range(len(self.texts)))
+        + f'<div style="color:grey;font-size:85%">{" · ".join(stats)}</div>'
+    )
 
 # %% ../../nbs/6_evaluation/08_plots.ipynb #4488bee2
 def read_rows(
@@ -99,10 +119,14 @@ def quality_table(
     "Return the arms of one task with their paired gain over greedy"
     k = 100 if percent else 1
     scaled = {r['arm']: [k * s for s in r['scores']] for r in rows}
-    lines = [f'| {rows[0]["task"]}: {rows[0]["metric"]}{" (%)" if percent else ""}, {rows[0]["items"]} held-out items | score | gain over greedy, 95% interval |', '|---|---|---|']
+    lines = [
+        f'| {rows[0]["task"]}: {rows[0]["metric"]}{" (%)" if percent else ""}, {rows[0]["items"]} held-out items | score | gain over greedy, 95% interval |',
+        '|---|---|---|',
+    ]
     for r in rows:
         fewer = f' ({r["items"]} items)' if r['items'] < rows[0]['items'] else ''
-        gain = '' if r['arm'] == 'greedy' else signed(paired(scaled[r['arm']], scaled['greedy'][:r['items']]))  # items come in one order, so fewer are the first ones
+        # items come in one order, so fewer are the first ones
+        gain = '' if r['arm'] == 'greedy' else signed(paired(scaled[r['arm']], scaled['greedy'][: r['items']]))
         lines.append(f'| {r["label"]}{fewer} | {sum(scaled[r["arm"]]) / r["items"]:.2f} | {gain} |')
     return '\n'.join(lines)
 
@@ -117,11 +141,26 @@ def plot_training(
     steps = sorted({r['steps'] for r in rows})
     greedy = {r['steps']: r for r in rows if r['arm'] == 'greedy'}
     for j, arm in enumerate(sorted({r['arm'] for r in rows} - {'greedy'})):
-        gains = [paired(next(r for r in rows if r['steps'] == s and r['arm'] == arm)['scores'], greedy[s]['scores']) for s in steps]
+        gains = [
+            paired(next(r for r in rows if r['steps'] == s and r['arm'] == arm)['scores'], greedy[s]['scores'])
+            for s in steps
+        ]
         xs = [s * 1.04**j for s in steps]  # side by side, so that intervals do not hide each other
-        ax.errorbar(xs, [g.mean for g in gains], [[g.mean - g.low for g in gains], [g.high - g.mean for g in gains]], fmt='o-', capsize=3, label=next(r['label'] for r in rows if r['arm'] == arm))
-    ax.axhline(0, c='grey', lw=.8); ax.set(xscale='log', xticks=steps, xlabel='training steps of the adapter', ylabel='gain over greedy'); ax.minorticks_off()
-    ax.set_xticklabels([f'{s}\n(greedy {sum(greedy[s]["scores"]) / len(greedy[s]["scores"]):.1f})' for s in steps], fontsize=8); ax.legend(fontsize=8, loc='lower right')
+        ax.errorbar(
+            xs,
+            [g.mean for g in gains],
+            [[g.mean - g.low for g in gains], [g.high - g.mean for g in gains]],
+            fmt='o-',
+            capsize=3,
+            label=next(r['label'] for r in rows if r['arm'] == arm),
+        )
+    ax.axhline(0, c='grey', lw=.8)
+    ax.set(xscale='log', xticks=steps, xlabel='training steps of the adapter', ylabel='gain over greedy')
+    ax.minorticks_off()
+    ax.set_xticklabels(
+        [f'{s}\n(greedy {sum(greedy[s]["scores"]) / len(greedy[s]["scores"]):.1f})' for s in steps], fontsize=8
+    )
+    ax.legend(fontsize=8, loc='lower right')
     return ax
 
 def plot_speed(
@@ -137,7 +176,8 @@ def plot_speed(
         ax.barh(y, r['ms_per_token'] / ref, color='lightgrey' if r['peer'] else 'tab:blue')
         ax.plot([x / ref for x in r['ms_spread']], [y, y], c='k', lw=1)
         ax.text(.02, y, r['method'] + (', compiled' if r.get('compiled') else ''), va='center', fontsize=8)
-    ax.axvline(1, c='grey', lw=.8); ax.set(yticks=[], xlabel=f'step time relative to {relative_to} (lower is faster)')
+    ax.axvline(1, c='grey', lw=.8)
+    ax.set(yticks=[], xlabel=f'step time relative to {relative_to} (lower is faster)')
     return ax
 
 # %% ../../nbs/6_evaluation/08_plots.ipynb #190c0882
@@ -151,6 +191,14 @@ def save_plot(
     draw(fig.subplots())
     path = Path(path) if Path(path).suffix else Path(path).with_suffix('.png')
     try:
-        with atomic_path(path) as tmp: fig.savefig(tmp, dpi=110, format=path.suffix[1:])
-    except ValueError as e: raise e if isinstance(e, DecodingError) else DecodingError(f'cannot draw into {path.name} ({e}): give a name that ends in .png, .svg or .pdf.') from e
+        with atomic_path(path) as tmp:
+            fig.savefig(tmp, dpi=110, format=path.suffix[1:])
+    except ValueError as e:
+        raise (
+            e
+            if isinstance(e, DecodingError)
+            else DecodingError(
+                f'cannot draw into {path.name} ({e}): give a name that ends in .png, .svg or .pdf.'
+            )
+        ) from e
     print(f'wrote {path.name}')

@@ -24,32 +24,79 @@ class Verdict:
 def _range(i, f): return f'{i.mean:{f}} ({i.low:{f}} to {i.high:{f}})'
 
 def _of_contrast(rows):
-    cold, greedy = next((r for n, r in rows.items() if n.startswith('cold') and r.get('scores')), None), rows.get('greedy', {})
-    if cold is None: return Verdict('CoLD', None, 'CoLD was not tried' if not any(n.startswith('cold') for n in rows) else 'the answers of CoLD were not scored')
-    if not greedy.get('scores'): return Verdict('CoLD', None, 'CoLD was not compared with greedy')
-    if cold['items'] < ENOUGH: return Verdict('CoLD', None, f'{cold["items"]} items are too few to judge CoLD (give at least {ENOUGH})')
-    gain, metric = paired(cold['scores'], greedy['scores']), cold['metric']
+    cold = next((r for n, r in rows.items() if n.startswith('cold') and r.get('scores')), None)
+    greedy = rows.get('greedy', {})
+    if cold is None:
+        return Verdict(
+            'CoLD',
+            None,
+            (
+                'CoLD was not tried'
+                if not any(n.startswith('cold') for n in rows)
+                else 'the answers of CoLD were not scored'
+            ),
+        )
+    if not greedy.get('scores'):
+        return Verdict('CoLD', None, 'CoLD was not compared with greedy')
+    if cold['items'] < ENOUGH:
+        return Verdict(
+            'CoLD', None, f'{cold["items"]} items are too few to judge CoLD (give at least {ENOUGH})'
+        )
+    gain = paired(cold['scores'], greedy['scores'])
+    metric = cold['metric']
     change = f'CoLD changes {metric} by {_range(gain, "+.2f")} over greedy'
-    return Verdict('CoLD', gain.low > 0, change if gain.low > 0 or gain.high < 0 else f'{change}, which is not shown to be a gain', gain, cold['method'])
+    return Verdict(
+        'CoLD',
+        gain.low > 0,
+        change if gain.low > 0 or gain.high < 0 else f'{change}, which is not shown to be a gain',
+        gain,
+        cold['method'],
+    )
 
 def _of_guesses(rows, idea, mine):
-    found = [r for n, r in rows.items() if mine(n) and not r['peer'] and r.get('same_as') in rows and r.get('speedup_over') == r['same_as']]
+    found = [
+        r
+        for n, r in rows.items()
+        if mine(n) and not r['peer'] and r.get('same_as') in rows and r.get('speedup_over') == r['same_as']
+    ]
     if not found: return Verdict(idea, None, f'{idea} was not tried')
-    rounds, batches = len(found[0]['ms_runs']), len(found[0]['ms_runs'][0])
-    if rounds < 2 or batches < BATCHES: return Verdict(idea, None, f'the clock ran for {rounds} round{"s" * (rounds > 1)} on {batches} batch{"es" * (batches > 1)}, too few to judge {idea} (give at least 2 on {BATCHES})')
+    rounds = len(found[0]['ms_runs'])
+    batches = len(found[0]['ms_runs'][0])
+    if rounds < 2 or batches < BATCHES:
+        return Verdict(
+            idea,
+            None,
+            f'the clock ran for {rounds} round{"s" * (rounds > 1)} on {batches} batch{"es" * (batches > 1)}, too few to judge {idea} (give at least 2 on {BATCHES})',
+        )
     part = lambda r, turns: speed_ratio(r['ms_runs'][turns], rows[r['same_as']]['ms_runs'][turns])
     best = max(found, key=lambda r: part(r, slice(0, 1)).mean)
     ratio = part(best, slice(1, None))
     said = f'{best["method"]} is {_range(ratio, ".2f")} times as fast as {best["same_as"]}'
-    return Verdict(idea, ratio.low > 1, said if ratio.low > 1 or ratio.high < 1 else f'{said}, which is not shown to be a gain', ratio, best['method'])
+    return Verdict(
+        idea,
+        ratio.low > 1,
+        said if ratio.low > 1 or ratio.high < 1 else f'{said}, which is not shown to be a gain',
+        ratio,
+        best['method'],
+    )
 
 def _of_memory(rows):
-    if not ('base' in rows and 'temp_lora' in rows): return Verdict('Temp-LoRA', None, 'Temp-LoRA was not tried (it needs a long text)')
+    if not ('base' in rows and 'temp_lora' in rows):
+        return Verdict('Temp-LoRA', None, 'Temp-LoRA was not tried (it needs a long text)')
     nats = [[nll / tokens for _, nll, tokens in rows[n]['chunks']] for n in ('temp_lora', 'base')]
-    if len(nats[0]) < ENOUGH: return Verdict('Temp-LoRA', None, f'{len(nats[0])} chunks are too few to judge Temp-LoRA (give at least {ENOUGH})')
+    if len(nats[0]) < ENOUGH:
+        return Verdict(
+            'Temp-LoRA', None, f'{len(nats[0])} chunks are too few to judge Temp-LoRA (give at least {ENOUGH})'
+        )
     ratio = Interval(*map(math.exp, paired(*nats)))
     said = f'Temp-LoRA reads the long text at {_range(ratio, ".3f")} times the perplexity'
-    return Verdict('Temp-LoRA', ratio.high < 1, said if ratio.high < 1 or ratio.low > 1 else f'{said}, which is not shown to be a gain', ratio, 'temp_lora')
+    return Verdict(
+        'Temp-LoRA',
+        ratio.high < 1,
+        said if ratio.high < 1 or ratio.low > 1 else f'{said}, which is not shown to be a gain',
+        ratio,
+        'temp_lora',
+    )
 
 def verdicts(
     rows:list,  # From `compare`, and of a long text from `reading_row`
@@ -57,7 +104,12 @@ def verdicts(
     "Return which ideas help here, and which do not, from intervals and ratios only"
     rows = {r['method']: r for r in rows if r['method'] != 'environment'}
     copies = _of_guesses(rows, 'lookup', lambda n: 'lookup' in n and 'hass' not in n)
-    return [_of_contrast(rows), _of_guesses(rows, 'HASS', lambda n: 'hass' in n), *([copies] if copies.method else []), _of_memory(rows)]
+    return [
+        _of_contrast(rows),
+        _of_guesses(rows, 'HASS', lambda n: 'hass' in n),
+        *([copies] if copies.method else []),
+        _of_memory(rows),
+    ]
 
 def recommendation(
     found:list,  # `Verdict`s
@@ -66,9 +118,15 @@ def recommendation(
     helps, fails, open_ = ([v for v in found if v.helps is x] for x in (True, False, None))
     guess = sorted((v for v in helps if v.idea in ('HASS', 'lookup')), key=lambda v: -v.effect.mean)
     use = [v for v in helps if v not in guess[1:]]  # two who guess for one target: the faster
-    if use: first = f'Use {" and ".join(v.idea for v in use)}: {"; ".join(v.reason for v in use)}.'
-    elif fails: first = f'Use none of {", ".join(v.idea for v in fails)} here: plain greedy decoding is enough.'
+    if use:
+        first = f'Use {" and ".join(v.idea for v in use)}: {"; ".join(v.reason for v in use)}.'
+    elif fails:
+        first = f'Use none of {", ".join(v.idea for v in fails)} here: plain greedy decoding is enough.'
     else: first = 'Nothing can be recommended yet.'
-    rest = '; '.join([*(f'{v.reason} too' for v in guess[1:]), *(v.reason for v in fails), *(v.reason for v in open_)])
-    if '_' not in rest.partition(' ')[0]: rest = rest[:1].upper() + rest[1:]  # a method's name stays as it is written
+    rest = '; '.join(
+        [*(f'{v.reason} too' for v in guess[1:]), *(v.reason for v in fails), *(v.reason for v in open_)]
+    )
+    # a method's name stays as it is written
+    if '_' not in rest.partition(' ')[0]:
+        rest = rest[:1].upper() + rest[1:]
     return first + (f' {rest}.' if rest else '')

@@ -21,11 +21,18 @@ def refusal_token(
 ) -> int:
     "Return a special token that no answer needs; raises `DecodingError` when there is none"
     ids = [i for i in tokenizer.all_special_ids if i not in {*eos_ids, tokenizer.eos_token_id}]
-    require(len(ids) > 0, 'the tokenizer has no special token but those that end a text', 'name a token that no answer needs')
+    require(
+        len(ids) > 0,
+        'the tokenizer has no special token but those that end a text',
+        'name a token that no answer needs',
+    )
     return max(ids)
 
 # %% ../../nbs/7_serving/05_vllm_client.ipynb #233df6c1
-_REFUSED = ('vLLM refused the pair, because its twins were not in one step, or could not be contrasted', 'its log says why; start it with what `engine_options` returns, and send both twins')
+_REFUSED = (
+    'vLLM refused the pair, because its twins were not in one step, or could not be contrasted',
+    'its log says why; start it with what `engine_options` returns, and send both twins',
+)
 
 def answer_of(
     texts:tuple,  # What each twin wrote: text, or ids
@@ -34,13 +41,18 @@ def answer_of(
 ):
     "Raise `DecodingError` unless the twins wrote the same and were not refused"
     require(refusal not in stops, *_REFUSED)
-    require(texts[0] == texts[1], 'the twins wrote different texts, so nothing contrasted them', 'start vLLM with what `engine_options` returns')
+    require(
+        texts[0] == texts[1],
+        'the twins wrote different texts, so nothing contrasted them',
+        'start vLLM with what `engine_options` returns',
+    )
 
 def _loras(*folders):
     from vllm.lora.request import LoRARequest
     return [None if f is None else LoRARequest(str(f), k, str(f)) for k, f in enumerate(folders, 1)]
 
-def _prompt(prompt): return prompt if isinstance(prompt, (str, dict)) else dict(prompt_token_ids=list(prompt))
+def _prompt(prompt):
+    return prompt if isinstance(prompt, (str, dict)) else dict(prompt_token_ids=list(prompt))
 
 def generate(
     llm,  # `vllm.LLM`, started with `engine_options`
@@ -55,20 +67,44 @@ def generate(
     "Return CoLD's answers; raises `DecodingError` for a pair that could not be contrasted"
     from vllm import SamplingParams
     options = dict(temperature=0., detokenize=True) | options
-    stops, job, params = [*(options.pop('stop_token_ids', None) or ()), refusal], uuid.uuid4().hex, []
+    stops = [*(options.pop('stop_token_ids', None) or ()), refusal]
+    job = uuid.uuid4().hex
+    params = []
     for k, _ in enumerate(prompts):
-        seed, t = {} if options.get('seed') is None else dict(seed=options['seed'] + k), target.of(k)
-        params += [SamplingParams(**options | seed, stop_token_ids=stops, extra_args=PairRequest(f'{job} {k}', role, t.alpha, t.beta, refusal, vocab).args) for role in t.roles]
-    outputs = llm.generate([_prompt(p) for p in prompts for _ in range(2)], params, lora_request=_loras(adapter, zeros) * len(prompts), use_tqdm=False)
+        seed = {} if options.get('seed') is None else dict(seed=options['seed'] + k)
+        t = target.of(k)
+        params += [
+            SamplingParams(
+                **options | seed,
+                stop_token_ids=stops,
+                extra_args=PairRequest(f'{job} {k}', role, t.alpha, t.beta, refusal, vocab).args,
+            )
+            for role in t.roles
+        ]
+    outputs = llm.generate(
+        [_prompt(p) for p in prompts for _ in range(2)],
+        params,
+        lora_request=_loras(adapter, zeros) * len(prompts),
+        use_tqdm=False,
+    )
     for a, b in zip(outputs[::2], outputs[1::2]):
-        answer_of((list(a.outputs[0].token_ids), list(b.outputs[0].token_ids)), (a.outputs[0].stop_reason, b.outputs[0].stop_reason), refusal)
+        answer_of(
+            (list(a.outputs[0].token_ids), list(b.outputs[0].token_ids)),
+            (a.outputs[0].stop_reason, b.outputs[0].stop_reason),
+            refusal,
+        )
     return outputs[::2]
 
 # %% ../../nbs/7_serving/05_vllm_client.ipynb #876d6fb6
 def _first(llm, prompt, loras, **options):
     "Return for each LoRA the log probabilities of the first token `{id: log p}` and the outputs"
     from vllm import SamplingParams
-    outputs = llm.generate([_prompt(prompt)] * len(loras), SamplingParams(temperature=0., max_tokens=1, **options), lora_request=loras, use_tqdm=False)
+    outputs = llm.generate(
+        [_prompt(prompt)] * len(loras),
+        SamplingParams(temperature=0.0, max_tokens=1, **options),
+        lora_request=loras,
+        use_tqdm=False,
+    )
     return [{k: x.logprob for k, x in (o.outputs[0].logprobs or [{}])[0].items()} for o in outputs], outputs
 
 def _apart(a, b):
@@ -85,12 +121,27 @@ def probe(
 ) -> float:  # How far the two rows lie apart, in log probabilities
     "Raise `DecodingError` unless the engine refuses a lone twin and gives twins rows of their own"
     loras = _loras(adapter, zeros)
-    _, (lone,) = _first(llm, prompt, loras[:1], stop_token_ids=[refusal], extra_args=PairRequest(uuid.uuid4().hex, 'expert', .1, .5, refusal).args)
-    require(lone.outputs[0].stop_reason == refusal, 'vLLM answered a twin that came alone, so nothing contrasts', 'start it with what `engine_options` returns')
-    (expert, base), alone = _first(llm, prompt, loras, logprobs=20)[0], [_first(llm, prompt, [x], logprobs=20)[0][0] for x in loras]
+    _, (lone,) = _first(
+        llm,
+        prompt,
+        loras[:1],
+        stop_token_ids=[refusal],
+        extra_args=PairRequest(uuid.uuid4().hex, 'expert', 0.1, 0.5, refusal).args,
+    )
+    require(
+        lone.outputs[0].stop_reason == refusal,
+        'vLLM answered a twin that came alone, so nothing contrasts',
+        'start it with what `engine_options` returns',
+    )
+    (expert, base) = _first(llm, prompt, loras, logprobs=20)[0]
+    alone = [_first(llm, prompt, [x], logprobs=20)[0][0] for x in loras]
     apart = _apart(expert, base)
     for who, row, own in (('base', base, alone[1]), ('expert', expert, alone[0])):
-        require(_apart(row, own) < apart, f'beside its twin, vLLM gives the {who} other logits than alone, as if one adapter served both rows', 'give the base twin an adapter of zeros (`nld null-adapter`)')
+        require(
+            _apart(row, own) < apart,
+            f'beside its twin, vLLM gives the {who} other logits than alone, as if one adapter served both rows',
+            'give the base twin an adapter of zeros (`nld null-adapter`)',
+        )
     return apart
 
 # %% ../../nbs/7_serving/05_vllm_client.ipynb #d90d3063
@@ -103,19 +154,40 @@ def server_bodies(
     **options,  # Of the API; greedy where no temperature is given
 ) -> list:  # Two bodies, the expert's first
     "Return the two requests of a pair"
-    what = dict(messages=prompt) if not isinstance(prompt, str) and isinstance(prompt[0], dict) else dict(prompt=prompt)
-    options, pair = dict(temperature=0.) | options, uuid.uuid4().hex
+    what = (
+        dict(messages=prompt)
+        if not isinstance(prompt, str) and isinstance(prompt[0], dict)
+        else dict(prompt=prompt)
+    )
+    options = dict(temperature=0.) | options
+    pair = uuid.uuid4().hex
     require(not options.get('stream'), 'a streamed pair cannot be compared', 'send the bodies without stream')
     stops = [*(options.pop('stop_token_ids', None) or ()), refusal]
-    return [what | options | dict(model=m, stop_token_ids=stops, vllm_xargs=PairRequest(pair, role, refusal=refusal, vocab=vocab, **asdict(target)).args) for m, role in zip(models, target.roles)]
+    return [
+        what
+        | options
+        | dict(
+            model=m,
+            stop_token_ids=stops,
+            vllm_xargs=PairRequest(pair, role, refusal=refusal, vocab=vocab, **asdict(target)).args,
+        )
+        for m, role in zip(models, target.roles)
+    ]
 
 def _post(url, body, timeout):
     path = '/v1/chat/completions' if 'messages' in body else '/v1/completions'
-    request = urllib.request.Request(url.rstrip('/') + path, json.dumps(body).encode(), {'Content-Type': 'application/json'})
+    request = urllib.request.Request(
+        url.rstrip('/') + path, json.dumps(body).encode(), {'Content-Type': 'application/json'}
+    )
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer: return json.loads(answer.read())
-    except urllib.error.HTTPError as e: raise DecodingError(f'the server refused a request ({e.code}: {e.read().decode(errors="replace")[:400]}): mend what it names.') from e
-    except OSError as e: raise DecodingError(f'no answer from {url} ({e}): start the server, or wait longer.') from e
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            return json.loads(answer.read())
+    except urllib.error.HTTPError as e:
+        raise DecodingError(
+            f'the server refused a request ({e.code}: {e.read().decode(errors="replace")[:400]}): mend what it names.'
+        ) from e
+    except OSError as e:
+        raise DecodingError(f'no answer from {url} ({e}): start the server, or wait longer.') from e
 
 def ask(
     url:str,  # Of the server, without /v1
@@ -123,9 +195,14 @@ def ask(
     timeout:float=600.,  # Seconds
 ) -> dict:  # The API's answer to the expert
     "Send both twins at once and return the answer; raises `DecodingError` for a pair that could not be contrasted"
-    with ThreadPoolExecutor(2) as pool: answers = list(pool.map(lambda body: _post(url, body, timeout), bodies))
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda body: _post(url, body, timeout), bodies))
     choices = [a['choices'][0] for a in answers]
-    answer_of(tuple(c['text'] if 'text' in c else c['message']['content'] for c in choices), tuple(c.get('stop_reason') for c in choices), bodies[0]['vllm_xargs']['cold_refusal'])
+    answer_of(
+        tuple(c['text'] if 'text' in c else c['message']['content'] for c in choices),
+        tuple(c.get('stop_reason') for c in choices),
+        bodies[0]['vllm_xargs']['cold_refusal'],
+    )
     return answers[0]
 
 def probe_server(
@@ -136,6 +213,10 @@ def probe_server(
     "Raise `DecodingError` unless the server refuses a lone twin, and contrasts a pair"
     bodies = [b | dict(max_tokens=1) for b in bodies]
     lone = _post(url, bodies[0], timeout)['choices'][0]
-    require(lone.get('stop_reason') == bodies[0]['vllm_xargs']['cold_refusal'], 'the server answered a twin that came alone, so nothing contrasts', 'start it with what `serve_command` returns')
+    require(
+        lone.get('stop_reason') == bodies[0]['vllm_xargs']['cold_refusal'],
+        'the server answered a twin that came alone, so nothing contrasts',
+        'start it with what `serve_command` returns',
+    )
     again = uuid.uuid4().hex
     ask(url, [b | dict(vllm_xargs=b['vllm_xargs'] | dict(cold_pair=again)) for b in bodies], timeout)

@@ -25,12 +25,27 @@ class PairRequest:
 
     def __post_init__(self):
         number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
-        require(isinstance(self.pair, str) and self.pair != '', f'cold_pair is {self.pair!r}', 'give each pair a name of its own')
-        require(self.role in CoLD().roles, f'cold_role is {self.role!r}', f'use one of {", ".join(CoLD().roles)}')
-        for name in ('alpha', 'beta'): require(number(getattr(self, name)), f'cold_{name} is {getattr(self, name)!r}', 'give a number')
+        require(
+            isinstance(self.pair, str) and self.pair != '',
+            f'cold_pair is {self.pair!r}',
+            'give each pair a name of its own',
+        )
+        require(
+            self.role in CoLD().roles, f'cold_role is {self.role!r}', f'use one of {", ".join(CoLD().roles)}'
+        )
+        for name in ('alpha', 'beta'):
+            require(number(getattr(self, name)), f'cold_{name} is {getattr(self, name)!r}', 'give a number')
         for name in ('refusal', 'vocab'):
             x = getattr(self, name)
-            require(x is None and name == 'vocab' or isinstance(x, int) and not isinstance(x, bool) and x >= (name == 'vocab'), f'cold_{name} is {x!r}', 'give a whole number')
+            require(
+                x is None
+                and name == 'vocab'
+                or isinstance(x, int)
+                and not isinstance(x, bool)
+                and x >= (name == 'vocab'),
+                f'cold_{name} is {x!r}',
+                'give a whole number',
+            )
         CoLD(self.alpha, self.beta)
 
     @property
@@ -45,8 +60,10 @@ def read_twin(
     given = {k.removeprefix('cold_'): v for k, v in (args or {}).items() if k.startswith('cold_')}
     if not given: return None
     known = PairRequest.__dataclass_fields__
-    for k in given: require(k in known, f'unknown argument cold_{k}', f'use {", ".join(f"cold_{x}" for x in known)}')
-    for k in known: require(k in given or k == 'vocab', f'cold_{k} is missing', 'build both requests with this library')
+    for k in given:
+        require(k in known, f'unknown argument cold_{k}', f'use {", ".join(f"cold_{x}" for x in known)}')
+    for k in known:
+        require(k in given or k == 'vocab', f'cold_{k} is missing', 'build both requests with this library')
     return PairRequest(**given)
 
 # %% ../../nbs/7_serving/03_vllm_pairing.ipynb #8a5cf500
@@ -67,14 +84,18 @@ class PairRows:
         moved:Sequence=(),  # `(row, row, whether both change places)`
     ):
         "Follow a change of the batch"
-        for row in removed: self.seats.pop(row, None)
-        for row, seat in added: self._sit(row, seat)
+        for row in removed:
+            self.seats.pop(row, None)
+        for row, seat in added:
+            self._sit(row, seat)
         for a, b, swap in moved:
-            first, second = self.seats.pop(a, None), self.seats.pop(b, None)
+            first = self.seats.pop(a, None)
+            second = self.seats.pop(b, None)
             self._sit(b, first)
             if swap: self._sit(a, second)
         self.pairs = {}
-        for row in sorted(self.seats): self.pairs.setdefault(self.seats[row].twin.pair, []).append(row)
+        for row in sorted(self.seats):
+            self.pairs.setdefault(self.seats[row].twin.pair, []).append(row)
         self.pairs = {name: (rows, self._mismatch(rows)) for name, rows in self.pairs.items()}
 
     def _sit(self, row, seat):
@@ -84,21 +105,27 @@ class PairRows:
     def _mismatch(self, rows):
         "Return why the rows of one name are no pair, or None"
         seats = [self.seats[r] for r in rows]
-        if len(rows) == 1: return f'its {seats[0].twin.role} is in a step without the other twin'
-        if sorted(s.twin.role for s in seats) != ['base', 'expert']: return f'{len(rows)} requests with the roles {", ".join(s.twin.role for s in seats)} bear its name'
+        if len(rows) == 1:
+            return f'its {seats[0].twin.role} is in a step without the other twin'
+        if sorted(s.twin.role for s in seats) != ['base', 'expert']:
+            return f'{len(rows)} requests with the roles {", ".join(s.twin.role for s in seats)} bear its name'
         a, b = seats
-        if asdict(a.twin) | dict(role='') != asdict(b.twin) | dict(role=''): return 'its twins have different dials'
+        if asdict(a.twin) | dict(role='') != asdict(b.twin) | dict(role=''):
+            return 'its twins have different dials'
         if a.like != b.like: return 'its twins have different prompts or options'
         return None if a.output == b.output else 'its twins have written different tokens'
 
     def sort(self) -> tuple:
         "Return `(expert's row, base's row)` of every pair, and row -> reason for the rows that cannot be contrasted"
-        whole, lost = [], {}
+        whole = []
+        lost = {}
         for rows, why in self.pairs.values():
             outputs = [self.seats[r].output for r in rows]
-            if why is None and (len(outputs[0]) != len(outputs[1]) or outputs[0][-1:] != outputs[1][-1:]): why = 'its twins have written different tokens'
+            if why is None and (len(outputs[0]) != len(outputs[1]) or outputs[0][-1:] != outputs[1][-1:]):
+                why = 'its twins have written different tokens'
             if why is not None: lost |= dict.fromkeys(rows, why)
-            else: whole.append(tuple(sorted(rows, key=lambda r: self.seats[r].twin.role != 'expert')))
+            else:
+                whole.append(tuple(sorted(rows, key=lambda r: self.seats[r].twin.role != 'expert')))
         return whole, lost
 
 # %% ../../nbs/7_serving/03_vllm_pairing.ipynb #6911b996
@@ -112,11 +139,16 @@ def contrast(
     whole, lost = rows.sort()
     if whole:
         expert, base = _of_pairs(logits, rows, whole)
-        broken = _broken(expert, base, torch.tensor([not rows.seats[i].output for i, _ in whole], device=logits.device))
+        broken = _broken(
+            expert, base, torch.tensor([not rows.seats[i].output for i, _ in whole], device=logits.device)
+        )
         lost |= {r: why for pair, why in zip(whole, broken) if why for r in pair}
         good = [k for k, why in enumerate(broken) if not why]
-        if good: _write_scores(logits, rows, [whole[k] for k in good], expert[good], base[good])
-    for r in lost: logits[r] = -torch.inf; logits[r, rows.seats[r].twin.refusal] = 0.
+        if good:
+            _write_scores(logits, rows, [whole[k] for k in good], expert[good], base[good])
+    for r in lost:
+        logits[r] = -torch.inf
+        logits[r, rows.seats[r].twin.refusal] = 0.
     return {rows.seats[r].twin.pair: why for r, why in lost.items()}
 
 def _of_pairs(logits, rows, whole):
@@ -132,14 +164,27 @@ def _broken(expert, base, first):
     "Return for each pair why its logits cannot be contrasted, or None"
     finite = expert.amax(-1).isfinite() & base.amax(-1).isfinite()
     apart = torch.where(expert == base, 0., expert - base).abs()
-    apart = torch.where(expert.isneginf(), 0., apart).amax(-1) > SAME * torch.where(expert.isfinite(), expert, 0.).abs().amax(-1)
-    reason = lambda f, d, n: 'its logits are NaN or infinite' if not f else 'both twins have the same logits, as if one adapter served both: give the base twin an adapter of zeros (`nld null-adapter`)' if n and not d else None
+    apart = torch.where(expert.isneginf(), 0.0, apart).amax(-1) > SAME * torch.where(
+        expert.isfinite(), expert, 0.0
+    ).abs().amax(-1)
+    reason = lambda f, d, n: (
+        'its logits are NaN or infinite'
+        if not f
+        else (
+            'both twins have the same logits, as if one adapter served both: give the base twin an adapter of zeros (`nld null-adapter`)'
+            if n and not d
+            else None
+        )
+    )
     return [reason(*x) for x in zip(finite.tolist(), apart.tolist(), first.tolist())]
 
 def _write_scores(logits, rows, whole, expert, base):
     twins = [rows.seats[i].twin for i, _ in whole]
-    scores = CoLD(tuple(t.alpha for t in twins), tuple(t.beta for t in twins)).combine(expert, base).to(logits.dtype)
-    for r in zip(*whole): logits[list(r)] = scores
+    scores = (
+        CoLD(tuple(t.alpha for t in twins), tuple(t.beta for t in twins)).combine(expert, base).to(logits.dtype)
+    )
+    for r in zip(*whole):
+        logits[list(r)] = scores
 
 # %% ../../nbs/7_serving/03_vllm_pairing.ipynb #00dea050
 class WaitingRoom:
@@ -148,7 +193,8 @@ class WaitingRoom:
         patience:float=5.,  # Seconds that a request waits for its twin
     ): self.patience, self.waiting = patience, {}
 
-    def __len__(self): return sum(len(requests) for requests, _ in self.waiting.values())
+    def __len__(self):
+        return sum(len(requests) for requests, _ in self.waiting.values())
 
     def add(self,
         pair:str,  # Its name
@@ -157,7 +203,8 @@ class WaitingRoom:
     ):
         "Let a request wait; a third of the same name is let in with the others, and refused with them"
         requests, _ = self.waiting.pop(pair, ([], now))
-        self.waiting[pair] = (requests + [request], now)  # the name goes to the end: a pair waits from when it is complete
+        # the name goes to the end: a pair waits from when it is complete
+        self.waiting[pair] = (requests + [request], now)
 
     def take(self,
         fits,  # `fits(requests)`: whether these can join the next step, beside those that were taken before
@@ -175,6 +222,9 @@ class WaitingRoom:
     ) -> list:  # The requests that were
         "Forget requests that nobody waits for any more"
         out = [r for requests, _ in self.waiting.values() for r in requests if gone(r)]
-        left = {pair: ([r for r in requests if not gone(r)], since) for pair, (requests, since) in self.waiting.items()}
+        left = {
+            pair: ([r for r in requests if not gone(r)], since)
+            for pair, (requests, since) in self.waiting.items()
+        }
         self.waiting = {pair: x for pair, x in left.items() if x[0]}
         return out

@@ -23,25 +23,37 @@ def _read(folder):
     "Return the tensors and the metadata of an adapter"
     file = Path(folder)/_FILES[1]
     try:
-        with safe_open(file, 'pt') as f: meta = f.metadata() or {}
+        with safe_open(file, 'pt') as f:
+            meta = f.metadata() or {}
         return load_file(file), meta
-    except (OSError, SafetensorError) as e: raise DecodingError(f'{file} is damaged ({e}): copy or train the adapter again.') from e
+    except (OSError, SafetensorError) as e:
+        raise DecodingError(f'{file} is damaged ({e}): copy or train the adapter again.') from e
 
-def _is_null(tensors): return not any(bool(x.any()) for k, x in tensors.items() if '.lora_B.' in k)
+def _is_null(tensors):
+    return not any(bool(x.any()) for k, x in tensors.items() if '.lora_B.' in k)
 
 def _refuse_other(folder, out):
     "Refuse to replace anything but an earlier adapter of zeros"
-    require(out.resolve() != folder.resolve(), f'{out} is the folder of the adapter itself', 'write into a folder of its own')
+    require(
+        out.resolve() != folder.resolve(),
+        f'{out} is the folder of the adapter itself',
+        'write into a folder of its own',
+    )
     if not out.exists(): return
     mine = out.is_dir() and sorted(f.name for f in out.iterdir()) == sorted(_FILES)
-    require(mine and _is_null(_read(out)[0]), f'{out} is there and no adapter of zeros', 'write into a folder of its own')
+    require(
+        mine and _is_null(_read(out)[0]),
+        f'{out} is there and no adapter of zeros',
+        'write into a folder of its own',
+    )
 
 def null_adapter(
     folder:str|Path,  # The expert's adapter, as PEFT saves it
     out:str|Path,  # To appear; only an earlier adapter of zeros there is replaced
 ) -> Path:  # `out`
     "Write an adapter of the same shapes that changes nothing (B = 0)"
-    folder, out = Path(folder), Path(out)
+    folder = Path(folder)
+    out = Path(out)
     read_adapter_config(folder)
     _refuse_other(folder, out)
     tensors, meta = _read(folder)
@@ -49,7 +61,11 @@ def null_adapter(
     with atomic_path(out) as tmp:
         tmp.mkdir()
         shutil.copyfile(folder/_FILES[0], tmp/_FILES[0])
-        save_tensors({k: torch.zeros_like(x) if '.lora_B.' in k else x for k, x in tensors.items()}, tmp/_FILES[1], dict(format='pt') | meta)
+        save_tensors(
+            {k: torch.zeros_like(x) if '.lora_B.' in k else x for k, x in tensors.items()},
+            tmp / _FILES[1],
+            dict(format='pt') | meta,
+        )
     return out
 
 # %% ../../nbs/7_serving/04_vllm_plugin.ipynb #3b3f247b
@@ -62,17 +78,40 @@ def engine_options(
     "Return how to start vLLM so that twins stay together"
     sizes = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes
     require(rank <= sizes[-1], f'the adapter has rank {rank}', f'vLLM serves ranks up to {sizes[-1]}')
-    return dict(enable_lora=True, max_loras=adapters, max_lora_rank=next(s for s in sizes if s >= rank), max_model_len=context, max_num_seqs=2*pairs, max_num_batched_tokens=max(2*context, 2048),
-                enable_chunked_prefill=False, logits_processors=['npu_lora_decoding.serving.vllm_plugin:ColdProcessor'], scheduler_cls='npu_lora_decoding.serving.vllm_plugin.PairScheduler')
+    return dict(
+        enable_lora=True,
+        max_loras=adapters,
+        max_lora_rank=next(s for s in sizes if s >= rank),
+        max_model_len=context,
+        max_num_seqs=2 * pairs,
+        max_num_batched_tokens=max(2 * context, 2048),
+        enable_chunked_prefill=False,
+        logits_processors=['npu_lora_decoding.serving.vllm_plugin:ColdProcessor'],
+        scheduler_cls='npu_lora_decoding.serving.vllm_plugin.PairScheduler',
+    )
 
 def check_engine(
     config,  # vLLM's configuration
 ):
     "Raise `DecodingError` where an engine would split twins, or hide that they are split"
-    s, lora, context = config.scheduler_config, config.lora_config, config.model_config.max_model_len
-    require(not s.enable_chunked_prefill and not s.long_prefill_token_threshold, 'chunked prefill is on, and a half-read prompt cannot be told from a whole one', 'start vLLM with --no-enable-chunked-prefill')
-    require(s.max_num_batched_tokens >= 2*context, f'a step holds {s.max_num_batched_tokens} tokens, and two prompts may have {2*context}', f'start vLLM with --max-num-batched-tokens {2*context}')
-    require(lora is not None and lora.max_loras >= 2, 'a batch holds fewer than two adapters', 'start vLLM with --enable-lora --max-loras 2')
+    s = config.scheduler_config
+    lora = config.lora_config
+    context = config.model_config.max_model_len
+    require(
+        not s.enable_chunked_prefill and not s.long_prefill_token_threshold,
+        'chunked prefill is on, and a half-read prompt cannot be told from a whole one',
+        'start vLLM with --no-enable-chunked-prefill',
+    )
+    require(
+        s.max_num_batched_tokens >= 2 * context,
+        f'a step holds {s.max_num_batched_tokens} tokens, and two prompts may have {2*context}',
+        f'start vLLM with --max-num-batched-tokens {2*context}',
+    )
+    require(
+        lora is not None and lora.max_loras >= 2,
+        'a batch holds fewer than two adapters',
+        'start vLLM with --enable-lora --max-loras 2',
+    )
     require(s.max_num_seqs >= 2, 'only one request runs at once', 'start vLLM with --max-num-seqs 2 or more')
 
 def serve_command(
@@ -82,14 +121,47 @@ def serve_command(
     **options,  # Of `engine_options`
 ) -> str:  # A shell command
     "Return how to serve `target` so that it answers pairs"
-    rank = max([8, read_adapter_config(adapter)['r'], *(read_adapter_config(adapter).get('rank_pattern') or {}).values()])
+    rank = max(
+        [
+            8,
+            read_adapter_config(adapter)['r'],
+            *(read_adapter_config(adapter).get('rank_pattern') or {}).values(),
+        ]
+    )
     o = engine_options(**dict(context=2048, rank=rank) | options)
-    flags = ' '.join(f'--{k.replace("_", "-")} {o[k]}' for k in ('max_loras', 'max_lora_rank', 'max_model_len', 'max_num_seqs', 'max_num_batched_tokens', 'scheduler_cls'))
+    flags = ' '.join(
+        f'--{k.replace("_", "-")} {o[k]}'
+        for k in (
+            'max_loras',
+            'max_lora_rank',
+            'max_model_len',
+            'max_num_seqs',
+            'max_num_batched_tokens',
+            'scheduler_cls',
+        )
+    )
     return f'vllm serve {target} --enable-lora --lora-modules expert={adapter} base={zeros} {flags} --no-enable-chunked-prefill --logits-processors {o["logits_processors"][0]}'
 
 # %% ../../nbs/7_serving/04_vllm_plugin.ipynb #bf7ed49a
-_ALIKE = ('temperature', 'top_p', 'top_k', 'min_p', 'seed', 'max_tokens', 'min_tokens', 'stop', 'stop_token_ids', 'ignore_eos', 'presence_penalty', 'frequency_penalty', 'repetition_penalty',
-          'logit_bias', 'bad_words', 'allowed_token_ids', 'structured_outputs')
+_ALIKE = (
+    'temperature',
+    'top_p',
+    'top_k',
+    'min_p',
+    'seed',
+    'max_tokens',
+    'min_tokens',
+    'stop',
+    'stop_token_ids',
+    'ignore_eos',
+    'presence_penalty',
+    'frequency_penalty',
+    'repetition_penalty',
+    'logit_bias',
+    'bad_words',
+    'allowed_token_ids',
+    'structured_outputs',
+)
 
 def check_params(
     params,  # vLLM's `SamplingParams`
@@ -97,8 +169,16 @@ def check_params(
     "Raise `DecodingError` for a twin whose options would part it from the other"
     twin = read_twin(params.extra_args)
     if twin is None: return
-    require(params.temperature < 1e-5 or params.seed is not None, 'a sampled pair needs a seed, or its twins draw differently', 'give both requests the same seed, or temperature 0')
-    require(twin.refusal in (params.stop_token_ids or ()), f'the refusal {twin.refusal} is no stop token', 'add it to stop_token_ids, or build both requests with this library')
+    require(
+        params.temperature < 1e-5 or params.seed is not None,
+        'a sampled pair needs a seed, or its twins draw differently',
+        'give both requests the same seed, or temperature 0',
+    )
+    require(
+        twin.refusal in (params.stop_token_ids or ()),
+        f'the refusal {twin.refusal} is no stop token',
+        'add it to stop_token_ids, or build both requests with this library',
+    )
     require(params.n == 1, f'a twin asks for {params.n} answers', 'send a pair for each answer')
 
 def seat_of(
@@ -108,7 +188,9 @@ def seat_of(
 ) -> PairedRow|None:  # None for a request that wants no contrast
     "Return what the tracker needs to know of a request"
     twin = read_twin(getattr(params, 'extra_args', None))
-    return None if twin is None else PairedRow(twin, (prompt, [getattr(params, k, None) for k in _ALIKE]), output)
+    return (
+        None if twin is None else PairedRow(twin, (prompt, [getattr(params, k, None) for k in _ALIKE]), output)
+    )
 
 # %% ../../nbs/7_serving/04_vllm_plugin.ipynb #0af55dc6
 log = logging.getLogger('npu_lora_decoding')
@@ -119,14 +201,19 @@ def _processor():
         "Contrasts the twins of a batch; rows of other requests stay as they are"
         @classmethod
         def validate_params(cls, params): check_params(params)
-        def __init__(self, vllm_config, device, is_pin_memory): check_engine(vllm_config); self.rows = PairRows()
+        def __init__(self, vllm_config, device, is_pin_memory):
+            check_engine(vllm_config)
+            self.rows = PairRows()
         def is_argmax_invariant(self): return False
         def update_state(self, update):
             if update is None: return
             added = [(i, seat_of(params, prompt, output)) for i, params, prompt, output in update.added]
-            self.rows.update(update.removed, added, [(a, b, how == MoveDirectionality.SWAP) for a, b, how in update.moved])
+            self.rows.update(
+                update.removed, added, [(a, b, how == MoveDirectionality.SWAP) for a, b, how in update.moved]
+            )
         def apply(self, logits):
-            for pair, why in contrast(logits, self.rows).items(): log.error(f'the pair {pair} was refused: {why}')
+            for pair, why in contrast(logits, self.rows).items():
+                log.error(f'the pair {pair} was refused: {why}')
             return logits
     return ColdProcessor
 
@@ -134,14 +221,19 @@ def _scheduler():
     from vllm.v1.core.sched.scheduler import Scheduler
     class PairScheduler(Scheduler):
         "vLLM's scheduler, which lets twins in together"
-        def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs); self.room = WaitingRoom()
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.room = WaitingRoom()
         def add_request(self, request):
             twin = read_twin(getattr(request.sampling_params, 'extra_args', None))
             if twin is None: super().add_request(request)
             else: self.room.add(twin.pair, request, time.monotonic())
         def schedule(self, *args, **kwargs):
-            for request in self.room.take(lambda twins: room_for(self, twins), time.monotonic()): super().add_request(request)
-            if not any(super().get_request_counts()): time.sleep(.001)  # nobody here but a twin that waits for the other
+            for request in self.room.take(lambda twins: room_for(self, twins), time.monotonic()):
+                super().add_request(request)
+            # nobody here but a twin that waits for the other
+            if not any(super().get_request_counts()):
+                time.sleep(.001)
             return super().schedule(*args, **kwargs)
         def get_request_counts(self):
             running, waiting = super().get_request_counts()
@@ -149,7 +241,8 @@ def _scheduler():
         def finish_requests(self, request_ids, finished_status):
             ids = {request_ids} if isinstance(request_ids, str) else request_ids and set(request_ids)
             gone = self.room.remove(lambda r: ids is None or r.request_id in ids)
-            for r in gone: r.status = finished_status
+            for r in gone:
+                r.status = finished_status
             return super().finish_requests(ids, finished_status) + gone
     return PairScheduler
 
@@ -160,17 +253,30 @@ def room_for(
     "Return whether all of `twins` can enter the next step beside whoever is there, and stay to the end of their answers"
     others = [*scheduler.running, *scheduler.waiting, *scheduler.kv_holding_waiting]
     if not others: return True
-    size, every = scheduler.block_size, [*others, *twins]
-    tokens = sum(1 if r in scheduler.running else r.num_tokens for r in others) + sum(r.num_tokens for r in twins)
+    size = scheduler.block_size
+    every = [*others, *twins]
+    tokens = sum(1 if r in scheduler.running else r.num_tokens for r in others) + sum(
+        r.num_tokens for r in twins
+    )
     adapters = {r.lora_request.lora_int_id for r in every if r.lora_request}
-    blocks = sum(math.ceil(min(r.num_prompt_tokens + r.max_tokens, scheduler.max_model_len) / size) - math.ceil(r.num_computed_tokens / size) for r in every)
-    return (len(every) <= scheduler.max_num_active_reqs and tokens <= scheduler.max_num_scheduled_tokens and len(adapters) <= scheduler.lora_config.max_loras
-            and blocks <= scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
+    blocks = sum(
+        math.ceil(min(r.num_prompt_tokens + r.max_tokens, scheduler.max_model_len) / size)
+        - math.ceil(r.num_computed_tokens / size)
+        for r in every
+    )
+    return (
+        len(every) <= scheduler.max_num_active_reqs
+        and tokens <= scheduler.max_num_scheduled_tokens
+        and len(adapters) <= scheduler.lora_config.max_loras
+        and blocks <= scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    )
 
 def __getattr__(name):
     "Make the classes that need vLLM when they are asked for"
     make = dict(ColdProcessor=_processor, PairScheduler=_scheduler).get(name)
-    if make is None: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    if make is None:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     made = globals()[name] = make()
-    made.__module__, made.__qualname__ = __name__, name
+    made.__module__ = __name__
+    made.__qualname__ = name
     return made

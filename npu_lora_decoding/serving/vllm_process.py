@@ -24,9 +24,21 @@ import npu_lora_decoding
 def _environment(folder, space):
     "Return the variables of the engine's process"
     mine = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'PYTHONHOME', 'PYTHONSTARTUP')}
-    return dict(VLLM_LOGGING_LEVEL='WARNING', VLLM_CPU_KVCACHE_SPACE=str(space)) | mine | dict(
-        PYTHONPATH=str(folder), PYTHONUNBUFFERED='1', HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', NO_COLOR='1', OMP_NUM_THREADS=str(torch.get_num_threads()),
-        VLLM_ENABLE_V1_MULTIPROCESSING='0', VLLM_CPU_OMP_THREADS_BIND='nobind', VLLM_NO_USAGE_STATS='1')
+    return (
+        dict(VLLM_LOGGING_LEVEL='WARNING', VLLM_CPU_KVCACHE_SPACE=str(space))
+        | mine
+        | dict(
+            PYTHONPATH=str(folder),
+            PYTHONUNBUFFERED='1',
+            HF_HUB_OFFLINE='1',
+            TOKENIZERS_PARALLELISM='false',
+            NO_COLOR='1',
+            OMP_NUM_THREADS=str(torch.get_num_threads()),
+            VLLM_ENABLE_V1_MULTIPROCESSING='0',
+            VLLM_CPU_OMP_THREADS_BIND='nobind',
+            VLLM_NO_USAGE_STATS='1',
+        )
+    )
 
 _REMEDY = 'name the Python of an environment with vLLM, such as vllm-env/bin/python'
 
@@ -39,8 +51,19 @@ def find_vllm(
     if found is None: raise DecodingError(f'{python} is no program: {_REMEDY}.')
     ask = 'import importlib.util; print("has vllm:", importlib.util.find_spec("vllm") is not None)'
     with tempfile.TemporaryDirectory() as empty:
-        try: said = subprocess.run([os.path.abspath(found), '-c', ask], cwd=empty, env=_environment(empty, 1), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors='replace', timeout=seconds).stdout.splitlines()
-        except (OSError, subprocess.TimeoutExpired) as e: raise DecodingError(f'{python} is no Python that answers ({e}): {_REMEDY}.') from e
+        try:
+            said = subprocess.run(
+                [os.path.abspath(found), '-c', ask],
+                cwd=empty,
+                env=_environment(empty, 1),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors='replace',
+                timeout=seconds,
+            ).stdout.splitlines()
+        except (OSError, subprocess.TimeoutExpired) as e:
+            raise DecodingError(f'{python} is no Python that answers ({e}): {_REMEDY}.') from e
     require(bool({'has vllm: True', 'has vllm: False'} & {*said}), f'{python} is no Python', _REMEDY)
     require('has vllm: True' in said, f'{python} has no vLLM', f'install vLLM there, or {_REMEDY}')
     return os.path.abspath(found)
@@ -57,12 +80,26 @@ class Engine:
         space:int=1,  # GiB for keys and values
         patience:float=1800.,  # Seconds until an answer is given up
     ):
-        self.name, self.patience, self.log, self._read = name, patience, tempfile.TemporaryFile(), b''
+        self.name = name
+        self.patience = patience
+        self.log = tempfile.TemporaryFile()
+        self._read = b''
         questions, self._ask = os.pipe()
         self._answers, answers = os.pipe()
-        try: self.process = subprocess.Popen([python, '-c', _RUN, str(questions), str(answers)], cwd=folder, env=_environment(folder, space), pass_fds=(questions, answers),
-                                             stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True)
-        finally: os.close(questions); os.close(answers)
+        try:
+            self.process = subprocess.Popen(
+                [python, '-c', _RUN, str(questions), str(answers)],
+                cwd=folder,
+                env=_environment(folder, space),
+                pass_fds=(questions, answers),
+                stdin=subprocess.DEVNULL,
+                stdout=self.log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        finally:
+            os.close(questions)
+            os.close(answers)
 
     def ask(self,
         **question,  # See `7_serving/06_vllm_worker`
@@ -70,10 +107,16 @@ class Engine:
         "Return the answer to a question; raises `DecodingError` where there is none"
         try:
             left = memoryview((json.dumps(question) + '\n').encode())
-            while left: left = left[os.write(self._ask, left):]
-        except BrokenPipeError: self._ended()
+            while left:
+                left = left[os.write(self._ask, left):]
+        except BrokenPipeError:
+            self._ended()
         answer = json.loads(self._line())
-        require('error' not in answer, f'{self.name}: {visible(str(answer.get("error")))[:600]}', f'mend what it names, or leave {self.name} out')
+        require(
+            'error' not in answer,
+            f'{self.name}: {visible(str(answer.get("error")))[:600]}',
+            f'mend what it names, or leave {self.name} out',
+        )
         return answer
 
     def _line(self):
@@ -83,12 +126,20 @@ class Engine:
             ready, *_ = select.select([self._answers], [], [], max(0., min(1., until - time.monotonic())))
             more = os.read(self._answers, 2**16) if ready else b''
             self._read += more
-            if not more and (ready or self.process.poll() is not None): self._ended()
-            require(bool(more) or time.monotonic() < until, f'{self.name} has not answered for {self.patience:g} seconds{self._said()}', f'use a smaller model or fewer tokens, or leave {self.name} out')
+            if not more and (ready or self.process.poll() is not None):
+                self._ended()
+            require(
+                bool(more) or time.monotonic() < until,
+                f'{self.name} has not answered for {self.patience:g} seconds{self._said()}',
+                f'use a smaller model or fewer tokens, or leave {self.name} out',
+            )
         line, self._read = self._read.split(b'\n', 1)
         return line
 
-    def _ended(self): raise DecodingError(f'the engine of {self.name} ended{self._said()}: mend what it names, or leave {self.name} out.')
+    def _ended(self):
+        raise DecodingError(
+            f'the engine of {self.name} ended{self._said()}: mend what it names, or leave {self.name} out.'
+        )
 
     def _said(self, lines=3):
         "Return the last lines of the log, for an error"
@@ -101,11 +152,15 @@ class Engine:
     def close(self):
         "End the process, and whatever it started"
         os.close(self._ask)  # it ends by itself when there is nobody to ask
-        try: self.process.wait(5.)
+        try:
+            self.process.wait(5.)
         except subprocess.TimeoutExpired: pass
         finally:
-            with contextlib.suppress(ProcessLookupError): os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait(); os.close(self._answers); self.log.close()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            os.close(self._answers)
+            self.log.close()
 
 # %% ../../nbs/7_serving/07_vllm_process.ipynb #d00d294c
 def _run(engine, pad):
@@ -114,7 +169,11 @@ def _run(engine, pad):
         prompts = [r[m.bool()].tolist() for r, m in zip(ids, mask)]
         rows = engine.ask(ids=prompts, n=n, eos=list(eos))['ids']
         whole = len(rows) == len(prompts) and all(len(r) == n or r and r[-1] in eos for r in rows)
-        require(whole, f'{engine.name} wrote {sorted(map(len, rows))} tokens instead of {n} for each of {len(prompts)} prompts', f'use fewer new tokens, or leave {engine.name} out')
+        require(
+            whole,
+            f'{engine.name} wrote {sorted(map(len, rows))} tokens instead of {n} for each of {len(prompts)} prompts',
+            f'use fewer new tokens, or leave {engine.name} out',
+        )
         return torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], True, pad)
     return run
 
@@ -131,7 +190,11 @@ def merged_folder(
 def _target(lm):
     "Return the folder or hub id that the model was loaded from"
     name = lm.model.name_or_path
-    require(name, f'{lm.name} was loaded from no folder, and another process can find it nowhere else', 'save it with its tokenizer, and load it from there')
+    require(
+        name,
+        f'{lm.name} was loaded from no folder, and another process can find it nowhere else',
+        'save it with its tokenizer, and load it from there',
+    )
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 class Peers:
@@ -145,19 +208,38 @@ class Peers:
         target:CoLD,  # Dials of the contrast
         patience:float,  # Seconds until an answer is given up
     ):
-        self.python, self.work, self.target, self.patience, self.width = python, work, target, patience, max(batch, EVAL_BATCH_SIZE)
-        self.longest, self.cache = min(longest, lm.context), shape_of(lm.model, None).cache
-        self.stack, self.about = contextlib.ExitStack(), {}
-        (work/'path').mkdir(); (work/'path'/'npu_lora_decoding').symlink_to(Path(npu_lora_decoding.__file__).resolve().parent)
+        self.python = python
+        self.work = work
+        self.target = target
+        self.patience = patience
+        self.width = max(batch, EVAL_BATCH_SIZE)
+        self.longest = min(longest, lm.context)
+        self.cache = shape_of(lm.model, None).cache
+        self.stack = contextlib.ExitStack()
+        self.about = {}
+        (work/'path').mkdir()
+        (work/'path'/'npu_lora_decoding').symlink_to(Path(npu_lora_decoding.__file__).resolve().parent)
 
     def start(self, name, lm, options, rows=1, **how):
         "Return the `run` of a new engine"
-        space = max(1, math.ceil(rows * self.width * (self.longest + 128) * self.cache / 2**30))  # a block of vLLM's has 128 tokens
+        # a block of vLLM's has 128 tokens
+        space = max(1, math.ceil(rows * self.width * (self.longest + 128) * self.cache / 2**30))
         engine = Engine(self.python, self.work/'path', name, space, self.patience)
         self.stack.callback(engine.close)
-        common = dict(dtype=str(lm.dtype).removeprefix('torch.'), max_model_len=self.longest, max_num_seqs=self.width, enable_prefix_caching=False, skip_tokenizer_init=True, seed=0)
+        common = dict(
+            dtype=str(lm.dtype).removeprefix('torch.'),
+            max_model_len=self.longest,
+            max_num_seqs=self.width,
+            enable_prefix_caching=False,
+            skip_tokenizer_init=True,
+            seed=0,
+        )
         told = engine.ask(engine=common | options, **how)
-        require(told['threads'] == torch.get_num_threads(), f'{name} computes with {told["threads"]} threads and this process with {torch.get_num_threads()}', 'set OMP_NUM_THREADS for both')
+        require(
+            told['threads'] == torch.get_num_threads(),
+            f'{name} computes with {told["threads"]} threads and this process with {torch.get_num_threads()}',
+            'set OMP_NUM_THREADS for both',
+        )
         self.about['vllm'] = told['vllm']
         return _run(engine, lm.pad_id)
 
@@ -168,14 +250,34 @@ class Peers:
 
     def lora(self, lm, adapter):
         "Build `vllm_lora`"
-        options = {k: v for k, v in engine_options(self.longest, rank=lm.adapter.rank).items() if k in ('enable_lora', 'max_lora_rank')}
-        return self.start('vllm_lora', lm, dict(model=_target(lm), max_loras=1) | options, plainly=dict(adapter=str(Path(adapter).resolve())))
+        options = {
+            k: v
+            for k, v in engine_options(self.longest, rank=lm.adapter.rank).items()
+            if k in ('enable_lora', 'max_lora_rank')
+        }
+        return self.start(
+            'vllm_lora',
+            lm,
+            dict(model=_target(lm), max_loras=1) | options,
+            plainly=dict(adapter=str(Path(adapter).resolve())),
+        )
 
     def cold(self, lm, adapter):
         "Build `vllm_cold`"
         adapter, zeros = str(Path(adapter).resolve()), str(null_adapter(adapter, self.work/'zeros'))
-        dials = dict(alpha=self.target.alpha, beta=self.target.beta, refusal=refusal_token(lm.tokenizer, lm.eos_ids), vocab=lm.vocab)
-        return self.start('vllm_cold', lm, dict(model=_target(lm)) | engine_options(self.longest, self.width, lm.adapter.rank), 2, contrast=dict(adapter=adapter, zeros=zeros) | dials)
+        dials = dict(
+            alpha=self.target.alpha,
+            beta=self.target.beta,
+            refusal=refusal_token(lm.tokenizer, lm.eos_ids),
+            vocab=lm.vocab,
+        )
+        return self.start(
+            'vllm_cold',
+            lm,
+            dict(model=_target(lm)) | engine_options(self.longest, self.width, lm.adapter.rank),
+            2,
+            contrast=dict(adapter=adapter, zeros=zeros) | dials,
+        )
 
 # %% ../../nbs/7_serving/07_vllm_process.ipynb #156f5ca0
 @contextlib.contextmanager
@@ -189,10 +291,21 @@ def vllm_peers(
     patience:float=1800.,  # Seconds until an answer is given up
 ):  # Yields name -> `Method`, for `compare`'s `others`, and a dictionary that will hold vLLM's version
     "Yield vLLM's contestants; their engines end with the block"
-    if python is None: yield {}, {}; return
-    require(lm.device.type == 'cpu', f'vLLM is measured on a CPU, and the model is on {lm.device.type}', 'add --device cpu, or leave --vllm out')
-    found, longest = find_vllm(python), max(len(encode_one(lm, prompt_of(lm, p))) for p in prompts) + tokens
+    if python is None:
+        yield {}, {}
+        return
+    require(
+        lm.device.type == 'cpu',
+        f'vLLM is measured on a CPU, and the model is on {lm.device.type}',
+        'add --device cpu, or leave --vllm out',
+    )
+    found = find_vllm(python)
+    longest = max(len(encode_one(lm, prompt_of(lm, p))) for p in prompts) + tokens
     with tempfile.TemporaryDirectory() as work:
         peers = Peers(found, Path(work), lm, longest, batch, target, patience)
         with peers.stack:
-            yield dict(vllm_greedy=Method(peers.greedy, True, apart=True), vllm_lora=Method(peers.lora, True, True, apart=True), vllm_cold=Method(peers.cold, True, True, apart=True)), peers.about
+            yield dict(
+                vllm_greedy=Method(peers.greedy, third_party=True, other_process=True),
+                vllm_lora=Method(peers.lora, third_party=True, needs_adapter=True, other_process=True),
+                vllm_cold=Method(peers.cold, third_party=True, needs_adapter=True, other_process=True),
+            ), peers.about

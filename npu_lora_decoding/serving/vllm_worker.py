@@ -16,13 +16,17 @@ def channel(
     answers:int,  # Pipe to write to
 ) -> tuple:  # `ask()`: the next question, None after the last; `tell(answer)`
     "Return both ends of a conversation in lines of JSON; the process ends soon after the last question"
-    for pipe in (questions, answers): os.set_inheritable(pipe, False)
-    waiting, out = queue.SimpleQueue(), os.fdopen(answers, 'w')
+    for pipe in (questions, answers):
+        os.set_inheritable(pipe, False)
+    waiting = queue.SimpleQueue()
+    out = os.fdopen(answers, 'w')
     def listen():
         with os.fdopen(questions) as lines:
-            for line in lines: waiting.put(json.loads(line))
+            for line in lines:
+                waiting.put(json.loads(line))
         waiting.put(None)
-        time.sleep(_GRACE); os._exit(0)
+        time.sleep(_GRACE)
+        os._exit(0)
     threading.Thread(target=listen, daemon=True).start()
     return waiting.get, lambda answer: print(json.dumps(answer), file=out, flush=True)
 
@@ -38,8 +42,12 @@ def plain(
         from vllm.lora.request import LoRARequest
         lora = LoRARequest('adapter', 1, adapter)
     def answer(ids, n, eos):
-        params = SamplingParams(temperature=0., max_tokens=n, ignore_eos=True, stop_token_ids=eos, detokenize=False)
-        return _tokens(llm.generate([dict(prompt_token_ids=p) for p in ids], params, lora_request=lora, use_tqdm=False))
+        params = SamplingParams(
+            temperature=0.0, max_tokens=n, ignore_eos=True, stop_token_ids=eos, detokenize=False
+        )
+        return _tokens(
+            llm.generate([dict(prompt_token_ids=p) for p in ids], params, lora_request=lora, use_tqdm=False)
+        )
     return answer
 
 def _tokens(outputs): return [list(o.outputs[0].token_ids) for o in outputs]
@@ -59,8 +67,23 @@ def contrasted(
     from npu_lora_decoding.serving.vllm_client import generate, probe
     passed = []
     def answer(ids, n, eos):
-        if not passed: passed.append(probe(llm, ids[0], adapter, zeros, refusal))
-        return _tokens(generate(llm, ids, adapter, zeros, refusal, CoLD(alpha, beta), vocab, max_tokens=n, ignore_eos=True, stop_token_ids=eos, detokenize=False))
+        if not passed:
+            passed.append(probe(llm, ids[0], adapter, zeros, refusal))
+        return _tokens(
+            generate(
+                llm,
+                ids,
+                adapter,
+                zeros,
+                refusal,
+                CoLD(alpha, beta),
+                vocab,
+                max_tokens=n,
+                ignore_eos=True,
+                stop_token_ids=eos,
+                detokenize=False,
+            )
+        )
     return answer
 
 # %% ../../nbs/7_serving/06_vllm_worker.ipynb #c316618c
@@ -85,7 +108,8 @@ def serve(
     try:
         about, answer = start(**first)
         tell(about)
-        while (question := ask()) is not None: tell(dict(ids=answer(**question)))
+        while (question := ask()) is not None:
+            tell(dict(ids=answer(**question)))
     except Exception as e:
         tell(dict(error=str(e) if type(e).__name__ == 'DecodingError' else f'{type(e).__name__}: {e}'))
         raise

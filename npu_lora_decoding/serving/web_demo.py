@@ -50,10 +50,23 @@ def arguments(
     made:dict,  # From `guessers`
 ) -> dict:  # For `lm.generate`
     "Return what `lm.generate` is given"
-    require((choice.head, choice.lookup) in made, 'this model has no draft head here', 'start the page with --head FOLDER, or switch the head off')
+    require(
+        (choice.head, choice.lookup) in made,
+        'this model has no draft head here',
+        'start the page with --head FOLDER, or switch the head off',
+    )
     quarter = int(choice.window) // 4
-    memory = TempLoRA(chunk=quarter, window=4 * quarter, train_context=quarter, epochs=1, r=16, alpha=16., lr=5e-4) if choice.memory else None
-    return dict(target=CoLD(choice.alpha, choice.beta) if choice.contrast else Plain(), drafter=made[choice.head, choice.lookup], memory=memory, max_new_tokens=int(choice.new_tokens))
+    memory = (
+        TempLoRA(chunk=quarter, window=4 * quarter, train_context=quarter, epochs=1, r=16, alpha=16.0, lr=5e-4)
+        if choice.memory
+        else None
+    )
+    return dict(
+        target=CoLD(choice.alpha, choice.beta) if choice.contrast else Plain(),
+        drafter=made[choice.head, choice.lookup],
+        memory=memory,
+        max_new_tokens=int(choice.new_tokens),
+    )
 
 def question(
     lm:LM,  # Whose tokenizer may have a chat template
@@ -62,7 +75,11 @@ def question(
 ):  # A prompt for `lm.generate`
     "Return the prompt as `lm` reads it"
     require(prompt.strip() != '', 'there is no prompt', 'type one')
-    return Item(prompt, '', system).messages if lm.tokenizer.chat_template else f'{system}\n{prompt}' if system else prompt
+    return (
+        Item(prompt, '', system).messages
+        if lm.tokenizer.chat_template
+        else f'{system}\n{prompt}' if system else prompt
+    )
 
 # %% ../../nbs/7_serving/08_web_demo.ipynb #744b887d
 def so_far(
@@ -78,8 +95,15 @@ def view(
     changed:bool=False,  # Colours say what the adapter changed, instead of who proposed
 ) -> str:  # HTML
     "Return a text as coloured tokens, with its figures and notes"
-    facts = [f'{len(result.tokens[0])} tokens in {len(result.steps)} passes', f'{result.tau:.2f} tokens a pass', f'{result.tokens_per_s:.1f} tokens/s', *result.notes]
-    return (token_html if changed else proposer_html)(result) + f'<p class="facts">{" · ".join(html.escape(visible(f)) for f in facts)}</p>'
+    facts = [
+        f'{len(result.tokens[0])} tokens in {len(result.steps)} passes',
+        f'{result.tau:.2f} tokens a pass',
+        f'{result.tokens_per_s:.1f} tokens/s',
+        *result.notes,
+    ]
+    return (token_html if changed else proposer_html)(
+        result
+    ) + f'<p class="facts">{" · ".join(html.escape(visible(f)) for f in facts)}</p>'
 
 def refused(
     error:DecodingError,  # What a user should mend
@@ -104,21 +128,28 @@ class Writer:
     def __call__(self, prompt, **options):
         "Yield every `Step` as soon as it is made, then the `Result`; raises what `lm.generate` raises"
         self.stop()
-        self.over, ready = threading.Event(), queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._write, args=(prompt, options, ready, self.over), daemon=True)
+        self.over = threading.Event()
+        ready = queue.SimpleQueue()
+        self.thread = threading.Thread(
+            target=self._write, args=(prompt, options, ready, self.over), daemon=True
+        )
         self.thread.start()
         try:
-            while isinstance(got := ready.get(), Step): yield got
+            while isinstance(got := ready.get(), Step):
+                yield got
             if isinstance(got, BaseException): raise got
             yield got
-        finally: self.stop()
+        finally:
+            self.stop()
 
     def _write(self, prompt, options, ready, over):
         def told(step):
             if over.is_set(): raise _Over
             ready.put(step)
-        try: ready.put(self.lm.generate(prompt, stream=told, **options))
-        except BaseException as e: ready.put(e)  # it belongs to whoever reads
+        try:
+            ready.put(self.lm.generate(prompt, stream=told, **options))
+        except BaseException as e:  # it belongs to whoever reads
+            ready.put(e)
 
 # %% ../../nbs/7_serving/08_web_demo.ipynb #0249d042
 def answer(
@@ -133,9 +164,12 @@ def answer(
     steps = []
     try:
         for got in writer(question(writer.lm, prompt, system), **arguments(choice, made)):
-            if isinstance(got, Step): steps.append(got); got = so_far(writer.lm, steps)
+            if isinstance(got, Step):
+                steps.append(got)
+                got = so_far(writer.lm, steps)
             yield view(got, changed)
-    except DecodingError as e: yield refused(e)
+    except DecodingError as e:
+        yield refused(e)
 
 # %% ../../nbs/7_serving/08_web_demo.ipynb #6d509c3a
 _CSS = """
@@ -143,11 +177,17 @@ _CSS = """
 #answer span{border-radius:2px}#answer .prose{max-width:none;font-size:1rem}.facts{color:var(--body-text-color-subdued);font-size:85%;margin:.6em 0 0}.refused{color:#b3402e}
 """
 _SHOWS = ['who proposed a token', 'what the adapter changed']
-_POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; form-action 'self'; frame-ancestors 'self'"
+_POLICY = (
+    b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; form-action 'self'; frame-ancestors 'self'"
+)
 
 def require_gradio():
     "Return the gradio module, told not to report anything"
-    require(importlib.util.find_spec('gradio') is not None, 'the page needs gradio, which is not installed', "pip install 'npu_lora_decoding[page]'")
+    require(
+        importlib.util.find_spec('gradio') is not None,
+        'the page needs gradio, which is not installed',
+        "pip install 'npu_lora_decoding[page]'",
+    )
     os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'  # read at import
     import gradio
     return gradio
@@ -157,21 +197,41 @@ class _OnlyHere:
     def __init__(self, app): self.app = app
     async def __call__(self, scope, receive, send):
         async def sent(message):
-            if message['type'] == 'http.response.start': message['headers'] = [*message['headers'], (b'content-security-policy', _POLICY)]
+            if message['type'] == 'http.response.start':
+                message['headers'] = [*message['headers'], (b'content-security-policy', _POLICY)]
             await send(message)
         await self.app(scope, receive, sent if scope['type'] == 'http' else send)
 
 def _switches(gr, lm, made):
     "Draw the switches; return their components in the order of `Choice`"
-    no_adapter, no_head = lm.adapter is None, (True, False) not in made
-    contrast = gr.Checkbox(False, label='CoLD', info='contrast with the base' + ': there is no adapter' * no_adapter, interactive=not no_adapter, elem_id='contrast')
+    no_adapter = lm.adapter is None
+    no_head = (True, False) not in made
+    contrast = gr.Checkbox(
+        False,
+        label='CoLD',
+        info='contrast with the base' + ': there is no adapter' * no_adapter,
+        interactive=not no_adapter,
+        elem_id='contrast',
+    )
     alpha = gr.Slider(.01, 1, .1, step=.01, label='alpha', info='of CoLD: plausibility', elem_id='alpha')
     beta = gr.Slider(0, 2, .1, step=.05, label='beta', info='of CoLD: strength', elem_id='beta')
-    head = gr.Checkbox(False, label='HASS', info='the draft head guesses' + ': there is none' * no_head, interactive=not no_head, elem_id='head')
+    head = gr.Checkbox(
+        False,
+        label='HASS',
+        info='the draft head guesses' + ': there is none' * no_head,
+        interactive=not no_head,
+        elem_id='head',
+    )
     lookup = gr.Checkbox(False, label='lookup', info='copies from the text guess', elem_id='lookup')
-    memory = gr.Checkbox(False, label='Temp-LoRA', info='learns what it wrote, on texts longer than its window', elem_id='memory')
-    window = gr.Slider(64, 1024, 256, step=64, label='window', info='of Temp-LoRA: tokens in sight', elem_id='window')
-    new_tokens = gr.Slider(8, 1024, 128, step=8, label='new tokens', info='longest answer', elem_id='new-tokens')
+    memory = gr.Checkbox(
+        False, label='Temp-LoRA', info='learns what it wrote, on texts longer than its window', elem_id='memory'
+    )
+    window = gr.Slider(
+        64, 1024, 256, step=64, label='window', info='of Temp-LoRA: tokens in sight', elem_id='window'
+    )
+    new_tokens = gr.Slider(
+        8, 1024, 128, step=8, label='new tokens', info='longest answer', elem_id='new-tokens'
+    )
     return [contrast, alpha, beta, head, lookup, memory, window, new_tokens]
 
 def build(
@@ -181,19 +241,33 @@ def build(
     system:str='',  # Instruction at the start
 ):  # gradio.Blocks
     "Return the page, not yet on the air"
-    gr, made, writer = require_gradio(), guessers(head), Writer(lm)
+    gr = require_gradio()
+    made = guessers(head)
+    writer = Writer(lm)
     with gr.Blocks(analytics_enabled=False, title='npu_lora_decoding', fill_width=True) as page:
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 switches = _switches(gr, lm, made)
                 shows = gr.Radio(_SHOWS, value=_SHOWS[0], label='colours', elem_id='colours')
             with gr.Column(scale=3, min_width=320):
-                said = gr.Textbox(prompt, label=f'prompt for {lm.name}' + (f' with {Path(lm.adapter.name).name}' if lm.adapter else ''), lines=3, elem_id='prompt')
+                said = gr.Textbox(
+                    prompt,
+                    label=f'prompt for {lm.name}'
+                    + (f' with {Path(lm.adapter.name).name}' if lm.adapter else ''),
+                    lines=3,
+                    elem_id='prompt',
+                )
                 rule = gr.Textbox(system, label='instruction before it', lines=1, elem_id='instruction')
-                with gr.Row(): go, halt = gr.Button('Write', variant='primary', elem_id='go'), gr.Button('Stop', elem_id='halt')
+                with gr.Row():
+                    go = gr.Button('Write', variant='primary', elem_id='go')
+                    halt = gr.Button('Stop', elem_id='halt')
                 text = gr.HTML(elem_id='answer', js_on_load=None)
-        def pressed(prompt, system, shown, *values): yield from answer(writer, made, prompt, system, Choice(*values), shown == _SHOWS[1])
-        event = go.click(pressed, [said, rule, shows, *switches], text, concurrency_limit=1, show_progress='hidden')  # one model, one text at a time
+        def pressed(prompt, system, shown, *values):
+            yield from answer(writer, made, prompt, system, Choice(*values), shown == _SHOWS[1])
+        # one model, one text at a time
+        event = go.click(
+            pressed, [said, rule, shows, *switches], text, concurrency_limit=1, show_progress='hidden'
+        )
         halt.click(None, cancels=[event])
     return page
 
@@ -205,10 +279,25 @@ def serve(
     gr = require_gradio()
     from starlette.middleware import Middleware
     fonts = dict(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])
-    try: _, url, _ = page.launch(server_name='127.0.0.1', server_port=port or _free_port(), share=False, prevent_thread_lock=True, quiet=True, ssr_mode=False, mcp_server=False, footer_links=[],
-                                 theme=gr.themes.Default(**fonts), css=_CSS, app_kwargs=dict(middleware=[Middleware(_OnlyHere)]))
-    except OSError as e: raise DecodingError(f'port {port} is taken ({e}): give another with --port.') from e
+    try:
+        _, url, _ = page.launch(
+            server_name='127.0.0.1',
+            server_port=port or _free_port(),
+            share=False,
+            prevent_thread_lock=True,
+            quiet=True,
+            ssr_mode=False,
+            mcp_server=False,
+            footer_links=[],
+            theme=gr.themes.Default(**fonts),
+            css=_CSS,
+            app_kwargs=dict(middleware=[Middleware(_OnlyHere)]),
+        )
+    except OSError as e:
+        raise DecodingError(f'port {port} is taken ({e}): give another with --port.') from e
     return url
 
 def _free_port():
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]

@@ -126,11 +126,11 @@ def test_a_method_that_guesses_is_judged_once_with_the_one_it_equals(lm, folder,
     import npu_lora_decoding.evaluation.benchmark as measure
     judged = []
     monkeypatch.setattr(measure, 'judge', lambda answers, *_: judged.append(answers) or [float(len(a)) for a in answers])
-    rows = measure.compare(lm, folder, toy_items(2), ['greedy', 'lookup', 'cold'], 6, rounds=1, metric='chrf', once=True)
+    rows = measure.compare(lm, folder, toy_items(2), ['greedy', 'lookup', 'cold'], new_tokens=6, rounds=1, metric='chrf', once=True)
     assert len(judged) == 2 and [r['judged_as'] for r in rows[:-1]] == [None, 'greedy', None] and rows[1]['scores'] == rows[0]['scores']
     other = {'other': methods(CoLD(0.1, 5.))['cold_lookup']}  # says that it writes what `cold` writes, and does not
     judged.clear()
-    rows = measure.compare(lm, folder, toy_items(2), ['cold', 'other'], 6, rounds=1, metric='chrf', once=True, others=other)
+    rows = measure.compare(lm, folder, toy_items(2), ['cold', 'other'], new_tokens=6, rounds=1, metric='chrf', once=True, others=other)
     assert len(judged) == 2 and rows[1]['judged_as'] is None
 
 

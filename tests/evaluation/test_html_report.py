@@ -170,7 +170,7 @@ def compared(toy):
     lm = toy_lm(); lm.adapter = load_adapter(toy/'adapter', lm.model)
     items, names = toy_items(6), ['greedy', 'beam', 'cold', 'cold_naive', 'lookup', 'hass_tree', 'cold_hass_chain', 'sample', 'transformers_greedy', 'transformers_lookup', 'transformers_assisted', 'peft_greedy']
     looks = Looks(lm, items, 6, shown=2, counted=3)
-    return compare(lm, toy/'adapter', items, names, 5, 1, 2, metric='chrf', head=toy/'head', timed=2, answer_tokens=7, assistant=toy/'small', look=looks.add), looks, names
+    return compare(lm, toy/'adapter', items, names, new_tokens=5, rounds=2, metric='chrf', head=toy/'head', timed=2, answer_tokens=7, assistant=toy/'small', look=looks.add), looks, names
 
 def test_rows_are_complete(compared):
     rows, _, names = compared

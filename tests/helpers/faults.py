@@ -268,7 +268,7 @@ def _head_run(lm, f): return [l for l in th.train(begin(f, replace(HEAD, steps=3
 def _read(lm, f):
     r = read_document(lm, TEXT, READING, f/'book.safetensors', 1)
     return [(c.start, c.nll, c.version) for c in r.chunks] if r.finished else None
-def _compare(lm, f): return [r['equal_tokens'] for r in compare(lm, None, ['abc'], ['greedy'], 4, rounds=1)[:-1]]
+def _compare(lm, f): return [r['equal_tokens'] for r in compare(lm, None, ['abc'], ['greedy'], new_tokens=4, rounds=1)[:-1]]
 def _write(lm, f): return [p.read_text() for p in write_conversations(lm, f/'talks', WriteConfig(shards=2, per_shard=2, batch=2, user_tokens=60, new_tokens=8, openers=('',), min_p=0.), quiet=True)]
 def _translate(lm, f): return translate_document(lm, ['ab cd', 'ef gh', 'ij'], replace(STILL, chunk=16, window=90, context=60, lr=.02), form=Form('{source} = {target}; '), new_tokens=6).texts
 

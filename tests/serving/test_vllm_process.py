@@ -98,7 +98,7 @@ def lm(folders): return load(folders/'model', folders/'adapter', 'cpu')
 def test_a_contestant_writes_what_the_engine_writes(stand, lm, folders):
     ids, mask = encode(lm, ['one', 'one two'])
     with vllm_peers(stand.python, lm, ['one', 'one two'], 8) as (known, about):
-        assert list(known) == ['vllm_greedy', 'vllm_lora', 'vllm_cold'] and all(m.peer and m.apart for m in known.values()) and about == {}
+        assert list(known) == ['vllm_greedy', 'vllm_lora', 'vllm_cold'] and all(m.third_party and m.other_process for m in known.values()) and about == {}
         run = known['vllm_greedy'].build(lm, None)
         first = [int(r[-1]) + 1 for r in ids]
         assert run(ids, mask, 4).tolist() == [[(f + k) % 76 for k in range(4)] for f in first]
@@ -143,11 +143,11 @@ def test_keys_and_values_have_room(stand_with_torch, lm, folders):
 def test_compare_takes_turns_with_it(stand, lm, folders):
     items = toy_items(2)
     with vllm_peers(stand.python, lm, items, 6) as (known, about):
-        rows = compare(lm, folders/'adapter', items, ['greedy', 'vllm_lora'], 6, rounds=2, metric='chrf', others=known)
+        rows = compare(lm, folders/'adapter', items, ['greedy', 'vllm_lora'], new_tokens=6, rounds=2, metric='chrf', others=known)
     ours, theirs, _ = rows
     assert set(ours) == set(theirs) and theirs['peer'] and theirs['peak_mb'] is None and theirs['flops_per_token'] is None and theirs['tau'] == 1 and ours['peak_mb'] is not None
     assert theirs['speedup_over'] == 'greedy' and len(theirs['ms_runs']) == 2 and theirs['equal_tokens'] == 0 and len(theirs['scores']) == 2
-    assert 'vllm_lora (peer)' in table(rows, full=True) and gone(stand)
+    assert 'vllm_lora (third party)' in table(rows, full=True) and gone(stand)
 
 @pytest.mark.slow
 def test_the_command(stand, folders, tmp_path, capsys):
@@ -156,19 +156,19 @@ def test_the_command(stand, folders, tmp_path, capsys):
          '--device', 'cpu', '--json', str(tmp_path/'rows.json'), '--html', str(tmp_path/'page.html'), '--plot', str(tmp_path/'p.png')])
     rows = json_rows(tmp_path/'rows.json')
     assert rows[1]['method'] == 'vllm_greedy' and rows[-1]['vllm'] == '0.0.fake' and 'vllm' not in rows[1] and 'vllm_greedy' in (tmp_path/'page.html').read_text()
-    assert 'vllm_greedy (peer)' in capsys.readouterr().out and gone(stand)
+    assert 'vllm_greedy (third party)' in capsys.readouterr().out and gone(stand)
 
 # --- what is refused before an engine starts
 
 @pytest.mark.parametrize('name', ['vllm_greedy', 'vllm_lora', 'vllm_cold'])
 def test_vllm_needs_its_python(lm, folders, name):
-    with pytest.raises(DecodingError, match=f'{name} needs vLLM.*--vllm'): compare(lm, folders/'adapter', ['one'], ['greedy', name], 4)
+    with pytest.raises(DecodingError, match=f'{name} needs vLLM.*--vllm'): compare(lm, folders/'adapter', ['one'], ['greedy', name], new_tokens=4)
 
 def test_unknown_names_and_a_missing_adapter(stand, lm):
     with vllm_peers(stand.python, lm, ['one'], 4) as (known, _):
-        with pytest.raises(DecodingError, match='unknown method .*vllm_lora'): compare(lm, None, ['one'], ['vllm_fast'], 4, others=known)
+        with pytest.raises(DecodingError, match='unknown method .*vllm_lora'): compare(lm, None, ['one'], ['vllm_fast'], new_tokens=4, others=known)
         for name in ('vllm_lora', 'vllm_cold'):
-            with pytest.raises(DecodingError, match=f'{name} needs an adapter'): compare(lm, None, ['one'], [name], 4, others=known)
+            with pytest.raises(DecodingError, match=f'{name} needs an adapter'): compare(lm, None, ['one'], [name], new_tokens=4, others=known)
     assert not (stand.folder/'seen').exists()
 
 @pytest.mark.parametrize('script,said', [(None, 'is no program'), ('#!/bin/sh\necho Python 3.12\n', 'is no Python:'), ('not a program', 'is no Python that answers'), ('#!/bin/sh\nsleep 60\n', 'is no Python that answers'), (f'#!/bin/sh\nexec {sys.executable} "$@"\n', 'has no vLLM')])

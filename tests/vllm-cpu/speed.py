@@ -43,8 +43,8 @@ def speed(options):
     with tempfile.TemporaryDirectory() as work:
         export_head(options.head, Path(work)/'head', lm, 'vllm')
         longest = 1024 + options.new_tokens
-        others = dict(vllm=Method(lambda *_: engine(target, longest), True), vllm_head=Method(lambda *_: engine(target, longest, Path(work)/'head'), True, guesses=True))
-        rows = compare(lm, None, prompts, options.methods.split(','), options.new_tokens, options.batch, options.rounds, compile=True, head=options.head, others=others)
+        others = dict(vllm=Method(lambda *_: engine(target, longest), third_party=True), vllm_head=Method(lambda *_: engine(target, longest, Path(work)/'head'), third_party=True, hides_tau=True))
+        rows = compare(lm, None, prompts, options.methods.split(','), new_tokens=options.new_tokens, batch=options.batch, rounds=options.rounds, compile=True, head=options.head, others=others)
     more = lambda name: dict(vllm=vllm.__version__) if name == 'environment' else dict(peak_mb=None) if name in others else {}  # an engine's memory is another process's
     return [r | more(r['method']) for r in rows]
 
