@@ -21,7 +21,7 @@ setup(
     # Named one by one, so that no folder beside them (nbs, tests, results) can slip into the wheel
     packages=find_packages(include=[lib, f'{lib}.*']) + find_packages('kernels', include=[kernels, f'{kernels}.*']) + [f'{lib}.shipped.{kind}' for kind in shipped],
     package_dir={kernels: f'kernels/{kernels}'} | {f'{lib}.shipped.{kind}': f'results/{kind}' for kind in shipped}, include_package_data=True,
-    package_data={f'{lib}.shipped.{kind}': [f'{name}/*' for name in names] for kind, names in shipped.items()} | {lib: ['py.typed', '*.mplstyle'], kernels: ['py.typed']},
+    package_data={f'{lib}.shipped.{kind}': [f'{name}/*' for name in names] for kind, names in shipped.items()} | {lib: ['py.typed', '*.mplstyle', '*/*.css', '*/*.html'], kernels: ['py.typed']},
     python_requires=f">={cfg['min_python']}",
     install_requires=reqs('requirements'),
     extras_require={'dev': reqs('dev_requirements'), 'eval': reqs('eval_requirements'), 'npu': reqs('npu_requirements'), 'page': reqs('page_requirements')},

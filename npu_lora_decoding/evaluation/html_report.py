@@ -6,8 +6,11 @@
 __all__ = ['frontier', 'relative_speed', 'pareto_svg', 'acceptance_svg', 'Looks', 'page', 'save_page']
 
 # %% ../../nbs/6_evaluation/10_html_report.ipynb #29cb07db
-import html, math
+import importlib.resources, math, string
+from dataclasses import dataclass
 from pathlib import Path
+from fastcore.xml import *
+from fastcore.xml import FT, Safe, ft, to_xml
 from ..foundations.files import atomic_path
 from ..foundations.statistics import Interval, ENOUGH
 from ..foundations.tasks import Item
@@ -20,22 +23,21 @@ from .plots import token_html
 from .draft_plots import proposer_html, reached
 
 # %% ../../nbs/6_evaluation/10_html_report.ipynb #180ba560
-_HARMFUL = (
-    {c: 0x2400 + c for c in range(32) if c not in (9, 10)}
-    | {127: 0x2421}
-    | dict.fromkeys(
-        [*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)], 0xFFFD
-    )
-)
-_E = lambda x: html.escape(str(x))
+_CONTROL = {c: 0x2400 + c for c in range(32) if chr(c) not in '\t\n'} | {127: 0x2421}  # shown as pictures
+_TURNING = [*range(0x80, 0xa0), *range(0x202a, 0x202f), *range(0x2066, 0x206a), *range(0xd800, 0xe000)]
+_HARMFUL = _CONTROL | dict.fromkeys(_TURNING, 0xfffd)
+
+def _html(*parts):
+    "Return tags as text, without what indentation would add between tokens"
+    return to_xml(parts, indent=False)
 
 # %% ../../nbs/6_evaluation/10_html_report.ipynb #129db510
 def frontier(
     points:list,  # (speed, quality) of each method
 ) -> list:  # Indices, by rising speed
     "Return the points that no other point beats in one number without losing in the other"
-    beaten = lambda p: any(q[0] >= p[0] and q[1] >= p[1] and q != p for q in points)
-    return sorted((i for i, p in enumerate(points) if not beaten(p)), key=lambda i: points[i])
+    def is_beaten(p): return any(q[0] >= p[0] and q[1] >= p[1] and q != p for q in points)
+    return sorted((i for i, p in enumerate(points) if not is_beaten(p)), key=lambda i: points[i])
 
 # %% ../../nbs/6_evaluation/10_html_report.ipynb #7d15a3bb
 def relative_speed(
@@ -45,33 +47,47 @@ def relative_speed(
     "Return how many times as fast one row is as another"
     if row is ref: return Interval(1., 1., 1.)
     ratio = row['tokens_per_s'] / ref['tokens_per_s']
-    turns = row.get('ms_runs')
-    its = ref.get('ms_runs')
-    if turns and its:
-        found = speed_ratio(turns, its)
+    own = row.get('ms_runs')
+    other = ref.get('ms_runs')
+    if own and other:
+        found = speed_ratio(own, other)
         return Interval(ratio, min(ratio, found.low), max(ratio, found.high))
     low, high = (ratio * row['ms_per_token'] / ms for ms in row['ms_spread'][::-1])
     return Interval(ratio, low, high)
 
 # %% ../../nbs/6_evaluation/10_html_report.ipynb #7c206dd1
-_W = 460  # The picture's size, and its margins: labels stand on the right
-_H = 290
-_L = 44
-_R = 142
-_T = 12
-_B = 40
+_WIDTH = 460  # Of the picture; labels stand in the right margin
+_HEIGHT = 290
+_LEFT = 44
+_RIGHT = 142
+_TOP = 12
+_BOTTOM = 40
 
-def _scale(low, high, a, b):
-    return lambda v: a + (v - low) / (high - low or 1) * (b - a)
+@dataclass(frozen=True)
+class _Axes:
+    "Ranges of both axes, and where their values lie in the picture"
+    x:tuple  # Lowest and highest value
+    y:tuple
+
+    def at_x(self, value): return _scaled(value, *self.x, _LEFT, _WIDTH - _RIGHT)
+
+    def at_y(self, value): return _scaled(value, *self.y, _HEIGHT - _BOTTOM, _TOP)
+
+    def points(self, pairs):
+        "Return (x, y) pairs as an SVG list of points"
+        return ' '.join(f'{self.at_x(x):.1f},{self.at_y(y):.1f}' for x, y in pairs)
+
+def _scaled(value, low, high, first, last):
+    return first + (value - low) / (high - low or 1) * (last - first)
 
 def _ticks(low, high, n=6):
     "Return about `n` round numbers from low to high"
     raw = (high - low) / n or 1
     unit = 10 ** math.floor(math.log10(raw))
     step = next(s * unit for s in (1, 2, 5, 10) if s * unit >= raw)
-    return [
-        round(i * step, 10) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    ]
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [round(i * step, 10) for i in range(first, last + 1)]
 
 def _apart(wanted, gap, low, high):
     "Return places near the wanted ones, at least `gap` apart where there is room, between two bounds"
@@ -83,33 +99,82 @@ def _apart(wanted, gap, low, high):
         at[i] = min(at[i], high - n * gap)
     return [at[i] for i in range(len(wanted))]
 
-def _chart(x, y, inside, labels, xlabel, ylabel, title):
-    "Return an SVG: axes over the ranges `x` and `y`, what is drawn inside, and (text, x, y, class) labels with lines to their points"
-    X = _scale(*x, _L, _W - _R)
-    Y = _scale(*y, _H - _B, _T)
-    parts = [
-        f'<line class="grid" x1="{X(t):.1f}" x2="{X(t):.1f}" y1="{_T}" y2="{_H-_B}"/><text x="{X(t):.1f}" y="{_H-_B+15}" text-anchor="middle">{t:g}</text>'
-        for t in _ticks(*x)
-    ]
-    parts += [
-        f'<line class="grid" x1="{_L}" x2="{_W-_R}" y1="{Y(t):.1f}" y2="{Y(t):.1f}"/><text x="{_L-5}" y="{Y(t)+4:.1f}" text-anchor="end">{t:g}</text>'
-        for t in _ticks(*y)
-    ]
-    parts += [
-        f'<text x="{(_L+_W-_R)/2}" y="{_H-6}" text-anchor="middle">{_E(xlabel)}</text><text transform="translate(11 {(_T+_H-_B)/2}) rotate(-90)" text-anchor="middle">{_E(ylabel)}</text>',
-        inside(X, Y),
-    ]
-    places = _apart([Y(py) for _, _, py, _ in labels], 14, _T + 4, _H - _B)
-    parts += [
-        f'<polyline class="lead" points="{X(px):.1f},{Y(py):.1f} {_W-_R+6},{at:.1f} {_W-_R+12},{at:.1f}"/><text class="{kind}" x="{_W-_R+15}" y="{at+4:.1f}">{_E(text)}</text>'
-        for (text, px, py, kind), at in zip(labels, places)
-    ]
-    return f'<svg viewBox="0 0 {_W} {_H}" role="img" aria-label="{_E(title)}"><title>{_E(title)}</title>{"".join(parts)}</svg>'
-
 # %% ../../nbs/6_evaluation/10_html_report.ipynb #30aa5868
+@dataclass(frozen=True)
+class _Label:
+    "A name beside the picture, with a thin line to its point"
+    text:str  # The name
+    x:float  # Of its point
+    y:float
+    kind:str  # CSS class
+
+def _text(x, y, words, **attributes):
+    return ft('text', words, x=f'{x:.1f}', y=f'{y:.1f}', **attributes)
+
+def _line(x1, y1, x2, y2, **attributes):
+    return ft('line', x1=f'{x1:.1f}', y1=f'{y1:.1f}', x2=f'{x2:.1f}', y2=f'{y2:.1f}', **attributes)
+
+def _grid(axes):
+    "Return grid lines with their numbers"
+    parts = []
+    for value in _ticks(*axes.x):
+        x = axes.at_x(value)
+        parts.append(_line(x, _TOP, x, _HEIGHT - _BOTTOM, cls='grid'))
+        parts.append(_text(x, _HEIGHT - _BOTTOM + 15, f'{value:g}', text_anchor='middle'))
+    for value in _ticks(*axes.y):
+        y = axes.at_y(value)
+        parts.append(_line(_LEFT, y, _WIDTH - _RIGHT, y, cls='grid'))
+        parts.append(_text(_LEFT - 5, y + 4, f'{value:g}', text_anchor='end'))
+    return parts
+
+def _names(axes, labels):
+    "Return the labels in the right margin, none over another, and their lines"
+    edge = _WIDTH - _RIGHT
+    places = _apart([axes.at_y(label.y) for label in labels], 14, _TOP + 4, _HEIGHT - _BOTTOM)
+    parts = []
+    for label, y in zip(labels, places):
+        way = f'{axes.points([(label.x, label.y)])} {edge + 6},{y:.1f} {edge + 12},{y:.1f}'
+        parts.append(ft('polyline', cls='lead', points=way))
+        parts.append(_text(edge + 15, y + 4, label.text, cls=label.kind))
+    return parts
+
+def _chart(axes, inside, labels, *, xlabel, ylabel, title):
+    "Return an SVG: axes, what is drawn inside, and labels"
+    middle = (_TOP + _HEIGHT - _BOTTOM) / 2
+    names = (
+        _text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, xlabel, text_anchor='middle'),
+        ft('text', ylabel, transform=f'translate(11 {middle}) rotate(-90)', text_anchor='middle'),
+    )
+    parts = (ft('title', title), *_grid(axes), *names, *inside, *_names(axes, labels))
+    about = {'viewBox': f'0 0 {_WIDTH} {_HEIGHT}', 'role': 'img', 'aria-label': title}
+    return FT('svg', parts, about)
+
+# %% ../../nbs/6_evaluation/10_html_report.ipynb #45b3a405
 def _measured(rows):
+    "Return the rows of methods that were compared"
     return [r for r in rows if r['method'] != 'environment' and 'chunks' not in r]
-def _read(rows): return [r for r in rows if 'chunks' in r]
+
+def _read(rows):
+    "Return the rows of a long text"
+    return [r for r in rows if 'chunks' in r]
+
+def _short(name, n=20):
+    name = str(name)
+    return name if len(name) <= n else name[:n-1] + '…'
+
+def _about(r):
+    "Return one line about a method's quality and speed"
+    low, high = r['quality_interval']
+    return f'{r["method"]}: {r["quality"]:.2f} ({low:.2f} to {high:.2f}), {r["tokens_per_s"]:.1f} tokens/s'
+
+def _mark(axes, row, speed, kind):
+    "Return a method's dot, with the intervals of its speed and its quality as lines"
+    x = axes.at_x(speed.mean)
+    y = axes.at_y(row['quality'])
+    low, high = (axes.at_y(q) for q in row['quality_interval'])
+    lines = (_line(x, low, x, high), _line(axes.at_x(speed.low), y, axes.at_x(speed.high), y))
+    dot = ft('circle', cx=f'{x:.1f}', cy=f'{y:.1f}', r='4')
+    return ft('g', ft('title', _about(row)), *lines, dot, cls=kind)
 
 def pareto_svg(
     rows:list,  # From `compare`
@@ -120,81 +185,69 @@ def pareto_svg(
     ref = next((r for r in rows if r['method'] == 'greedy'), rows[0])
     speeds = [relative_speed(r, ref) for r in rows]
     points = [(s.mean, r['quality']) for s, r in zip(speeds, rows)]
-    on = frontier(points)
-    kinds = [f'{"best" if i in on else "beaten"}{" peer" * r["peer"]}' for i, r in enumerate(rows)]
-    lows = [r['quality_interval'][0] for r in rows]
-    highs = [r['quality_interval'][1] for r in rows]
-    room = (max(highs) - min(lows)) * .05 or 1
-    x = (0, max(s.high for s in speeds) * 1.04)
-    y = (min(lows) - room, max(highs) + room)
-    def inside(X, Y):
-        line = ' '.join(f'{X(points[i][0]):.1f},{Y(points[i][1]):.1f}' for i in on)
-        marks = [
-            f'<g class="{kind}"><title>{_E(_about(r))}</title><line x1="{X(a):.1f}" x2="{X(a):.1f}" y1="{Y(r["quality_interval"][0]):.1f}" y2="{Y(r["quality_interval"][1]):.1f}"/><line x1="{X(s.low):.1f}" x2="{X(s.high):.1f}" y1="{Y(b):.1f}" y2="{Y(b):.1f}"/><circle cx="{X(a):.1f}" cy="{Y(b):.1f}" r="4"/></g>'
-            for r, s, kind, (a, b) in zip(rows, speeds, kinds, points)
-        ]
-        return f'<polyline class="front" points="{line}"/>' + ''.join(marks)
-    labels = [(_short(r['method']), a, b, kind) for r, kind, (a, b) in zip(rows, kinds, points)]
-    return _chart(
-        x,
-        y,
-        inside,
+    best = frontier(points)
+    kinds = [('best' if i in best else 'beaten') + (' other' if r['peer'] else '') for i, r in enumerate(rows)]
+    lowest = min(r['quality_interval'][0] for r in rows)
+    highest = max(r['quality_interval'][1] for r in rows)
+    room = (highest - lowest) * .05 or 1
+    axes = _Axes((0, max(s.high for s in speeds) * 1.04), (lowest - room, highest + room))
+    front = ft('polyline', cls='front', points=axes.points(points[i] for i in best))
+    marks = [_mark(axes, r, s, kind) for r, s, kind in zip(rows, speeds, kinds)]
+    labels = [_Label(_short(r['method']), *point, kind) for r, point, kind in zip(rows, points, kinds)]
+    return _html(_chart(
+        axes,
+        [front, *marks],
         labels,
-        f'tokens/s, relative to {_short(ref["method"])}',
-        f'quality ({_short(rows[0].get("metric"))})',
-        'Quality against speed, with 95% intervals',
-    )
+        xlabel=f'tokens/s, relative to {_short(ref["method"])}',
+        ylabel=f'quality ({_short(rows[0].get("metric"))})',
+        title='Quality against speed, with 95% intervals',
+    ))
 
-def _short(name, n=20):
-    return str(name) if len(str(name)) <= n else str(name)[:n-1] + '…'
-def _about(r):
-    return f'{r["method"]}: {r["quality"]:.2f} ({r["quality_interval"][0]:.2f} to {r["quality_interval"][1]:.2f}), {r["tokens_per_s"]:.1f} tokens/s'
+# %% ../../nbs/6_evaluation/10_html_report.ipynb #f0148759
+_FEW = 5  # Tries below which a share is not shown
 
-# %% ../../nbs/6_evaluation/10_html_report.ipynb #413f9b59
-_FEW = 5  # Tries below which a share says nothing
+def _shares(counts):
+    "Return (position, share accepted, tries) of every position that was tried often enough"
+    return [(j, right / tried, tried) for j, (tried, right) in enumerate(counts, 1) if tried >= _FEW]
+
+def _curve(axes, name, shares, number):
+    "Return one method's shares as a line with dots"
+    dots = [
+        ft('circle', ft('title', f'{name}, draft token {j}: {share:.0%} of {tried}'),
+           cx=f'{axes.at_x(j):.1f}', cy=f'{axes.at_y(share):.1f}', r='3.5')
+        for j, share, tried in shares
+    ]
+    line = ft('polyline', points=axes.points((j, share) for j, share, _ in shares))
+    return ft('g', line, *dots, cls=f'c{number % 6}')
 
 def acceptance_svg(
-    counts:dict,  # Method -> for each guess (times tried, times right), as `reached` returns
-) -> str:  # SVG, empty where nothing was guessed
-    "Draw the share of right guesses by position"
-    lines = {
-        n: line
-        for n, c in counts.items()
-        if (line := [(j + 1, right / tried, tried) for j, (tried, right) in enumerate(c) if tried >= _FEW])
-    }
+    counts:dict,  # Method -> for each position (times tried, times accepted), as `reached` returns
+) -> str:  # SVG, empty where nothing was drafted
+    "Draw the share of accepted draft tokens by position"
+    lines = {name: shares for name, c in counts.items() if (shares := _shares(c))}
     if not lines: return ''
-    def inside(X, Y):
-        out = []
-        for k, (name, line) in enumerate(lines.items()):
-            dots = ''.join(
-                f'<circle cx="{X(j):.1f}" cy="{Y(s):.1f}" r="3.5"><title>{_E(name)}, guess {j}: {s:.0%} of {n}</title></circle>'
-                for j, s, n in line
-            )
-            out.append(
-                f'<g class="c{k % 6}"><polyline points="{" ".join(f"{X(j):.1f},{Y(s):.1f}" for j, s, _ in line)}"/>{dots}</g>'
-            )
-        return ''.join(out)
-    labels = [(_short(n), *line[-1][:2], f't{k % 6}') for k, (n, line) in enumerate(lines.items())]
-    longest = max(line[-1][0] for line in lines.values())
-    return _chart(
-        (0.5, max(longest, 2) + 0.5),
-        (0, 1),
-        inside,
+    longest = max(shares[-1][0] for shares in lines.values())
+    axes = _Axes((.5, max(longest, 2) + .5), (0, 1))
+    curves = [_curve(axes, name, shares, k) for k, (name, shares) in enumerate(lines.items())]
+    labels = [_Label(_short(name), *shares[-1][:2], f't{k % 6}') for k, (name, shares) in enumerate(lines.items())]
+    return _html(_chart(
+        axes,
+        curves,
         labels,
-        'guess',
-        'right, given those before',
-        'Share of right guesses by position',
-    )
+        xlabel='draft token',
+        ylabel='accepted, given those before',
+        title='Share of accepted draft tokens by position',
+    ))
 
-# %% ../../nbs/6_evaluation/10_html_report.ipynb #2fee7167
+# %% ../../nbs/6_evaluation/10_html_report.ipynb #413f9b59
 class Looks:
-    "Collects what each method writes to a few prompts: give `looks.add` to `compare` as `look`"
+    "Collects each method's answers to a few prompts: give `looks.add` to `compare` as `look`"
     def __init__(self,
         lm:LM,  # Model and adapter
         prompts:list,  # Texts, messages or `Item`s
         new_tokens:int=48,  # Longest answer
         shown:int=2,  # Prompts whose tokens are shown
-        counted:int=6,  # Prompts whose guesses are counted
+        counted:int=6,  # Prompts whose draft tokens are counted
     ):
         self.lm = lm
         self.prompts = prompts[:max(shown, counted)]
@@ -208,230 +261,212 @@ class Looks:
         run,  # As `Method.build` returns
     ):
         "Let one method answer"
-        for i, prompt in enumerate(self.prompts):
+        is_recorded = hasattr(run, 'write')
+        for i, prompt in enumerate(self.prompts if is_recorded else self.prompts[:self.shown]):
             ids, mask = encode(self.lm, [prompt_of(self.lm, prompt)])
-            if hasattr(run, 'write'):
-                said = self._recorded(name, run.write(ids, mask, self.new_tokens, self.lm.eos_ids, record=True))
-            elif i < self.shown:
-                said = f'<div class="text">{_E(until_end(self.lm, run(ids, mask, self.new_tokens, self.lm.eos_ids)[0].tolist()))}</div>'
-            else: break
-            if i < self.shown: self.answers.setdefault(name, []).append(said)
+            answer = self._recorded if is_recorded else self._plain
+            drawn = answer(name, run, ids, mask)
+            if i < self.shown: self.answers.setdefault(name, []).append(drawn)
 
-    def _recorded(self, name, out):
-        "Return an answer as coloured tokens, after counting its guesses"
-        mine = self.counts.setdefault(name, [])
+    def _plain(self, name, run, ids, mask):
+        "Return another library's answer as text"
+        new = run(ids, mask, self.new_tokens, self.lm.eos_ids)[0]
+        return _html(Div(until_end(self.lm, new.tolist()), cls='text'))
+
+    def _recorded(self, name, run, ids, mask):
+        "Return an answer as coloured tokens, after counting its draft tokens"
+        out = run.write(ids, mask, self.new_tokens, self.lm.eos_ids, record=True)
+        counts = self.counts.setdefault(name, [])
         new = reached(out)
-        mine += [(0, 0)] * (len(new) - len(mine))
+        counts += [(0, 0)] * (len(new) - len(counts))
         for j, (tried, right) in enumerate(new):
-            mine[j] = (mine[j][0] + tried, mine[j][1] + right)
-        return proposer_html(out) if new and 'base' not in out.target.roles else token_html(out)
+            counts[j] = (counts[j][0] + tried, counts[j][1] + right)
+        has_contrast = 'base' in out.target.roles
+        return proposer_html(out) if new and not has_contrast else token_html(out)
 
-# %% ../../nbs/6_evaluation/10_html_report.ipynb #14d40be8
-_CSS = '''
-:root{color-scheme:light dark;--paper:#fdfdfb;--ink:#1d2126;--soft:#5c646d;--line:#d9dce0;--box:#f1f3f5;--good:#1a7f4b;--bad:#b3402e;--c0:#1660b8;--c1:#c8641e;--c2:#1a7f4b;--c3:#8a3fa0;--c4:#a8850c;--c5:#b3305f;--grey:#7d858d}
-@media(prefers-color-scheme:dark){:root{--paper:#15181c;--ink:#e4e7ea;--soft:#9aa3ac;--line:#343a41;--box:#1f2429;--good:#58c48d;--bad:#ef8a76;--c0:#6cb0f5;--c1:#f0a05f;--c2:#58c48d;--c3:#cf93e2;--c4:#dcc158;--c5:#f08bb0;--grey:#949ca5}}
-*{box-sizing:border-box}body{margin:0 auto;padding:1rem;max-width:62rem;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
-h1{font-size:1.4rem;margin:.2em 0}h2{font-size:1.1rem;margin:1.8em 0 .4em}p{margin:.5em 0}.soft,figcaption,caption{color:var(--soft);font-size:.875rem;text-align:left}
-.advice{border-left:5px solid var(--c0);background:var(--box);padding:.8rem 1rem;border-radius:4px;font-size:1.05rem}
-ul.verdicts{list-style:none;padding:0;margin:.8em 0}ul.verdicts li{padding:.25em 0}.badge{display:inline-block;min-width:6.6em;padding:0 .5em;margin-right:.5em;border:1px solid;border-radius:1em;font-size:.8rem;text-align:center}.yes{color:var(--good)}.no{color:var(--bad)}.open{color:var(--soft)}
-.wide{overflow-x:auto;border:1px solid var(--line);border-radius:4px}table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums;width:100%}th,td{padding:.3em .7em;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap;overflow-wrap:normal}
-th{color:var(--soft);font-weight:600;vertical-align:bottom}tr:last-child td{border-bottom:0}th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper);max-width:min(14rem,42vw);overflow:hidden;text-overflow:ellipsis}td small{color:var(--soft)}td.better{color:var(--good);font-weight:600}td.worse{color:var(--bad);font-weight:600}
-figure{margin:0}svg{display:block;width:100%;max-width:600px;font:12px system-ui,sans-serif}svg text{fill:var(--ink)}svg .grid{stroke:var(--line)}svg .lead{stroke:var(--grey);fill:none;stroke-width:.7}svg .front{stroke:var(--c1);fill:none;stroke-dasharray:5 3}
-svg .best line,svg .best circle{stroke:var(--c0);fill:var(--c0)}svg .beaten line,svg .beaten circle{stroke:var(--grey);fill:var(--grey)}svg text.beaten{fill:var(--soft)}svg .peer circle{fill:var(--paper)}svg polyline{fill:none;stroke-width:1.6}
-svg .c0{stroke:var(--c0)}svg .c1{stroke:var(--c1)}svg .c2{stroke:var(--c2)}svg .c3{stroke:var(--c3)}svg .c4{stroke:var(--c4)}svg .c5{stroke:var(--c5)}svg .t0{fill:var(--c0)}svg .t1{fill:var(--c1)}svg .t2{fill:var(--c2)}svg .t3{fill:var(--c3)}svg .t4{fill:var(--c4)}svg .t5{fill:var(--c5)}svg circle{fill:currentColor}svg g[class^=c] circle{fill:var(--paper);stroke-width:2}
-details{border:1px solid var(--line);border-radius:4px;padding:.5rem .8rem;margin:.6em 0}summary{cursor:pointer}dl{margin:.6em 0}dt{font-size:.85rem;color:var(--soft);margin-top:.7em}dd{margin:.1em 0;unicode-bidi:isolate}.text{white-space:pre-wrap}.tokens span{border-radius:2px}
-@media(prefers-color-scheme:dark){.tokens span{filter:brightness(.88)}}
-'''
+# %% ../../nbs/6_evaluation/10_html_report.ipynb #df1fcb2b
+def _packaged(name):
+    "Return the text of a file that lies beside this module"
+    return (importlib.resources.files('npu_lora_decoding.evaluation')/name).read_text(encoding='utf-8')
 
 # %% ../../nbs/6_evaluation/10_html_report.ipynb #d373ebff
+def _hurts(verdict):
+    "Return whether the interval lies wholly on the bad side"
+    if verdict.helps is not False or verdict.effect is None: return False
+    if verdict.idea == 'Temp-LoRA': return verdict.effect.low > 1  # a ratio of perplexities
+    return verdict.effect.high < (0 if verdict.idea == 'CoLD' else 1)  # a gain, or a ratio of speeds
+
+def _badge(verdict):
+    "Return a verdict as one coloured word"
+    kind, word = {True: ('yes', 'helps'), False: ('no', 'not shown'), None: ('open', 'not judged')}[verdict.helps]
+    return Span('hurts' if _hurts(verdict) else word, cls=f'badge {kind}')
+
 def _advice(rows):
     "Return the recommendation, and each verdict with its reason"
     found = verdicts(rows)
-    badge = {True: ('yes', 'helps'), False: ('no', 'not shown'), None: ('open', 'not judged')}
-    worse = (
-        lambda v: v.helps is False
-        and v.effect is not None
-        and (v.effect.low > 1 if v.idea == 'Temp-LoRA' else v.effect.high < (0 if v.idea == 'CoLD' else 1))
-    )
-    items = [
-        f'<li><span class="badge {badge[v.helps][0]}">{"hurts" if worse(v) else badge[v.helps][1]}</span><b>{_E(v.idea)}</b>: {_E(v.reason)}</li>'
-        for v in found
-    ]
-    return f'<p class="advice">{_E(recommendation(found))}</p><ul class="verdicts">{"".join(items)}</ul>'
+    items = [Li(_badge(v), B(v.idea), f': {v.reason}') for v in found]
+    return P(recommendation(found), cls='advice'), Ul(*items, cls='verdicts')
 
-def _cell(x, f='{:.2f}', interval=None, zero=None):
+def _number(x, form='{:.2f}', interval=None, zero=None):
     "Return a number as a table cell, with its interval, coloured where that excludes `zero`"
-    if x is None: return '<td>–</td>'
-    low, high = interval or (None, None)
-    kind = (
-        ''
-        if zero is None or low is None
-        else ' class="better"' if low > zero else ' class="worse"' if high < zero else ''
-    )
-    return (
-        f'<td{kind}>{f.format(x)}'
-        + (f' <small>{f.format(low)} to {f.format(high)}</small>' if interval else '')
-        + '</td>'
-    )
+    if x is None: return Td('–')
+    if interval is None: return Td(form.format(x))
+    low, high = interval
+    kind = None
+    if zero is not None and low > zero: kind = 'better'
+    if zero is not None and high < zero: kind = 'worse'
+    return Td(form.format(x), ' ', Small(f'{form.format(low)} to {form.format(high)}'), cls=kind)
 
-_LENT = 'Scores of another method: one that guesses wrote that one\'s timed tokens, and was not judged again. '
-_HEADS = (
-    'method',
-    'quality, 95%',
-    'gain, 95%',
-    'tokens/s',
-    'times as fast, 95%',
-    'as',
-    'tokens a pass',
-    'ms to first token',
-    'ms a step, spread',
-    'GFLOPs a token',
-    'peak MB',
-    'same tokens as greedy',
-)
+def _name(row):
+    "Return a method's name as a table cell, with what is special about it"
+    notes = []
+    if row['peer']: notes.append('third party')
+    if row.get('compiled'): notes.append('compiled')
+    if row.get('judged_as'): notes.append(f'scores of {row["judged_as"]}')
+    small = (' ', Small(', '.join(notes))) if notes else ()
+    return Td(row['method'], *small, title=row['method'])
 
-def _table(rows):
-    "Return all methods as a table"
-    body = []
-    for r in _measured(rows):
-        notes = ', '.join(
-            n
-            for n, on in (
-                ('peer', r['peer']),
-                ('compiled', r.get('compiled')),
-                (f'scores of {_E(r.get("judged_as"))}', r.get('judged_as')),
-            )
-            if on
-        )
-        work = r.get('flops_per_token')
-        body.append(
-            f'<tr><td title="{_E(r["method"])}">{_E(r["method"])}{f" <small>{notes}</small>" if notes else ""}</td>'
-            + _cell(r['quality'], '{:.2f}', r['quality_interval'])
-            + _cell(
-                r.get('gain'), '{:+.2f}', r.get('gain_interval'), 0 if (r.get('items') or 0) >= ENOUGH else None
-            )
-            + _cell(r['tokens_per_s'], '{:.1f}')
-            + _cell(
-                r.get('speedup'),
-                '{:.2f}',
-                r.get('speedup_interval'),
-                1 if len(r['ms_runs'][0]) >= BATCHES else None,
-            )
-            + f'<td>{_E(r.get("speedup_over") or "–")}</td>'
-            + _cell(r.get('tau'))
-            + _cell(r.get('ms_to_first'), '{:.0f}')
-            + _cell(r['ms_per_token'], '{:.1f}', r['ms_spread'])
-            + _cell(work and work / 1e9, '{:.3f}')
-            + _cell(r['peak_mb'], '{:.0f}')
-            + _cell(r['equal_tokens'], '{:.0%}')
-            + '</tr>'
-        )
-    return f'<div class="wide"><table><thead><tr>{"".join(f"<th>{_E(h)}</th>" for h in _HEADS)}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+def _grid_of(rows, columns):
+    "Return a table in a box that scrolls: heading -> function from a row to its cell"
+    head = Tr(*(Th(heading) for heading in columns))
+    body = [Tr(*(cell(r) for cell in columns.values())) for r in rows]
+    return Div(Table(Thead(head), Tbody(*body)), cls='wide')
 
-def _long_text(rows):
-    "Return the readings of a long text as a table"
-    if not (rows := _read(rows)): return ''
-    cells = ''.join(
-        f'<tr><td>{_E(r["method"])}</td>'
-        + _cell(r['quality'], '{:.3f}')
-        + _cell(r['tokens'], '{:,}')
-        + _cell(r['tokens_per_s'], '{:.1f}')
-        + _cell(r['ms_per_token'], '{:.1f}', r['ms_spread'])
-        + _cell(r.get('flops_per_token') and r['flops_per_token'] / 1e9, '{:.3f}')
-        + '</tr>'
-        for r in rows
-    )
-    heads = ''.join(
-        f'<th>{h}</th>'
-        for h in ('method', 'perplexity', 'tokens', 'tokens/s', 'ms a token, spread', 'GFLOPs a token')
-    )
-    return f'<h2>A long text, with and without a memory</h2><p class="soft">{_E(rows[0]["text"])}, scored chunk by chunk before it is learned. Lower perplexity is better.</p><div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>'
+def _giga(flops):
+    return flops and flops / 1e9
 
-def _tokens(looks):
-    "Return what the methods wrote, prompt by prompt"
-    if looks is None or not looks.answers: return ''
-    out = []
-    for i, prompt in enumerate(looks.prompts[:looks.shown]):
-        asked, answer = (
-            (prompt.prompt, prompt.answer)
-            if isinstance(prompt, Item)
-            else (
-                prompt[-1]['content'] if isinstance(prompt, list) and isinstance(prompt[-1], dict) else prompt,
-                '',
-            )
-        )
-        said = ''.join(
-            f'<dt>{_E(name)}</dt><dd class="tokens">{a[i]}</dd>'
-            for name, a in looks.answers.items()
-            if i < len(a)
-        )
-        out.append(
-            f'<details{" open" if i == 0 else ""}><summary>{_E(_short(asked, 300))}</summary><dl>'
-            + (f'<dt>reference</dt><dd class="text">{_E(answer)}</dd>' if answer else '')
-            + said
-            + '</dl></details>'
-        )
-    return (
-        '<h2>What they wrote</h2><p class="soft">With contrast, green is what the adapter raised and red what it lowered; a frame marks a choice that contrast changed. With guesses, the colour says who proposed a token. Facts appear under the mouse.</p>'
-        + ''.join(out)
-    )
+_MAIN = {
+    'method': _name,
+    'quality, 95%': lambda r: _number(r['quality'], interval=r['quality_interval']),
+    'gain, 95%': lambda r: _number(
+        r.get('gain'), '{:+.2f}', r.get('gain_interval'), zero=0 if (r.get('items') or 0) >= ENOUGH else None
+    ),
+    'tokens/s': lambda r: _number(r['tokens_per_s'], '{:.1f}'),
+    'times as fast, 95%': lambda r: _number(
+        r.get('speedup'), interval=r.get('speedup_interval'), zero=1 if len(r['ms_runs'][0]) >= BATCHES else None
+    ),
+    'as': lambda r: Td(r.get('speedup_over') or '–'),
+}
+_COST = {
+    'method': _name,
+    'tokens per forward pass': lambda r: _number(r.get('tau')),
+    'ms to first token': lambda r: _number(r.get('ms_to_first'), '{:.0f}'),
+    'ms a step, spread': lambda r: _number(r['ms_per_token'], '{:.1f}', r['ms_spread']),
+    'GFLOPs a token': lambda r: _number(_giga(r.get('flops_per_token')), '{:.3f}'),
+    'peak MB': lambda r: _number(r['peak_mb'], '{:.0f}'),
+    'same tokens as greedy': lambda r: _number(r['equal_tokens'], '{:.0%}'),
+}
+_LONG = {
+    'method': lambda r: Td(r['method']),
+    'perplexity': lambda r: _number(r['quality'], '{:.3f}'),
+    'tokens': lambda r: _number(r['tokens'], '{:,}'),
+    'tokens/s': lambda r: _number(r['tokens_per_s'], '{:.1f}'),
+    'ms a token, spread': lambda r: _number(r['ms_per_token'], '{:.1f}', r['ms_spread']),
+    'GFLOPs a token': lambda r: _number(_giga(r.get('flops_per_token')), '{:.3f}'),
+}
+
+def _asked(prompt):
+    "Return what a prompt asks, and the answer that is known"
+    if isinstance(prompt, Item): return prompt.prompt, prompt.answer
+    if isinstance(prompt, list) and isinstance(prompt[-1], dict): return prompt[-1]['content'], ''
+    return prompt, ''
+
+def _answers(looks, i):
+    "Return every method's answer to one prompt"
+    question, reference = _asked(looks.prompts[i])
+    parts = [Dt('reference'), Dd(reference, cls='text')] if reference else []
+    for name, answers in looks.answers.items():
+        if i < len(answers): parts += [Dt(name), Dd(Safe(answers[i]), cls='tokens')]
+    return Details(Summary(_short(question, 300)), Dl(*parts), open=i == 0)
 
 # %% ../../nbs/6_evaluation/10_html_report.ipynb #ecaafde4
+_NOTE_SCORES = (
+    'Where it says "scores of" another method, both generated the same tokens while they were timed, '
+    'so the answers were judged once. '
+)
+_NOTE_TABLE = (
+    'A gain is paired, item by item, with the reference (greedy, or else the first row). Methods took turns in one process. '
+    'A ratio compares two methods turn by turn; intervals are 95% and resample prompts. Green or red: the interval '
+    f'excludes "no difference", on at least {ENOUGH} items or {BATCHES} timed batches. With many rows, one in forty looks better by chance.'
+)
+_NOTE_PARETO = (
+    'Dots are means, lines 95% intervals of the quality itself and of the speed. The dashed line is the frontier: it joins, '
+    'in blue, the methods that no other beats in both; grey ones are beaten. Hollow dots are third parties. '
+    'Whether a difference is more than chance is shown by the paired gain in the table.'
+)
+_NOTE_REACH = (
+    'Share of draft tokens accepted by position, given those before, over the first prompts; '
+    f'positions tried fewer than {_FEW} times are left out.'
+)
+_NOTE_TOKENS = (
+    'With contrast, green is what the adapter raised and red what it lowered; a frame marks a choice that contrast changed. '
+    'With drafting, the colour shows who proposed a token. Hover over a token for its numbers.'
+)
+
+def _soft(text):
+    return P(text, cls='soft')
+
+def _facts(rows, about):
+    "Return what was measured, on what"
+    seen = _measured(rows)
+    env = next((r for r in rows if r['method'] == 'environment'), {})
+    lines = [about]
+    if seen:
+        first = seen[0]
+        lines.append(f'{first["model"]}, {first["dtype"]}, {first["device"]}, batch {first["batch"]}, {first["new_tokens"]} new tokens')
+    hidden = ('method', 'recommendation', 'verdicts')
+    lines.append(', '.join(f'{k} {v}' for k, v in env.items() if k not in hidden and v is not None))
+    return [_soft(line) for line in lines if line]
+
+def _tables(rows):
+    "Return quality and speed of all methods, and what they cost"
+    seen = _measured(rows)
+    note = (_NOTE_SCORES if any(r.get('judged_as') for r in rows) else '') + _NOTE_TABLE
+    return H2('All methods'), _grid_of(seen, _MAIN), _soft(note), H2('What they cost'), _grid_of(seen, _COST)
+
+def _pictures(rows, looks):
+    "Return quality against speed, and how far drafts were accepted"
+    pareto = pareto_svg(rows)
+    reach = acceptance_svg(looks.counts if looks else {})
+    yield H2('Quality against speed')
+    if pareto: yield Figure(Safe(pareto), Figcaption(_NOTE_PARETO))
+    else: yield _soft('No answers were judged: give prompts with answers, and a metric.')
+    if reach:
+        yield H2('How far drafts are accepted')
+        yield Figure(Safe(reach), Figcaption(_NOTE_REACH))
+
+def _details(rows, looks):
+    "Return the readings of a long text, and the answers token by token"
+    long = _read(rows)
+    if long:
+        yield H2('A long text, with and without a memory')
+        yield _soft(f'{long[0]["text"]}, scored chunk by chunk before it is learned. Lower perplexity is better.')
+        yield _grid_of(long, _LONG)
+    if looks is not None and looks.answers:
+        yield H2('Their answers')
+        yield _soft(_NOTE_TOKENS)
+        for i in range(len(looks.prompts[:looks.shown])):
+            yield _answers(looks, i)
+
 def page(
     rows:list,  # From `compare`, and of a long text from `reading_row`
-    looks:Looks|None=None,  # What the methods wrote
+    looks:Looks|None=None,  # The methods' answers
     title:str='A comparison of decoding methods',  # Of the page
     about:str='',  # One line: which prompts, which adapter, which command
 ) -> str:  # HTML
     "Return a comparison as one self-contained page"
-    seen = _measured(rows)
-    env = next((r for r in rows if r['method'] == 'environment'), {})
-    pareto = pareto_svg(rows)
-    reach = acceptance_svg(looks.counts if looks else {})
-    facts = [
-        about,
-        *(
-            [
-                f'{seen[0]["model"]}, {seen[0]["dtype"]}, {seen[0]["device"]}, batch {seen[0]["batch"]}, {seen[0]["new_tokens"]} new tokens'
-            ]
-            if seen
-            else []
-        ),
-        ', '.join(
-            f'{k} {v}'
-            for k, v in env.items()
-            if k not in ('method', 'recommendation', 'verdicts') and v is not None
-        ),
-    ]
-    body = [
-        f'<h1>{_E(title)}</h1>',
-        *(f'<p class="soft">{_E(f)}</p>' for f in facts if f),
-        '<h2>What to use here</h2>',
-        _advice(rows),
-        '<h2>All methods</h2>',
-        _table(rows),
-        f'<p class="soft">{_LENT if any(r.get("judged_as") for r in rows) else ""}A gain is paired, item by item, with the reference (greedy, or else the first row). Methods took turns in one process. A ratio compares two methods turn by turn; intervals are 95% and resample prompts. Green or red: the interval excludes "no difference", on at least {ENOUGH} items or {BATCHES} timed batches. With many rows, one in forty looks better by chance.</p>',
-        '<h2>Quality against speed</h2>',
-        (
-            f'<figure>{pareto}<figcaption>Dots are means, lines 95% intervals of the quality itself and of the speed. The dashed line is the frontier: it joins, in blue, the methods that no other beats in both; grey ones are beaten. Hollow dots are other libraries. Whether a difference is more than chance is said by the paired gain in the table.</figcaption></figure>'
-            if pareto
-            else '<p class="soft">No answers were judged: give prompts with answers, and a metric.</p>'
-        ),
-        *(
-            [
-                '<h2>How far guesses reach</h2>',
-                f'<figure>{reach}<figcaption>Share of right guesses by position, given those before, over the first prompts; positions tried fewer than {_FEW} times are left out.</figcaption></figure>',
-            ]
-            if reach
-            else []
-        ),
-        _long_text(rows),
-        _tokens(looks),
-    ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><meta http-equiv="Content-Security-Policy" content="default-src \'none\';style-src \'unsafe-inline\'"><title>{_E(title)}</title><style>{_CSS}</style>'
-    return f'<!DOCTYPE html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'.translate(
-        _HARMFUL
+    body = (
+        H1(title),
+        *_facts(rows, about),
+        H2('What to use here'),
+        *_advice(rows),
+        *_tables(rows),
+        *_pictures(rows, looks),
+        *_details(rows, looks),
     )
+    frame = string.Template(_packaged('report.html'))
+    parts = dict(title=_html(Title(title)), style=_html(Style(Safe(_packaged('report.css')))), body=_html(*body))
+    return frame.substitute(parts).translate(_HARMFUL)
 
 def save_page(
     path:str|Path,  # HTML file
