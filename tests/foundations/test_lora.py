@@ -143,7 +143,7 @@ def test_layers_collect_only_what_was_computed_from_their_own_input():
                 name, source = f'{n}_proj', 'x' if i == 'x' else 'other'
                 torch.testing.assert_close(getattr(block, name)(inputs[source]), expected[name, source], **TOLERANCE)
             assert len(calls) == times, sequence
-    assert all(s.x is None and not s.left for s in bank._groups.values())
+    assert all(s.x is None and not s.left for s in bank._groups)
 
 @compiled
 def test_lora_compiles_to_the_same():

@@ -70,7 +70,7 @@ def retrain(**config):
     def f(folder): shutil.rmtree(folder); toy_adapter(toy_model(), folder, **config)
     return f
 
-NO_LORA = 'which is no LoRA matrix of a linear layer: train it on linear layers only (no embeddings, no modules_to_save).'
+NO_LORA = 'which is not a LoRA matrix of a linear layer: train it on linear layers only (no embeddings, no modules_to_save).'
 NAN = 'the adapter holds NaN or infinite weights in model.layers.0.self_attn.q_proj: its training diverged; train it again with a lower learning rate.'
 
 @pytest.mark.parametrize('harm,said', [
@@ -171,7 +171,7 @@ def test_vocabulary(folder, base):
 def test_lm_head_adapter_as_peft_saves_it(base, tmp_path):
     assert 'lm_head' in load_adapter(toy_adapter(base, tmp_path/'a', target_modules=['q_proj', 'lm_head']), base).layers
 
-@pytest.mark.parametrize('path,what', [('norm', 'which is no linear layer: train it on linear layers only.'), ('embed_tokens', 'which is no linear layer: train it on linear layers only.')])
+@pytest.mark.parametrize('path,what', [('norm', 'which is not a linear layer: train it on linear layers only.'), ('embed_tokens', 'which is not a linear layer: train it on linear layers only.')])
 def test_not_linear(folder, base, path, what):
     key = f'base_model.model.model.{path}.lora_'
     rewrite(folder, lambda t: t.update({key+'A.weight': torch.ones(4, 32), key+'B.weight': torch.ones(32, 4)}))

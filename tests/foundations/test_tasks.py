@@ -52,7 +52,7 @@ def test_plain_and_gzip_read_alike(tmp_path):
     plain.write_text('{"prompt": "a", "system": "own"}\n{"prompt": "b"}\n', encoding='utf-8')
     assert [i.system for i in read_jsonl(plain, answer=None, system='S')] == ['own', 'S']
     plain.write_text('{"prompt": "a", "system": 1}\n', encoding='utf-8')
-    with pytest.raises(DecodingError, match="'system' is no text"): read_jsonl(plain, answer=None)
+    with pytest.raises(DecodingError, match="'system' is not text"): read_jsonl(plain, answer=None)
     assert Item('p', 'a', 's').messages == [dict(role='system', content='s'), dict(role='user', content='p')] and len(Item('p', 'a').messages) == 1
 
 @pytest.mark.parametrize('data,said', [
