@@ -35,11 +35,15 @@ def train_lora(
     "Train a LoRA adapter; Ctrl-C saves, the same command continues"
     lm, _ = load_target(model, 'none', dtype, device)
     items = read_jsonl(prompts) if prompts else get_task(task, data).train
-    config = FinetuneConfig(steps=steps, batch=batch, r=rank, alpha=2*rank, lr=lr, seed=seed, save_every=25, snapshots=tuple(int(s) for s in snapshots.split(',') if s))
-    losses = finetune(lm, items, out, config, card(lm.name, Path(prompts).name if prompts else task, len(items), config))
-    print(f'\nloss of the last 20 steps: {sum(losses[-20:]) / len(losses[-20:]):.4f}')
+    kept = tuple(int(s) for s in snapshots.split(',') if s)
+    config = FinetuneConfig(
+        steps=steps, batch=batch, r=rank, alpha=2*rank, lr=lr, seed=seed, save_every=25, snapshots=kept)
+    name = Path(prompts).name if prompts else task
+    losses = finetune(lm, items, out, config, card(lm.name, name, len(items), config))
+    last = losses[-20:]
+    print(f'\nloss of the last 20 steps: {sum(last) / len(last):.4f}')
 
-# %% ../../nbs/8_cli/06_adapter.ipynb #014066db
+# %% ../../nbs/8_cli/06_adapter.ipynb #5d03a146
 @command
 def custom_generate(
     out:str,  # Folder to appear; custom_generate/ is put into one that exists
@@ -53,13 +57,20 @@ def custom_generate(
     model:str=None,  # Folder of a model to copy in, for transformers serve, or 'embedded' (default: no model, for model.generate)
 ):
     "Write a folder for transformers' custom_generate= and transformers serve"
-    drafter = 'hass_lookup' if head and lookup else 'hass_tree' if head else 'lookup' if lookup else None
-    settings = Settings(method, alpha, beta, drafter, head=head is not None, compile=compile)
-    adapter, head = shipped_adapter() if adapter == 'shipped' else adapter, shipped_head() if head == 'shipped' else head
-    print('wrote', write_custom_generate(out, settings, adapter, head, embedded_folder() if model == 'embedded' else model))
-    print(f'transformers serve {out} --trust-remote-code' if model else f"model.generate(..., custom_generate='{out}', trust_remote_code=True)")
+    settings = Settings(method, alpha, beta, _drafter_name(head, lookup), head=head is not None, compile=compile)
+    if adapter == 'shipped': adapter = shipped_adapter()
+    if head == 'shipped': head = shipped_head()
+    whole = embedded_folder() if model == 'embedded' else model
+    print('wrote', write_custom_generate(out, settings, adapter, head, whole))
+    if model: print(f'transformers serve {out} --trust-remote-code')
+    else: print(f"model.generate(..., custom_generate='{out}', trust_remote_code=True)")
 
-# %% ../../nbs/8_cli/06_adapter.ipynb #5d03a146
+def _drafter_name(head, lookup):
+    "Return the name of the drafter that the options ask for, or None"
+    if head: return 'hass_lookup' if lookup else 'hass_tree'
+    return 'lookup' if lookup else None
+
+# %% ../../nbs/8_cli/06_adapter.ipynb #afd4fe50
 @command
 def null_adapter(
     adapter:str,  # PEFT folder
@@ -68,6 +79,7 @@ def null_adapter(
     context:int=2048,  # Longest text, prompt and answer, in that line
     pairs:int=16,  # That run at once, in that line
 ):
-    "Write an adapter of zeros beside yours, and say how to serve CoLD in vLLM"
+    "Write an adapter of zeros beside yours, and show how to serve CoLD in vLLM"
     zeros = write_null(adapter, out)
-    print(f'{zeros}: the same shapes, B = 0\n{serve_command(model, adapter, zeros, context=context, pairs=pairs)}')
+    print(f'{zeros}: the same shapes, B = 0')
+    print(serve_command(model, adapter, zeros, context=context, pairs=pairs))
