@@ -76,7 +76,7 @@ def _reading_rows(lm, text, most, settings):
     shape = shape_of(lm.model)
     rows = []
     for name, how in dict(base=replace(settings, epochs=0), temp_lora=settings).items():
-        reading = read_document(lm, ids, how, say=Progress(name=f'{name:<10}'))
+        reading = read_document(lm, ids, how, on_chunk=Progress(name=f'{name:<10}'))
         require(reading.finished, 'the reading was stopped', 'give the command again, or leave --text out')
         flops = cost_of(shape, how, len(ids)).flops / len(ids)
         row = reading_row(name, reading, (0,), **model_fields(lm), text=Path(text).name, flops_per_token=flops)

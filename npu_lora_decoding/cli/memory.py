@@ -189,7 +189,7 @@ def perplexity(
         how = replace(settings, **_METHODS[name])
         readings[name] = read_document(
             lm, ids, how, folder/f'{name}.safetensors', save_every=save_every, stop_after=stop_after,
-            say=Progress(name=f'{name:<10}'))
+            on_chunk=Progress(name=f'{name:<10}'))
         _print_notes(name, readings[name], folder)
     if all(r.chunks for r in readings.values()): print(perplexity_table(readings, edges))
     about = model_fields(lm) | dict(text=Path(text).name)
