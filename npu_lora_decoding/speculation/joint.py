@@ -22,7 +22,7 @@ def _paths_of(tokens, parents):
     column = depth[:, None].expand_as(on_path)
     rows = torch.zeros_like(column.contiguous())
     marked = on_path * (tokens[:, None] + 1)
-    return runner.scatter_add(2, column, marked)
+    return rows.scatter_add(2, column, marked)
 
 def _side_by_side(trees):
     "Return the nodes of all trees one after the other: tokens, parents, proposers, scores `(b, n)`"
