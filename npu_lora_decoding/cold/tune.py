@@ -26,38 +26,43 @@ def sweep(
     score,  # `target -> scores`, one number an item, for example `scorer` of `6_evaluation/01_judging`
     betas:tuple=BETAS,  # Strengths to try, at the first alpha
     alphas:tuple=(.1, .3, .02),  # Plausibilities to try; after the first, only at the best beta
-    log=print,  # Called with a line a setting
+    log=print,  # Called with one line for each setting
 ) -> list:  # `Setting`s; the first is greedy (beta 0)
     "Return the scores of greedy and of every setting on the same items"
     def run(alpha, beta):
-        setting = Setting(alpha, beta, tuple(score(CoLD(alpha, beta) if beta else Plain())))
-        log(f'alpha {alpha:<5} beta {beta:<5} score {sum(setting.scores) / len(setting.scores):.4g}')
-        return setting
-    found = [run(alphas[0], 0.)] + [run(alphas[0], b) for b in betas if b]
-    best = max(found[1:], key=lambda s: sum(s.scores))
-    return found + [run(a, best.beta) for a in alphas[1:]]
+        target = CoLD(alpha, beta) if beta else Plain()
+        scores = tuple(score(target))
+        log(f'alpha {alpha:<5} beta {beta:<5} score {sum(scores) / len(scores):.4g}')
+        return Setting(alpha, beta, scores)
+    greedy = run(alphas[0], 0.)
+    found = [run(alphas[0], beta) for beta in betas if beta]
+    best = max(found, key=lambda s: sum(s.scores))
+    others = [run(alpha, best.beta) for alpha in alphas[1:]]
+    return [greedy, *found, *others]
 
 # %% ../../nbs/2_cold/03_tune.ipynb #eac2c2ad
 @dataclass(frozen=True)
 class Advice:
-    "What the sweep says"
+    "The result of a sweep"
     alpha:float  # The setting that was best on the choosing half
     beta:float  # Strength of the contrast, of the same setting
     gain:Interval  # Its gain over greedy on the other half
-    use:bool  # Whether that gain is shown
+    use:bool  # Whether that gain is shown, its interval above zero
     items:int  # On the judging half
 
     def __str__(self):
         g = f'{self.gain.mean:+.3g} ({self.gain.low:+.3g} to {self.gain.high:+.3g}, {self.items} items)'
         if self.use: return f'Use CoLD(alpha={self.alpha}, beta={self.beta}): gain over greedy {g}.'
-        return f'Do not use CoLD here: the best setting found, alpha={self.alpha} and beta={self.beta}, changes the score by {g}, which is not shown to be a gain.'
+        best = f'the best setting found, alpha={self.alpha} and beta={self.beta}'
+        return f'Do not use CoLD here: {best}, changes the score by {g}, which is not shown to be a gain.'
 
 def advise(
     settings:list,  # From `sweep`
 ) -> Advice:  # With a gain measured on items that had no part in the choice
     "Choose the best setting on the even items and judge it on the odd ones"
-    greedy, rest = settings[0], settings[1:]
-    require(len(greedy.scores) >= ENOUGH, f'{len(greedy.scores)} items are too few to judge', f'give at least {ENOUGH}, better 200')
+    greedy, *rest = settings
+    n = len(greedy.scores)
+    require(n >= ENOUGH, f'{n} items are too few to judge', f'give at least {ENOUGH}, better 200')
     best = max(rest, key=lambda s: sum(s.scores[::2]))
     gain = paired(best.scores[1::2], greedy.scores[1::2])
     return Advice(best.alpha, best.beta, gain, gain.low > 0, len(greedy.scores[1::2]))
@@ -67,17 +72,22 @@ def plot_sweep(
     settings:list,  # From `sweep`
     ax=None,  # matplotlib axes
     title:str='',  # Above the plot
+    ylabel:str='gain over greedy',  # With the unit of the scores
 ):  # The axes
     "Plot the gain over greedy against beta"
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, 3))[1]
-    first = settings[0].alpha
+    greedy = settings[0]
+    first = greedy.alpha
     line = sorted((s for s in settings if s.alpha == first), key=lambda s: s.beta)
-    gains = [paired(s.scores, settings[0].scores) for s in line]
+    gains = [paired(s.scores, greedy.scores) for s in line]
     betas = [s.beta for s in line]
     ax.fill_between(betas, [i.low for i in gains], [i.high for i in gains], alpha=.2)
     ax.plot(betas, [i.mean for i in gains], 'o-', label=rf'$\alpha$ = {first}')
     for s in settings:
-        if s.alpha != first: ax.plot(s.beta, paired(s.scores, settings[0].scores).mean, 'x', label=rf'$\alpha$ = {s.alpha}')
-    ax.axhline(0, c='grey', lw=.8); ax.set(xlabel=r'$\beta$', ylabel='gain over greedy', title=title); ax.legend(fontsize=7)
+        if s.alpha == first: continue
+        ax.plot(s.beta, paired(s.scores, greedy.scores).mean, 'x', label=rf'$\alpha$ = {s.alpha}')
+    ax.axhline(0, c='grey', lw=.8)
+    ax.set(xlabel=r'$\beta$', ylabel=ylabel, title=title)
+    ax.legend(fontsize=7)
     return ax

@@ -42,9 +42,12 @@ def next_logits(
 ) -> torch.Tensor:  # Logits `(b,v)` in fp32
     "Return the logits of the token that follows `ids`"
     positions = positions_of(mask)[:, -ids.shape[1]:]
-    out = last_logits(model, ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
-    out = out[:, -1].float()
-    require(bool(out.amax(-1).isfinite().all()), 'the model gave NaN or infinite logits', 'check the model and adapter weights, or use dtype="fp32"')
+    inputs = dict(attention_mask=mask, position_ids=positions, past_key_values=cache)
+    out = last_logits(model, ids, use_cache=cache is not None, **inputs)[:, -1].float()
+    require(
+        bool(out.amax(-1).isfinite().all()),
+        'the model gave NaN or infinite logits',
+        'check the model and adapter weights, or use dtype="fp32"')
     return out
 
 # %% ../../nbs/1_decoding/01_baseline.ipynb #3a5fc69c
@@ -54,8 +57,10 @@ def check_batch(
     new_tokens:int,  # Tokens to add
 ):
     "Raise `DecodingError` unless the batch is padded on the left and there is something to do"
-    require(ids.dim() == 2 and ids.numel() > 0 and ids.shape == mask.shape, f'ids {tuple(ids.shape)} and mask {tuple(mask.shape)} are no batch of prompts',
-            'give both as (b, t) with at least one token, as encode returns them')
+    require(
+        ids.dim() == 2 and ids.numel() > 0 and ids.shape == mask.shape,
+        f'ids {tuple(ids.shape)} and mask {tuple(mask.shape)} are not a batch of prompts',
+        'give both as (b, t) with at least one token, as encode returns them')
     require(bool(mask[:, -1].all()), 'the prompts are padded on the right', 'pad them on the left, as encode does')
     require(new_tokens >= 1, f'new_tokens is {new_tokens}', 'ask for at least one')
 
@@ -76,25 +81,31 @@ def greedy_naive(
     eos_ids=(),  # Every token that ends a sequence
     pad_id:int=0,  # Fills sequences that ended before the longest
 ) -> torch.Tensor:  # Prompts and answers `(b,t+n)`, `n <= new_tokens`
-    "Return the greedy continuation, recomputed in full at every step: the oracle"
+    "Return the greedy continuation, recomputed in full at every step: the reference"
     check_batch(ids, mask, new_tokens)
-    ended, eos = torch.zeros_like(mask[:, 0], dtype=torch.bool), _eos(eos_ids, ids)
+    eos = _eos(eos_ids, ids)
+    ended = torch.zeros_like(mask[:, 0], dtype=torch.bool)
     for _ in range(new_tokens):
         token = next_logits(model, ids, mask).argmax(-1).masked_fill(ended, pad_id)
-        ids, mask = _append(ids, token), _append(mask, torch.ones_like(token))
+        ids = _append(ids, token)
+        mask = _append(mask, torch.ones_like(token))
         ended = ended | torch.isin(token, eos)
         if ended.all(): break
     return ids
 
 # %% ../../nbs/1_decoding/01_baseline.ipynb #ae37e48c
-def _decode(model, ids, mask, new_tokens, choose, eos_ids, pad_id):
+def _decode(model, ids, mask, new_tokens, *, choose, eos_ids, pad_id):
     "Return `ids` continued with what `choose` picks from each step's logits `(b,v)`, every token computed once"
     check_batch(ids, mask, new_tokens)
-    ended, eos = torch.zeros_like(mask[:, 0], dtype=torch.bool), _eos(eos_ids, ids)
-    cache, fresh = DynamicCache(config=model.config), ids
+    eos = _eos(eos_ids, ids)
+    ended = torch.zeros_like(mask[:, 0], dtype=torch.bool)
+    cache = DynamicCache(config=model.config)
+    fresh = ids
     for _ in range(new_tokens):
         token = choose(next_logits(model, fresh, mask, cache)).masked_fill(ended, pad_id)
-        ids, mask, fresh = _append(ids, token), _append(mask, torch.ones_like(token)), token[:, None]
+        ids = _append(ids, token)
+        mask = _append(mask, torch.ones_like(token))
+        fresh = token[:, None]
         ended = ended | torch.isin(token, eos)
         if ended.all(): break
     return ids
@@ -108,7 +119,8 @@ def greedy_cached(
     pad_id:int=0,  # Fills sequences that ended before the longest
 ) -> torch.Tensor:  # Prompts and answers `(b,t+n)`, `n <= new_tokens`
     "Return the greedy continuation, with a KV cache"
-    return _decode(model, ids, mask, new_tokens, lambda logits: logits.argmax(-1), eos_ids, pad_id)
+    def best(logits): return logits.argmax(-1)
+    return _decode(model, ids, mask, new_tokens, choose=best, eos_ids=eos_ids, pad_id=pad_id)
 
 # %% ../../nbs/1_decoding/01_baseline.ipynb #2c22944a
 def apply_temperature(
@@ -159,7 +171,7 @@ def draw(
     "Return one token for each row, drawn from `softmax(scores)`"
     return torch.multinomial(scores.softmax(-1), 1, generator=generator).squeeze(-1)
 
-def _filtered(logits, temperature, top_k, top_p, min_p):
+def _filtered(logits, *, temperature, top_k, top_p, min_p):
     "Return the logits after all filters that do something, in transformers' order"
     scores = apply_temperature(logits, temperature)
     if top_k != 0: scores = keep_top_k(scores, top_k)
@@ -180,8 +192,10 @@ def sample_cached(
     pad_id:int=0,  # Fills sequences that ended before the longest
 ) -> torch.Tensor:  # Prompts and answers `(b,t+n)`, `n <= new_tokens`
     "Return a sampled continuation, with a KV cache"
-    choose = lambda logits: draw(_filtered(logits, temperature, top_k, top_p, min_p), generator)
-    return _decode(model, ids, mask, new_tokens, choose, eos_ids, pad_id)
+    def drawn(logits):
+        scores = _filtered(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        return draw(scores, generator)
+    return _decode(model, ids, mask, new_tokens, choose=drawn, eos_ids=eos_ids, pad_id=pad_id)
 
 # %% ../../nbs/1_decoding/01_baseline.ipynb #47eb0956
 @dataclass
@@ -196,11 +210,16 @@ class _Beams:
 
 def _start(ids, num_beams, new_tokens, pad_id):
     "Return the state before the first step: one live beam for each prompt, nothing finished"
-    (b, t), m = ids.shape, num_beams
-    scores = torch.full((b, m), -math.inf, device=ids.device)
-    done = ids.new_full((b, m, t + new_tokens), pad_id)
-    live = scores.index_fill(1, ids.new_zeros(1), 0.)
-    return _Beams(ids[:, None].expand(b, m, t), live, done, scores, ids.new_zeros(b, m), torch.ones_like(ids[:, 0], dtype=torch.bool))
+    b, t = ids.shape
+    m = num_beams
+    nothing = torch.full((b, m), -math.inf, device=ids.device)
+    return _Beams(
+        ids=ids[:, None].expand(b, m, t),
+        scores=nothing.index_fill(1, ids.new_zeros(1), 0.),
+        done=ids.new_full((b, m, t + new_tokens), pad_id),
+        done_scores=nothing,
+        done_len=ids.new_zeros(b, m),
+        active=torch.ones_like(ids[:, 0], dtype=torch.bool))
 
 # %% ../../nbs/1_decoding/01_baseline.ipynb #44c3023d
 # Rules 1, 2 and 3 of the search are one function each; `_take` is the only indexing they need
@@ -210,20 +229,24 @@ def _take(x, which):
 
 def _extend(beams, logits, keep):
     "Return the best `keep` continuations of all beams: score, parent and sequence, `(b,keep)` each, from logits `(b*m,v)`"
-    (b, m), v = beams.scores.shape, logits.shape[-1]
+    b, m = beams.scores.shape
+    v = logits.shape[-1]
     total = logits.log_softmax(-1).view(b, m, v) + beams.scores[..., None]
     scores, flat = total.flatten(1).topk(min(keep, m * v))
-    parents, tokens = flat // v, flat % v
+    parents = flat // v
+    tokens = flat % v
     return scores, parents, torch.cat([_take(beams.ids, parents), tokens[..., None]], dim=-1)
 
-def _finish(beams, scores, grown, ended, length, length_penalty):
+def _finish(beams, scores, grown, ended, *, length, length_penalty):
     "Merge the continuations that ended into the finished beams, and note which prompts cannot improve any more"
-    m, n = beams.scores.shape[1], grown.shape[-1]
-    new = (scores / length**length_penalty).masked_fill(~(ended & beams.active[:, None]), -math.inf)[:, :m]
-    filled = torch.cat([grown[:, :m], beams.done[:, :, n:]], dim=-1)
+    m = beams.scores.shape[1]
+    ends_here = ended & beams.active[:, None]
+    new = (scores / length**length_penalty).masked_fill(~ends_here, -math.inf)[:, :m]
+    filled = torch.cat([grown[:, :m], beams.done[:, :, grown.shape[-1]:]], dim=-1)
+    lengths = torch.full_like(beams.done_len, length)
     beams.done_scores, best = torch.cat([beams.done_scores, new], dim=1).topk(m)
     beams.done = _take(torch.cat([beams.done, filled], dim=1), best)
-    beams.done_len = _take(torch.cat([beams.done_len, torch.full_like(beams.done_len, length)], dim=1), best)
+    beams.done_len = _take(torch.cat([beams.done_len, lengths], dim=1), best)
 
 def _run_on(beams, scores, parents, grown, ended):
     "Keep the best beams that did not end running; return their parents `(b,m)`"
@@ -246,22 +269,28 @@ def beam_search(
     "Return the sequence of the best score for each prompt, by beam search with a KV cache"
     check_batch(ids, mask, new_tokens)
     require(num_beams >= 1, f'num_beams is {num_beams}', 'give at least 1')
-    eos, cache, beams = _eos(eos_ids, ids), DynamicCache(config=model.config), _start(ids, num_beams, new_tokens, pad_id)
-    keep, first_row = (1 + max(1, len(eos))) * num_beams, torch.arange(len(ids), device=ids.device)[:, None] * num_beams
+    eos = _eos(eos_ids, ids)
+    beams = _start(ids, num_beams, new_tokens, pad_id)
+    keep = (1 + max(1, len(eos))) * num_beams
+    first_row = torch.arange(len(ids), device=ids.device)[:, None] * num_beams
+    cache = DynamicCache(config=model.config)
     logits = next_logits(model, ids, mask, cache).repeat_interleave(num_beams, 0)
-    cache.batch_repeat_interleave(num_beams); mask = mask.repeat_interleave(num_beams, 0)
+    cache.batch_repeat_interleave(num_beams)
+    mask = mask.repeat_interleave(num_beams, 0)
     for n in range(1, new_tokens + 1):
-        parents = _step(beams, logits, keep, eos, n, n == new_tokens, length_penalty)
-        if n == new_tokens or not beams.active.any(): break
-        cache.reorder_cache((first_row + parents).flatten()); mask = _append(mask, torch.ones_like(mask[:, 0]))
+        last = n == new_tokens
+        parents = _step(beams, logits, keep, eos, length=n, last=last, length_penalty=length_penalty)
+        if last or not beams.active.any(): break
+        cache.reorder_cache((first_row + parents).flatten())
+        mask = _append(mask, torch.ones_like(mask[:, 0]))
         logits = next_logits(model, beams.ids[..., -1].reshape(-1, 1), mask, cache)
     return beams.done[:, 0, :ids.shape[1] + beams.done_len[:, 0].max()]
 
-def _step(beams, logits, keep, eos, length, last, length_penalty):
+def _step(beams, logits, keep, eos, *, length, last, length_penalty):
     "Advance all beams by one token; return the parents of the running ones `(b,m)`"
     scores, parents, grown = _extend(beams, logits, keep)
     ended = torch.isin(grown[..., -1], eos) | last
-    _finish(beams, scores, grown, ended, length, length_penalty)
+    _finish(beams, scores, grown, ended, length=length, length_penalty=length_penalty)
     parents = _run_on(beams, scores, parents, grown, ended)
     beams.active &= beams.scores[:, 0] / length**length_penalty > beams.done_scores.min(-1).values
     return parents
