@@ -7,7 +7,10 @@ __all__ = ['FinetuneConfig', 'tokenize', 'collate', 'answer_loss', 'batch_of_ste
            'card', 'train_step', 'finetune']
 
 # %% ../../nbs/2_cold/02_expert.ipynb #de71ce83
-import hashlib, json, math, random
+import hashlib
+import json
+import math
+import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch
@@ -20,6 +23,7 @@ from ..foundations.files import atomic_path, ctrl_c, save_tensors
 from ..foundations.adapters import fingerprint
 from ..foundations.models import encode_one
 from ..foundations.training import learning_rate
+from ..decoding.baseline import positions_of
 from ..decoding.loop import LM
 
 # %% ../../nbs/2_cold/02_expert.ipynb #267c9866
@@ -40,8 +44,13 @@ class FinetuneConfig:
     snapshots:tuple=()  # Steps whose adapter is kept in a folder of its own
 
     def __post_init__(self):
-        for name in ('steps', 'batch', 'r', 'alpha', 'save_every'): require(getattr(self, name) >= 1, f'{name} is {getattr(self, name)}', 'give at least 1')
-        require(self.lr > 0 and 0 <= self.dropout < 1, f'lr is {self.lr} and dropout {self.dropout}', 'choose lr above 0 and dropout in [0, 1)')
+        for name in ('steps', 'batch', 'r', 'alpha', 'save_every'):
+            value = getattr(self, name)
+            require(value >= 1, f'{name} is {value}', 'give at least 1')
+        require(
+            self.lr > 0 and 0 <= self.dropout < 1,
+            f'lr is {self.lr} and dropout {self.dropout}',
+            'choose lr above 0 and dropout in [0, 1)')
 
 # %% ../../nbs/2_cold/02_expert.ipynb #4bcf2811
 def tokenize(
@@ -50,20 +59,26 @@ def tokenize(
 ) -> tuple:  # Prompt ids `(p,)`, answer ids `(a,)` with the end of turn
     "Return the token ids of an item's prompt and answer"
     answer = lm.tokenizer(item.answer, add_special_tokens=False).input_ids + lm.eos_ids[:1]
-    return encode_one(lm, item.messages if lm.tokenizer.chat_template else item.prompt), torch.tensor(answer)
+    prompt = item.messages if lm.tokenizer.chat_template else item.prompt
+    return encode_one(lm, prompt), torch.tensor(answer)
 
 def collate(
     pairs:list,  # (prompt ids, answer ids), one an item
     pad:int,  # Any token id; padding is masked
 ) -> dict:  # ids, mask, positions `(b, p+a)`; labels `(b, a)` with -100 where nothing is predicted
     "Return a batch whose answers all start in one column"
-    p, a = (max(len(x[i]) for x in pairs) for i in (0, 1))
-    ids, mask = torch.full((len(pairs), p+a), pad), torch.zeros(len(pairs), p+a, dtype=torch.long)
+    p = max(len(prompt) for prompt, _ in pairs)
+    a = max(len(answer) for _, answer in pairs)
+    ids = torch.full((len(pairs), p+a), pad)
+    mask = torch.zeros_like(ids)
     labels = torch.full((len(pairs), a), -100)
     for i, (prompt, answer) in enumerate(pairs):
-        ids[i, p-len(prompt):p], ids[i, p:p+len(answer)], labels[i, :len(answer)] = prompt, answer, answer
-        mask[i, p-len(prompt):p+len(answer)] = 1
-    return dict(ids=ids, mask=mask, positions=(mask.cumsum(-1)-1).clamp(min=0), labels=labels)
+        start = p - len(prompt)
+        stop = p + len(answer)
+        ids[i, start:stop] = torch.cat([prompt, answer])
+        mask[i, start:stop] = 1
+        labels[i, :len(answer)] = answer
+    return dict(ids=ids, mask=mask, positions=positions_of(mask), labels=labels)
 
 # %% ../../nbs/2_cold/02_expert.ipynb #fdaa3aaa
 def answer_loss(
@@ -71,12 +86,13 @@ def answer_loss(
     batch:dict,  # From `collate`
 ) -> torch.Tensor:  # Scalar, nats an answer token
     "Return the mean cross-entropy of the answer tokens"
-    labels, dev = batch['labels'].to(model.device), model.device
+    batch = {name: x.to(model.device) for name, x in batch.items()}
+    labels = batch['labels']
     keep = labels != -100
     # Only positions that predict an answer token reach the LM head: it is a fifth of a small model's work, and padding needs no logits
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda head, args: (args[0][:, :-1][keep],))
-    try: logits = model(input_ids=batch['ids'].to(dev), attention_mask=batch['mask'].to(dev), position_ids=batch['positions'].to(dev),
-                        use_cache=False, logits_to_keep=labels.shape[1]+1).logits
+    inputs = dict(input_ids=batch['ids'], attention_mask=batch['mask'], position_ids=batch['positions'])
+    try: logits = model(**inputs, use_cache=False, logits_to_keep=labels.shape[1]+1).logits
     finally: hook.remove()
     return F.cross_entropy(logits.float(), labels[keep])
 
@@ -91,9 +107,10 @@ def batch_of_step(
     "Return the items of one step, a pure function of its arguments"
     per_epoch = max(1, len(lengths) // batch)
     epoch, k = divmod(step, per_epoch)
-    order = list(range(len(lengths))); random.Random(f'{seed}-{epoch}').shuffle(order)
+    order = list(range(len(lengths)))
+    random.Random(f'{seed}-{epoch}').shuffle(order)
     start = k // window * window
-    stop = min(start + window, per_epoch)  # cut the rest off before sorting, or it would always be the longest items
+    stop = min(start + window, per_epoch)  # cut the remainder off before sorting, or it would always be the longest items
     chunk = sorted(order[start*batch:stop*batch], key=lambda i: lengths[i])
     batches = [chunk[i:i+batch] for i in range(0, len(chunk), batch)]
     random.Random(f'{seed}-{epoch}-{start}').shuffle(batches)
@@ -112,13 +129,22 @@ def save_state(
     data:str='',  # Hash of base and items, so that the run is continued with the same ones
 ):
     "Write the training state atomically, as safetensors"
-    names, state = _trainable(model), {}
-    for n, p in names.items():
+    state = {}
+    for n, p in _trainable(model).items():
         state[f'weight/{n}'] = p.detach()
         for k, v in opt.state[p].items(): state[f'adam/{k}/{n}'] = v
     state |= dict(rng=torch.get_rng_state(), losses=torch.tensor(losses, dtype=torch.float64))
     meta = dict(step=str(step), config=json.dumps(asdict(config)), data=data)
     with atomic_path(folder/'state.safetensors') as tmp: save_tensors(state, tmp, meta)
+
+def _damaged(file, why): return DecodingError(f'{file} is damaged ({why}): remove it to begin again.')
+
+def _check_tensors(state, model, file):
+    "Raise `DecodingError` unless `state` holds weights and moments of every parameter that is trained"
+    for n, p in _trainable(model).items():
+        for key in (f'weight/{n}', f'adam/exp_avg/{n}', f'adam/exp_avg_sq/{n}'):
+            fits = key in state and state[key].shape == p.shape
+            if not fits or f'adam/step/{n}' not in state: raise _damaged(file, f'it lacks {key}')
 
 def load_state(
     folder:Path,  # The run's folder
@@ -129,18 +155,22 @@ def load_state(
 ) -> tuple:  # Updates done, losses so far
     "Restore the training state; raises `DecodingError` when the run had other settings, another base or other items"
     file = folder/'state.safetensors'
-    damaged = lambda e: DecodingError(f'{file} is damaged ({e}): remove it to begin again.')
     try:
         with safe_open(file, 'pt') as f: meta = f.metadata() or {}
-        state, known, theirs = load_file(file), json.loads(meta['config']), meta['data']
-        done, losses, rng = int(meta['step']), state['losses'].tolist(), state['rng']
-    except (OSError, SafetensorError, KeyError, ValueError) as e: raise damaged(str(e) if isinstance(e, SafetensorError) else repr(e)) from e
-    require(known == json.loads(json.dumps(asdict(config))), f'{folder} holds a run with other settings', 'continue it with the same ones, or train into another folder')
-    require(theirs == data, f'{folder} holds a run on another base or other items', 'continue it with the same ones, or train into another folder')
-    wanted = [(n, p, k) for n, p in _trainable(model).items() for k in (f'weight/{n}', f'adam/exp_avg/{n}', f'adam/exp_avg_sq/{n}')]
-    for n, p, k in wanted:
-        if k not in state or state[k].shape != p.shape or f'adam/step/{n}' not in state: raise damaged(f'it lacks {k}')
-    if rng.shape != torch.get_rng_state().shape or rng.dtype != torch.uint8 or len(losses) != done: raise damaged('it is no state of a run')
+        state = load_file(file)
+        known = json.loads(meta['config'])
+        theirs = meta['data']
+        done = int(meta['step'])
+        losses = state['losses'].tolist()
+        rng = state['rng']
+    except (OSError, SafetensorError, KeyError, ValueError) as e:
+        raise _damaged(file, str(e) if isinstance(e, SafetensorError) else repr(e)) from e
+    remedy = 'continue it with the same ones, or train into another folder'
+    require(known == json.loads(json.dumps(asdict(config))), f'{folder} holds a run with other settings', remedy)
+    require(theirs == data, f'{folder} holds a run on another base or other items', remedy)
+    _check_tensors(state, model, file)
+    is_rng = rng.shape == torch.get_rng_state().shape and rng.dtype == torch.uint8
+    if not is_rng or len(losses) != done: raise _damaged(file, 'it is not the state of a run')
     for n, p in _trainable(model).items():
         p.data.copy_(state[f'weight/{n}'])
         opt.state[p] = {k: state[f'adam/{k}/{n}'] for k in ('step', 'exp_avg', 'exp_avg_sq')}
@@ -173,18 +203,28 @@ def card(
 ) -> str:  # Markdown
     "Return the card of an adapter"
     front = f'---\nbase_model: {model}\nlibrary_name: peft\ntags: [lora]\n---\n'
-    what = f'# LoRA adapter for {data}\n\nTrained with `nld train-lora` on {items:,} items of `{data}` on top of {model}; loss on answer tokens only.\n\n'
+    title = f'# LoRA adapter for {data}\n\n'
+    what = f'Trained with `nld train-lora` on {items:,} items of `{data}` on top of {model}; loss on answer tokens only.\n\n'
     rows = '\n'.join(f'| {k} | {v} |' for k, v in vars(config).items())
-    return front + what + f'| setting | value |\n|---|---|\n{rows}\n\nItems seen: {config.steps * config.batch:,}. Weights are stored in bf16; the file\'s metadata holds a fingerprint of the base model.\n'
+    table = f'| setting | value |\n|---|---|\n{rows}\n\n'
+    seen = f'Items seen: {config.steps * config.batch:,}. '
+    stored = 'Weights are stored in bf16; the file\'s metadata holds a fingerprint of the base model.\n'
+    return front + title + what + table + seen + stored
 
 # %% ../../nbs/2_cold/02_expert.ipynb #a542cbee
 def _peft_model(lm, config):
     "Return `lm.model` with a fresh fp32 adapter; `unload()` takes it out again"
     from peft import LoraConfig, get_peft_model
     torch.manual_seed(config.seed)
-    lora = LoraConfig(r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=config.targets, task_type='CAUSAL_LM')
+    lora = LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.targets,
+        task_type='CAUSAL_LM')
     try: model = get_peft_model(lm.model, lora)
-    except ValueError as e: raise DecodingError(f'PEFT finds nothing to adapt ({str(e)[:120]}): choose other targets.') from e
+    except ValueError as e:
+        raise DecodingError(f'PEFT finds nothing to adapt ({str(e)[:120]}): choose other targets.') from e
     for p in _trainable(model).values(): p.data = p.data.float()
     return model.train()
 
@@ -201,9 +241,13 @@ def train_step(
     value = loss.item()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(_trainable(model).values(), 1.0).item()
-    # such an update would make every weight NaN, and the last step's would be saved
-    require(math.isfinite(norm) or not math.isfinite(value), f'the loss is {value:.3f} but its gradient is no number', 'train again with a lower learning rate')
-    opt.step(); opt.zero_grad(set_to_none=True)
+    # Such an update would make every weight NaN, and the last step's would be saved
+    require(
+        math.isfinite(norm) or not math.isfinite(value),
+        f'the loss is {value:.3f} but its gradient is NaN or infinite',
+        'train again with a lower learning rate')
+    opt.step()
+    opt.zero_grad(set_to_none=True)
     return value
 
 # %% ../../nbs/2_cold/02_expert.ipynb #ec766147
@@ -216,13 +260,19 @@ def finetune(
     stop_after:int|None=None,  # Leave, saved, after this many updates in this call
 ) -> list:  # Loss of every step so far
     "Train a LoRA adapter on `items`, resuming a run found in `folder`; Ctrl-C saves"
-    folder, base = Path(folder), fingerprint(lm.model)
-    pairs = [p for p in (tokenize(lm, i) for i in items) if len(p[0]) + len(p[1]) <= config.max_tokens]
-    require(len(pairs) >= config.batch, f'only {len(pairs)} items fit into {config.max_tokens} tokens', f'give at least {config.batch}, or raise max_tokens')
+    tokenized = (tokenize(lm, item) for item in items)
+    pairs = [(prompt, answer) for prompt, answer in tokenized if len(prompt) + len(answer) <= config.max_tokens]
+    require(
+        len(pairs) >= config.batch,
+        f'only {len(pairs)} items fit into {config.max_tokens} tokens',
+        f'give at least {config.batch}, or raise max_tokens')
+    base = fingerprint(lm.model)
     with torch.random.fork_rng():
         model = _peft_model(lm, config)
-        try: losses = _run(lm, model, pairs, folder, config, base, card, stop_after)
-        finally: model.unload(); lm.model.eval().requires_grad_(False)
+        try: losses = _run(lm, model, pairs, Path(folder), config=config, base=base, card=card, stop_after=stop_after)
+        finally:
+            model.unload()
+            lm.model.eval().requires_grad_(False)
     return losses
 
 def _data_hash(base, pairs):
@@ -231,23 +281,33 @@ def _data_hash(base, pairs):
     for prompt, answer in pairs: h.update(prompt.numpy().tobytes() + b'|' + answer.numpy().tobytes())
     return h.hexdigest()
 
-def _run(lm, model, pairs, folder, config, base, card, stop_after):
+def _run(lm, model, pairs, folder, *, config, base, card, stop_after):
     "Make the updates that are left, saving as we go"
-    opt, data = torch.optim.AdamW(_trainable(model).values(), lr=config.lr, weight_decay=0.), _data_hash(base, pairs)
-    done, losses = load_state(folder, model, opt, config, data) if (folder/'state.safetensors').exists() else (0, [])
-    lengths, end = [len(p) + len(a) for p, a in pairs], min(config.steps, done + (config.steps if stop_after is None else stop_after))
+    opt = torch.optim.AdamW(_trainable(model).values(), lr=config.lr, weight_decay=0.)
+    data = _data_hash(base, pairs)
+    done = 0
+    losses = []
+    if (folder/'state.safetensors').exists(): done, losses = load_state(folder, model, opt, config, data)
+    def save(): save_state(folder, model, opt, step=done, config=config, losses=losses, data=data)
+    lengths = [len(prompt) + len(answer) for prompt, answer in pairs]
+    end = config.steps if stop_after is None else min(config.steps, done + stop_after)
     bar = progress_bar(range(done, end), total=end-done)
     with ctrl_c() as asked:
         for step in bar:
-            batch = collate([pairs[i] for i in batch_of_step(lengths, step, config.batch, config.seed)], lm.pad_id)
+            chosen = batch_of_step(lengths, step, config.batch, config.seed)
+            batch = collate([pairs[i] for i in chosen], lm.pad_id)
             losses.append(train_step(model, opt, batch, learning_rate(step, config)))
-            require(math.isfinite(losses[-1]), f'the loss is {losses[-1]} at step {step}', 'train again with a lower learning rate')
+            require(
+                math.isfinite(losses[-1]),
+                f'the loss is {losses[-1]} at step {step}',
+                'train again with a lower learning rate')
             bar.comment = f'loss {sum(losses[-20:]) / len(losses[-20:]):.3f}'
             done = step + 1
-            if done % config.save_every == 0 and done < end: save_state(folder, model, opt, done, config, losses, data)
+            if done % config.save_every == 0 and done < end: save()
             if done in config.snapshots: save_adapter(lm, model, folder/f'adapter-{done}', base)
             if asked: break
-    if done: save_state(folder, model, opt, done, config, losses, data)
-    if asked: print(f'\nstopped after {done} of {config.steps} steps; the run is saved: give the same command to continue')
+    if done: save()
+    if asked:
+        print(f'\nstopped after {done} of {config.steps} steps; the run is saved: give the same command to continue')
     if done == config.steps: save_adapter(lm, model, folder/'adapter', base, card)
     return losses
