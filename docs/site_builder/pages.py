@@ -41,14 +41,16 @@ class Book:
 
 
 def contents(root=REPOSITORY):
-    "Return the files that docs/README.md links to, as a dictionary from paths to titles, in its order"
-    text = (root/'docs'/'README.md').read_text(encoding='utf-8')
+    "Return the files that docs/README.md links to, by its headings and in its order, as dictionaries from paths to titles"
     found = {}
-    for title, address in LINK.findall(text):
-        path = (root/'docs'/address).resolve().relative_to(root)
-        if path.suffix == '.md' and path.as_posix() != 'README.md':
-            found[path.as_posix()] = title
-    return found
+    for line in (root/'docs'/'README.md').read_text(encoding='utf-8').splitlines():
+        if line.startswith('## '):
+            part = found.setdefault(line.removeprefix('## '), {})
+        for title, address in LINK.findall(line) if found else []:
+            path = (root/'docs'/address).resolve().relative_to(root)
+            if path.suffix == '.md':
+                part[path.as_posix()] = title
+    return {heading: files for heading, files in found.items() if files}
 
 
 def imported(book):
@@ -108,7 +110,8 @@ class Site:
         self.modules = imported(book)
         notebooks = [book.named(path) for path in book.notebooks]
         readmes = [self.readme(folder) for folder in book.chapters]
-        self.where = {path: site_page(path) for path in ('README.md', *self.use, *notebooks, *readmes)}
+        used = [path for files in self.use.values() for path in files]
+        self.where = {path: site_page(path) for path in ('README.md', *used, *notebooks, *readmes)}
         self.targets = addresses(self.modules)
         self.targets |= {path.removeprefix('nbs/').removesuffix('.ipynb'): self.where[path] for path in notebooks}
         self.targets |= {full: api_page(name) for name in self.modules for full in (name, f'{PACKAGE}.{name}')}
@@ -194,6 +197,8 @@ class Site:
         package = importlib.import_module(PACKAGE)
         rows = ['| name | what it is |', '|---|---|']
         for name in package.__all__:
+            if name.startswith('_'):
+                continue
             o = getattr(package, name)
             about = (o.__doc__ or '').strip().partition('\n')[0]
             module = getattr(o, '__module__', '').removeprefix(f'{PACKAGE}.')
@@ -225,12 +230,13 @@ class Site:
         api = [{'The front door': 'api/index.md'}]
         for folder in self.book.chapters:
             readme = self.readme(folder)
-            title = title_of(self.read(readme))
+            number = folder.name[0] if folder.name[0].isdigit() else ''
+            title = f'{number} {title_of(self.read(readme))}'.strip()
             own = self.book.of(folder)
             pages = [{self.book.titles[path]: self.where[self.book.named(path)]} for path in own]
-            lessons.append({title: [{'In this chapter': self.where[readme]}, *pages]})
+            lessons.append({title: [self.where[readme], *pages]})
             names = [self.book.modules[path] for path in own if path in self.book.modules]
             if names:
                 api.append({title: [{name: api_page(name)} for name in names]})
-        use = [{title: self.where[path]} for path, title in self.use.items()]
+        use = [{part: [{title: self.where[path]} for path, title in files.items()]} for part, files in self.use.items()]
         return [{'Home': 'index.md'}, {'Use': use}, {'Lessons': lessons}, {'API': api}]

@@ -46,7 +46,9 @@ def test_the_site_mirrors_the_repository(path, page):
 
 
 def test_the_use_part_is_what_the_list_of_pages_links_to():
-    found = contents()
+    parts = contents()
+    found = {path: title for files in parts.values() for path, title in files.items()}
+    assert [*parts][:2] == ['Using it', 'What is known'] and all(parts.values())
     assert found['docs/pages/install.md'] == 'Install' and 'README.md' not in found
     assert all((ROOT/path).is_file() for path in found)
     assert len({*map(site_page, found)}) == len(found)
