@@ -11,6 +11,10 @@ lib, kernels = cfg['lib_path'], 'npu_lora_kernels'
 # What `shipped_adapter` and `shipped_head` return: in a clone under results, in a wheel inside the package, as data
 shipped = dict(adapters=['king_james'], heads=['smollm2-135m', 'king_james'])
 
+ours = find_packages(include=[lib, f'{lib}.*'])
+places = {f'{lib}.shipped.{kind}': f'results/{kind}' for kind in shipped}
+data = {f'{lib}.shipped.{kind}': [f'{name}/*' for name in names] for kind, names in shipped.items()}
+
 def reqs(key): return cfg.get(key, '').split()
 
 setup(
@@ -19,13 +23,14 @@ setup(
     license='Apache-2.0', keywords=cfg['keywords'],
     classifiers=['Programming Language :: Python :: 3', 'Intended Audience :: Developers'],
     # Named one by one, so that no folder beside them (nbs, tests, results) can slip into the wheel
-    packages=find_packages(include=[lib, f'{lib}.*']) + find_packages('kernels', include=[kernels, f'{kernels}.*']) + [f'{lib}.shipped.{kind}' for kind in shipped],
-    package_dir={kernels: f'kernels/{kernels}'} | {f'{lib}.shipped.{kind}': f'results/{kind}' for kind in shipped}, include_package_data=True,
-    package_data={f'{lib}.shipped.{kind}': [f'{name}/*' for name in names] for kind, names in shipped.items()} | {lib: ['py.typed', '*.mplstyle', '*/*.css', '*/*.html'], kernels: ['py.typed']},
+    packages=[*ours, *find_packages('kernels', include=[kernels, f'{kernels}.*']), *places],
+    package_dir={kernels: f'kernels/{kernels}'} | places, include_package_data=True,
+    package_data=data | {lib: ['py.typed', '*.mplstyle', '*/*.css', '*/*.html'], kernels: ['py.typed']},
     python_requires=f">={cfg['min_python']}",
     install_requires=reqs('requirements'),
-    extras_require={'dev': reqs('dev_requirements'), 'eval': reqs('eval_requirements'), 'npu': reqs('npu_requirements'), 'page': reqs('page_requirements')},
-    long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+    extras_require={name: reqs(f'{name}_requirements') for name in ('dev', 'eval', 'npu', 'page')},
+    long_description=(here/'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
     entry_points={'console_scripts': reqs('console_scripts'), 'nbdev': [f'{lib}={lib}._modidx:d']},
     zip_safe=False,
 )

@@ -17,4 +17,6 @@ hypothesis.settings.load_profile('repeatable')
 @pytest.fixture(autouse=True)
 def same_seeds():
     "Seed every global generator"
-    random.seed(0); np.random.seed(0); torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

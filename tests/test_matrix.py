@@ -1,6 +1,9 @@
-"""Every combination of target, drafter and memory through the one loop: a valid one writes what a naive loop writes, token by token, and another is refused by a sentence before any pass
+"""Every combination of target, drafter and memory through the one loop
 
-Five factors are multiplied out, the options around them are covered by pairs. `python tests/test_matrix.py` prints what was covered as Markdown."""
+A valid one generates what a naive loop generates, token by token, and another is refused by a sentence before any forward pass.
+Five factors are multiplied out, the options around them are covered by pairs. `python tests/test_matrix.py` prints what was
+covered as Markdown.
+"""
 import contextlib, io, random, sys, tempfile, time
 from collections import Counter, namedtuple
 from dataclasses import replace
@@ -11,8 +14,10 @@ from types import SimpleNamespace
 from unittest.mock import patch
 import pytest, torch
 from tokenizers.decoders import Fuse
-from transformers import (DynamicCache, LogitsProcessorList, MinPLogitsWarper, NoBadWordsLogitsProcessor, NoRepeatNGramLogitsProcessor, PrefixConstrainedLogitsProcessor,
-                          RepetitionPenaltyLogitsProcessor, StoppingCriteriaList, StopStringCriteria, TemperatureLogitsWarper, TextStreamer, TopPLogitsWarper)
+from transformers import (
+    DynamicCache, LogitsProcessorList, MinPLogitsWarper, NoBadWordsLogitsProcessor, NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList, StopStringCriteria,
+    TemperatureLogitsWarper, TextStreamer, TopPLogitsWarper)
 import npu_lora_decoding.decoding.runner as rows_module
 import npu_lora_decoding.speculation.adaptive as sizing
 import npu_lora_decoding.speculation.head_drafter as speculate
@@ -33,29 +38,51 @@ from npu_lora_decoding.temp_lora.generation import TempLoRA
 from npu_lora_decoding.temp_lora.adapter import learn, temporary
 from npu_lora_decoding.temp_lora.generation import repetition
 from helpers.loops import Pair, eager_dynamo
-from helpers.loops import Collects, Uncompiled, calm_model, chi_square, exact, guessed, knowing_head, sampled, small  # `small` is a fixture
+# `small` is a fixture
+from helpers.loops import Collects, Uncompiled, calm_model, chi_square, exact, guessed, knowing_head, sampled, small
 from helpers.memories import traces
 from helpers.toys import toy_tokenizer
 
-N, TIE = 14, 1e-4  # new tokens; how near two scores may lie to be confused, and how far log-probabilities may be off (fp32, sums in another order)
+# new tokens; how near two scores may lie to be confused, and how far log-probabilities may be off (fp32, sums in
+# another order)
+N, TIE = 14, 1e-4
 
 # --- the factors; the first value of each is its default
 
-TARGETS = dict(plain=Plain(), cold=CoLD(.05, 1.), still=CoLD(.1, 0.), back=CoLD(.1, -.7), one=CoLD(1., 3.), all=CoLD(1e-9, .4), each=CoLD((.05, .1, .3), (1., 0., -.7)))
+TARGETS = dict(
+    plain=Plain(), cold=CoLD(.05, 1.), still=CoLD(.1, 0.), back=CoLD(.1, -.7), one=CoLD(1., 3.), all=CoLD(1e-9, .4),
+    each=CoLD((.05, .1, .3), (1., 0., -.7)))
 DRAFTERS = ('none', 'lookup', 'chain', 'chain cut', 'tree', 'tree cut', 'joined')
 WRITES = TempLoRA(chunk=6, window=18, context=6, train_context=6, epochs=1, warmup=1, r=2, alpha=2., lr=.03)
-MEMORIES = dict(none=None, roomy=replace(WRITES, window=200, context=190, lr=0.), tight=replace(WRITES, lr=0.), window=WRITES, chunk=replace(WRITES, recompute='chunk'),
-                every=replace(WRITES, recompute='every:2', context=3), drift=replace(WRITES, recompute='drift:1e-4', train_context=9), slide=replace(WRITES, recompute='slide:1'), wide=replace(WRITES, window=999))
-FAMILIES = dict(llama=('llama', {}), mha=('llama', dict(num_key_value_heads=4, tie_word_embeddings=True)), mistral=('mistral', dict(sliding_window=6)),
-                qwen2=('qwen2', dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)), qwen3=('qwen3', dict(tie_word_embeddings=True)), gemma2=('gemma2', dict(sliding_window=6)), wide=('llama', dict(vocab=80)))
-BY = dict(mha=.2, qwen3=.2, gemma2=1.)  # how much the layers of a toy count, where tied embeddings would only repeat the last token
+MEMORIES = dict(
+    none=None, roomy=replace(WRITES, window=200, context=190, lr=0.), tight=replace(WRITES, lr=0.), window=WRITES,
+    chunk=replace(WRITES, recompute='chunk'), every=replace(WRITES, recompute='every:2', context=3),
+    drift=replace(WRITES, recompute='drift:1e-4', train_context=9), slide=replace(WRITES, recompute='slide:1'),
+    wide=replace(WRITES, window=999))
+FAMILIES = dict(
+    llama=('llama', {}), mha=('llama', dict(num_key_value_heads=4, tie_word_embeddings=True)),
+    mistral=('mistral', dict(sliding_window=6)),
+    qwen2=('qwen2', dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)),
+    qwen3=('qwen3', dict(tie_word_embeddings=True)), gemma2=('gemma2', dict(sliding_window=6)),
+    wide=('llama', dict(vocab=80)))
+# how much the layers of a toy count, where tied embeddings would only repeat the last token
+BY = dict(mha=.2, qwen3=.2, gemma2=1.)
 ENTRIES = ('decoder', 'decoder, no adapter', 'lm', 'lm, no adapter', 'peft', 'peft, off', 'peft, merged')
-ASKS = ('nothing', 'beams', 'scores', 'guidance', 'contrastive search', 'filled cache', 'own positions', 'flex attention', 'max_length')  # beyond the first: what is not supported
+# beyond the first: what is not supported
+ASKS = (
+    'nothing', 'beams', 'scores', 'guidance', 'contrastive search', 'filled cache', 'own positions', 'flex attention',
+    'max_length')
 
-FACTORS = dict(target=tuple(TARGETS), drafter=DRAFTERS, memory=tuple(MEMORIES), batch=('one', 'padded', 'three'), cache=('growing', 'static'),
-               entry=ENTRIES, family=tuple(FAMILIES), amateur=('base', 'task', 'phi'), max_repetition=(1., .05), sizing=('pays', 'loses', 'fixed'), how=('greedy', 'draws', 'top_p', 'min_p', 'torch'),
-               rules=('none', 'penalty', 'n-grams', 'banned', 'grammar'), ends=('length', 'eos', 'strings', 'pair', 'one'), stream=('no', 'text', 'tokens'), record=(True, False), attention=('own', 'eager'), ask=ASKS)
-CORE = dict(target=('plain', 'cold', 'back', 'one', 'each'), drafter=('none', 'lookup', 'chain', 'tree', 'tree cut', 'joined'), memory=tuple(MEMORIES), batch=FACTORS['batch'], cache=FACTORS['cache'])  # multiplied out
+FACTORS = dict(
+    target=tuple(TARGETS), drafter=DRAFTERS, memory=tuple(MEMORIES), batch=('one', 'padded', 'three'),
+    cache=('growing', 'static'), entry=ENTRIES, family=tuple(FAMILIES), amateur=('base', 'task', 'phi'),
+    max_repetition=(1., .05), sizing=('pays', 'loses', 'fixed'), how=('greedy', 'draws', 'top_p', 'min_p', 'torch'),
+    rules=('none', 'penalty', 'n-grams', 'banned', 'grammar'), ends=('length', 'eos', 'strings', 'pair', 'one'),
+    stream=('no', 'text', 'tokens'), record=(True, False), attention=('own', 'eager'), ask=ASKS)
+# multiplied out
+CORE = dict(
+    target=('plain', 'cold', 'back', 'one', 'each'), drafter=('none', 'lookup', 'chain', 'tree', 'tree cut', 'joined'),
+    memory=tuple(MEMORIES), batch=FACTORS['batch'], cache=FACTORS['cache'])
 Case = namedtuple('Case', FACTORS, defaults=[v[0] for v in FACTORS.values()])
 
 def cold(c): return 'base' in TARGETS[c.target].roles
@@ -65,7 +92,10 @@ def of_lm(c): return c.entry.startswith('lm')
 
 def outside(c):
     "Whether a case is no part of the product: lm.generate pads batches only, and some wishes are granted in plain decoding"
-    return of_lm(c) and c.batch == 'padded' or c.ask == 'max_length' and not of_lm(c) or c.ask == 'flex attention' and c.drafter == 'none' or c.ask == 'guidance' and not cold(c) and c.drafter == c.memory == 'none'
+    return (
+        of_lm(c) and c.batch == 'padded' or c.ask == 'max_length' and not of_lm(c)
+        or c.ask == 'flex attention' and c.drafter == 'none'
+        or c.ask == 'guidance' and not cold(c) and c.drafter == c.memory == 'none')
 
 REFUSED = {  # a part of the sentence -> when it, or another that holds as well, is said
     'only one answer can be streamed': lambda c: c.stream == 'text' and c.batch == 'three',
@@ -106,12 +136,17 @@ class Subject:
     "A toy of one family, in every form that it is called in"
     def __init__(self, family):
         kind, config = FAMILIES[family]
-        self.folder, self.model, self.family = Path(TMP.name)/family, calm_model(kind, BY.get(family, .04), seed=1, **dict(vocab=76) | config), family
+        self.folder = Path(TMP.name)/family
+        self.model = calm_model( kind, BY.get(family, .04), seed=1, **dict(vocab=76) | config)
+        self.family = family
         self.model.generation_config.eos_token_id = None
         self.adapter = load_adapter(toy_adapter(self.model, self.folder/'adapter', lora_alpha=1), self.model)
-        self.bank, self.tokenizer, self._drafters = AdapterBank(self.model, [self.adapter], ops.lora), toy_tokenizer(), {}
+        self.bank = AdapterBank( self.model, [self.adapter], ops.lora)
+        self.tokenizer = toy_tokenizer()
+        self._drafters = {}
         self.tokenizer.backend_tokenizer.decoder = Fuse()  # stop strings want text without spaces between its tokens
-        self.lm, self.bare_lm = LM(self.model, self.tokenizer, self.adapter, 'toy'), LM(self.model, self.tokenizer, None, 'toy')
+        self.lm, self.bare_lm = LM(
+            self.model, self.tokenizer, self.adapter, 'toy'), LM(self.model, self.tokenizer, None, 'toy')
 
     @cached_property
     def peft(self):
@@ -123,25 +158,32 @@ class Subject:
     @cached_property
     def merged(self):
         import copy
-        out = copy.deepcopy(self.peft); out.merge_adapter()
+        out = copy.deepcopy(self.peft)
+        out.merge_adapter()
         return out
 
-    def called(self, c): return self.merged if c.entry == 'peft, merged' else self.peft if c.entry.startswith('peft') else self.model
+    def called(self, c):
+        return self.merged if c.entry == 'peft, merged' else self.peft if c.entry.startswith('peft') else self.model
     def bare(self, c): return m.base_model.model if (m := self.called(c)) is not self.model else m
     @cached_property
     def heads(self):
         few = torch.randperm(76, generator=generator(1))[:50].tolist()
-        return {cut: save_head(knowing_head(self.model, few if cut else None, .3), self.folder/f'head{cut}', self.model) for cut in (False, True)}
+        return {
+            cut: save_head(knowing_head(self.model, few if cut else None, .3), self.folder/f'head{cut}', self.model)
+            for cut in (False, True)}
 
     def drafter(self, c):
         "One object serves all texts of a model"
         key = c.drafter, c.sizing == 'fixed', c.entry in ('peft, merged',), c.entry.startswith('peft')
         if c.drafter != 'none' and key not in self._drafters:
             adaptive = c.sizing != 'fixed'
-            lookup = PromptLookup(min_ngram=1, draft_tokens=4, corpus=[naive(Case(family=self.family))[0][0]], adaptive=adaptive)
-            folder = subject('llama' if self.family == 'gemma2' else self.family).heads['cut' in c.drafter]  # this family has no heads
+            lookup = PromptLookup(
+                min_ngram=1, draft_tokens=4, corpus=[naive(Case(family=self.family))[0][0]], adaptive=adaptive)
+            # this family has no heads
+            folder = subject('llama' if self.family == 'gemma2' else self.family).heads['cut' in c.drafter]
             hass = HASS(folder, chain='chain' in c.drafter, depth=3, top_k=3, nodes=7, adaptive=adaptive)
-            self._drafters[key] = lookup if c.drafter == 'lookup' else hass if c.drafter != 'joined' else JointDrafter((hass, lookup), nodes=7, adaptive=adaptive)
+            self._drafters[key] = lookup if c.drafter == 'lookup' else hass if c.drafter != 'joined' else JointDrafter(
+                (hass, lookup), nodes=7, adaptive=adaptive)
         return self._drafters.get(key)
 
 @lru_cache(None)
@@ -151,11 +193,15 @@ class Draws:
     "Adds Gumbel noise that depends on the text alone: the best of the noisy scores is a draw, and the same draw whoever guessed"
     known = {}
     def noise(self, text, v):
-        if (text, v) not in self.known: self.known[text, v] = -(-torch.rand(v, generator=generator(hash(text) % 2**31)).log()).log()
+        if (text, v) not in self.known:
+            self.known[text, v] = -(-torch.rand(v, generator=generator(hash(text) % 2**31)).log()).log()
         return self.known[text, v]
-    def __call__(self, text, scores): return scores + torch.stack([self.noise(tuple(t), scores.shape[-1]) for t in text.tolist()])
+    def __call__(self, text, scores):
+        return scores + torch.stack([self.noise(tuple(t), scores.shape[-1]) for t in text.tolist()])
 
-HOW = dict(draws=[TemperatureLogitsWarper(1.3), Draws()], top_p=[TemperatureLogitsWarper(1.3), TopPLogitsWarper(.8), Draws()], min_p=[TemperatureLogitsWarper(1.3), MinPLogitsWarper(.1), Draws()])
+HOW = dict(
+    draws=[TemperatureLogitsWarper(1.3), Draws()], top_p=[TemperatureLogitsWarper(1.3), TopPLogitsWarper(.8), Draws()],
+    min_p=[TemperatureLogitsWarper(1.3), MinPLogitsWarper(.1), Draws()])
 def grammar(b, text): return [t for t in range(4, 76) if (t + b) % 3 != len(text) % 3]
 def batch(c): return _PROMPTS[c.batch]
 def free(c): return naive(c._replace(ends='length'))  # what would be said: tells where to end, and what to ban
@@ -178,29 +224,43 @@ def endings(c):
     if refusals(c) or c.how == 'torch': said = [[5] * 10]
     else: said = [] if c.ends in ('length', 'one') else [x[0] for x in free(c)]
     eos = [said[0][6], said[-1][3], 75] if c.ends == 'eos' else []
-    words = [subject(c.family).tokenizer.decode(said[0][5:7]), subject(c.family).tokenizer.decode(said[-1][8:9])] if c.ends == 'strings' else []
-    return eos, [w for w in words if w], [tuple(t[k:k+2]) for k, t in zip((4, 7, 9), said)] if c.ends == 'pair' else [], 1 if c.ends == 'one' else N
+    words = [
+        subject(c.family).tokenizer.decode(said[0][5:7]), subject(c.family).tokenizer.decode(said[-1][8:9])] if c.ends == 'strings' else []
+    return eos, [w for w in words if w], [
+        tuple(t[k:k+2]) for k, t in zip((4, 7, 9), said)] if c.ends == 'pair' else [], 1 if c.ends == 'one' else N
 
 # --- a loop without rows, trees and marks: every sequence alone, one cache a role, one token a pass
 
 class Naive:
     def __init__(self, c, b):
-        s, (ids, mask) = subject(c.family), batch(c)
-        self.c, self.b, self.model, self.padded, self.memory, self.target = c, b, s.bare(c), ids[b], MEMORIES[c.memory], TARGETS[c.target].of(b)
-        self.text, self.given, self.learned, self.first, self.served = ids[b, mask[b].bool()], int(mask[b].sum()), 0, 0, 1
-        self.memory = self.memory and replace(self.memory, amateur=c.amateur, max_repetition=c.max_repetition)
+        ids, mask = batch(c)
+        self.c = c
+        self.b = b
+        self.model = subject(c.family).bare(c)
+        self.padded = ids[b]
+        self.target = TARGETS[c.target].of(b)
+        self.text = ids[b, mask[b].bool()]
+        self.given = int(mask[b].sum())
+        self.learned = 0
+        self.first = 0
+        self.served = 1
+        memory = MEMORIES[c.memory]
+        self.memory = memory and replace(memory, amateur=c.amateur, max_repetition=c.max_repetition)
         self.learns = self.memory is not None and self.memory.lr > 0
         self.task = s.adapter if adapted(c) else None
         if c.entry.startswith('peft'): self.model = self.model if c.entry == 'peft, merged' else s.model
-        self.bank, self.ids = (s.bank if self.task else AdapterBank(self.model, [])), dict(expert=0 if self.task else -1, base=0 if self.memory and c.amateur == 'task' and self.task else -1)
+        self.bank, self.ids = (s.bank if self.task else AdapterBank(self.model, [])), dict(
+            expert=0 if self.task else -1, base=0 if self.memory and c.amateur == 'task' and self.task else -1)
         self.vocab = len(s.tokenizer) if of_lm(c) and cold(c) else None
 
     def write(self):
         "Return the tokens, how far the two best scores of each lay apart, and what expert and base thought of it"
         names = ('expert', *((self.c.amateur,) if cold(self.c) and self.c.amateur != 'base' else ()))
-        with temporary(self.model, self.memory, self.task, names) if self.learns else contextlib.nullcontext() as self.phi:
+        with temporary(
+            self.model, self.memory, self.task, names) if self.learns else contextlib.nullcontext() as self.phi:
             if self.learns: self.bank, self.ids = self.phi.bank, dict(expert=0, base=len(names) - 1 or -1)
-            self.learn(); self.begin(len(self.text))
+            self.learn()
+            self.begin(len(self.text))
             eos, words, pairs, n = endings(self.c)
             stop = ([StopStringCriteria(subject(self.c.family).tokenizer, words)] if words else []) + [Pair(set(pairs))]
             said = []
@@ -215,11 +275,15 @@ class Naive:
     def learn(self):
         "Learn what is complete; return whether the cache is to be made anew"
         if self.memory is None: return False
-        m, new, complete = self.memory, False, len(self.text) - self.learned >= self.memory.chunk
+        m = self.memory
+        new = False
+        complete = len(self.text) - self.learned >= self.memory.chunk
         every = dict(chunk=1, every=2).get(m.recompute.partition(':')[0])
         while len(self.text) - self.learned >= m.chunk:
             stop = self.learned + m.chunk
-            if self.learns and repetition(self.text[max(self.learned, self.given):stop]) <= m.max_repetition: learn(self.phi, self.text[max(0, self.learned - m.train_context):stop], m.chunk); new = True
+            if self.learns and repetition(self.text[max(self.learned, self.given):stop]) <= m.max_repetition:
+                learn(self.phi, self.text[max(0, self.learned - m.train_context):stop], m.chunk)
+                new = True
             self.learned = stop
         if not complete: return False
         due = self.learned - self.first + m.chunk > m.window or self.served == every or 'drift' in m.recompute and new
@@ -234,27 +298,38 @@ class Naive:
     def feed(self, tokens):
         self.logits = {}
         for role, cache in self.caches.items():
-            with torch.no_grad(), self.bank.attached([self.ids[role]]): self.logits[role] = self.model(input_ids=tokens[None], past_key_values=cache).logits[0, -1:].float()
+            with torch.no_grad(), self.bank.attached([self.ids[role]]):
+                self.logits[role] = self.model(input_ids=tokens[None], past_key_values=cache).logits[0, -1:].float()
 
     def next(self):
-        e, text, target, (_, hard, soft) = self.logits['expert'].clone(), self.padded[None], self.target, constraints(self.c)
+        e = self.logits['expert'].clone()
+        text = self.padded[None]
+        target = self.target
+        _, hard, soft = constraints(self.c)
         if self.vocab: e[:, self.vocab:] = -torch.inf
         for p in hard: e = p(text, e)
-        if self.c.rules == 'grammar': e = torch.full_like(e, -torch.inf).index_copy(1, torch.tensor(k := grammar(self.b, self.padded)), e[:, k])
+        if self.c.rules == 'grammar':
+            e = torch.full_like(e, -torch.inf).index_copy(1, torch.tensor(k := grammar(self.b, self.padded)), e[:, k])
         expert = e
-        if cold(self.c): e = torch.where(e >= torch.tensor(target.alpha).log() + e.max(), e + target.beta * (e - self.logits['base']), -torch.inf)
+        if cold(self.c):
+            e = torch.where(
+                e >= torch.tensor(target.alpha).log() + e.max(), e + target.beta * (e - self.logits['base']), -torch.inf)
         for p in [*soft, *HOW.get(self.c.how, [])]: e = p(text, e)
         (top, second), token = e[0].topk(2).values.tolist(), int(e[0].argmax())
-        return token, top - second, *(float(x[0].log_softmax(-1)[token]) for x in (expert, self.logits.get('base', expert)))
+        return token, top - second, *(
+            float(x[0].log_softmax(-1)[token]) for x in (expert, self.logits.get('base', expert)))
 
 def told_apart(c):
     "Return the case without what a naive loop does not know"
     drop = {k: FACTORS[k][0] for k in ('drafter', 'cache', 'sizing', 'stream', 'record', 'ask', 'attention')}
-    if c.memory == 'roomy' and (not cold(c) or c.amateur == 'base' and adapted(c)): drop |= dict(memory='none')  # learns nothing and sees everything
+    if c.memory == 'roomy' and (not cold(c) or c.amateur == 'base' and adapted(c)):
+        drop |= dict(memory='none')  # learns nothing and sees everything
     memory = drop.get('memory', c.memory)
     if memory == 'none' or not cold(c): drop |= dict(amateur='base')
     if memory in ('none', 'roomy', 'tight'): drop |= dict(max_repetition=1.)
-    entry = c.entry if c.entry == 'peft, merged' or of_lm(c) and c.family == 'wide' and cold(c) else 'decoder' if adapted(c) else 'decoder, no adapter'
+    entry = (
+        c.entry if c.entry == 'peft, merged' or of_lm(c) and c.family == 'wide' and cold(c) else 'decoder' if adapted(c)
+        else 'decoder, no adapter')
     return c._replace(**drop, entry=entry)
 
 @lru_cache(None)
@@ -267,16 +342,24 @@ class Bench:
     "What can be seen of a run from outside: how many passes the model made, and whether the global generator was used"
     def __enter__(self):
         self.passes, look = 0, torch.nn.Embedding.forward
-        def counting(layer, ids): self.passes += 1; return look(layer, ids)
+        def counting(layer, ids):
+            self.passes += 1
+            return look(layer, ids)
         self.patch = patch.object(torch.nn.Embedding, 'forward', counting)
-        torch.manual_seed(5); self.before = torch.get_rng_state()
+        torch.manual_seed(5)
+        self.before = torch.get_rng_state()
         self.patch.start()
     def __exit__(self, *_):
         self.patch.stop()
         self.drew = not torch.equal(torch.get_rng_state(), self.before)
 
-PATCHES = {ops: dict(compiles=lambda device=None: True), rows_module: dict(_compiled_step=rows_module._step, _compiled_step_hidden=rows_module._step_hidden), speculate: dict(CompiledDraft=Uncompiled)}
-COSTS = dict(pays=lambda rows, sizes: {n: 1e3 + n for n in sizes}, loses=lambda rows, sizes: {n: 1. if n == 1 else 1e3 for n in sizes}, fixed=None)
+PATCHES = {
+    ops: dict(compiles=lambda device=None: True),
+    rows_module: dict(_compiled_step=rows_module._step, _compiled_step_hidden=rows_module._step_hidden),
+    speculate: dict(CompiledDraft=Uncompiled)}
+COSTS = dict(
+    pays=lambda rows, sizes: {n: 1e3 + n for n in sizes},
+    loses=lambda rows, sizes: {n: 1. if n == 1 else 1e3 for n in sizes}, fixed=None)
 
 @contextlib.contextmanager
 def settings(c):
@@ -285,11 +368,14 @@ def settings(c):
     kind = model.config._attn_implementation
     ours = 'flex_attention' if c.ask == 'flex attention' else kind if c.attention == 'own' else c.attention
     with contextlib.ExitStack() as stack:
-        for module, names in {**PATCHES, sizing: dict(pass_seconds=COSTS[c.sizing])}.items(): stack.enter_context(patch.multiple(module, **names))
+        for module, names in {**PATCHES, sizing: dict(pass_seconds=COSTS[c.sizing])}.items():
+            stack.enter_context(patch.multiple(module, **names))
         if c.entry == 'peft, off': stack.enter_context(subject(c.family).peft.disable_adapter())
         model.config._attn_implementation = ours
-        try: yield
-        finally: model.config._attn_implementation = kind
+        try:
+            yield
+        finally:
+            model.config._attn_implementation = kind
 
 def filled(model):
     cache = DynamicCache(config=model.config)
@@ -299,8 +385,13 @@ def filled(model):
 def asked(c):
     "Return the options of what is not supported"
     t = batch(c)[0].shape[1]
-    return {'nothing': {}, 'beams': dict(num_beams=2), 'scores': dict(output_scores=True, return_dict_in_generate=True), 'guidance': dict(guidance_scale=1.5), 'contrastive search': dict(penalty_alpha=.6), 'flex attention': {}, 'max_length': dict(max_length=12),
-            'own positions': dict(position_ids=torch.arange(3, 3 + t)[None].expand(len(batch(c)[0]), -1))}.get(c.ask) if c.ask != 'filled cache' else dict(past_key_values=filled(subject(c.family).bare(c)))
+    return (
+        {
+            'nothing': {}, 'beams': dict(num_beams=2), 'scores': dict(output_scores=True, return_dict_in_generate=True),
+            'guidance': dict(guidance_scale=1.5), 'contrastive search': dict(penalty_alpha=.6), 'flex attention': {},
+            'max_length': dict(max_length=12),
+            'own positions': dict(position_ids=torch.arange(3, 3 + t)[None].expand(len(batch(c)[0]), -1))}.get(c.ask)
+        if c.ask != 'filled cache' else dict(past_key_values=filled(subject(c.family).bare(c))))
 
 def options(c):
     "Return the options of one case, for both ways in"
@@ -319,27 +410,58 @@ def parts(c):
     memory = MEMORIES[c.memory] and replace(MEMORIES[c.memory], amateur=c.amateur, max_repetition=c.max_repetition)
     return TARGETS[c.target], subject(c.family).drafter(c), memory
 
+def stream_of(c):
+    "Return the streamer of a case"
+    if c.stream == 'tokens': return Collects()
+    return TextStreamer(subject(c.family).tokenizer, skip_prompt=True) if c.stream == 'text' else None
+
+def streamed(c, stream, printed, ids, steps, tokens):
+    "Check that what was streamed is what was generated"
+    if c.stream == 'tokens':
+        batches = [[t[i].id for t in x.tokens if i < len(t)] for x in steps for i in range(max(map(len, x.tokens)))]
+        assert stream.got == [ids.flatten().tolist(), *batches, 'end'], 'the stream is another text'
+    if c.stream == 'text':
+        text = subject(c.family).tokenizer.decode(tokens[0], skip_special_tokens=of_lm(c))
+        assert printed == text + '\n', 'the stream is another text'
+
 def run(c, bench):
     "Return the tokens of each sequence, and the steps"
-    s, (ids, mask), kw, plugged = subject(c.family), batch(c), options(c), parts(c)
-    stream = Collects() if c.stream == 'tokens' else TextStreamer(s.tokenizer, skip_prompt=True) if c.stream == 'text' else None
+    s = subject(c.family)
+    ids, mask = batch(c)
+    kw = options(c)
+    plugged = parts(c)
+    stream = stream_of(c)
     with settings(c), bench, contextlib.redirect_stdout(io.StringIO()) as printed:
         if of_lm(c):
             if c.stream == 'tokens': kw['streamer'] = stream
             lm = s.lm if adapted(c) else s.bare_lm
-            out = lm.generate([x[m.bool()] for x, m in zip(ids, mask)], *plugged, stream=c.stream == 'text', compile=c.cache == 'static', seed=3 if c.how == 'torch' else None, record=c.record, **kw)
+            out = lm.generate(
+                [x[m.bool()] for x, m in zip(ids, mask)], *plugged, stream=c.stream == 'text',
+                compile=c.cache == 'static', seed=3 if c.how == 'torch' else None, record=c.record, **kw)
         else:
-            decoder = Decoder(*plugged, bank=s.bank if c.entry == 'decoder' else None, streamer=stream, compile=c.cache == 'static', record=c.record)
-            out = s.called(c).generate(input_ids=ids, attention_mask=mask, custom_generate=decoder, pad_token_id=0, **dict(return_dict_in_generate=True) | kw)
+            decoder = Decoder(
+                *plugged, bank=s.bank if c.entry == 'decoder' else None, streamer=stream, compile=c.cache == 'static',
+                record=c.record)
+            out = s.called(c).generate(
+                input_ids=ids, attention_mask=mask, custom_generate=decoder, pad_token_id=0,
+                **dict(return_dict_in_generate=True) | kw)
     tokens = [[t.id for x in out.steps for t in x.tokens[b]] for b in range(len(ids))]
-    if c.stream == 'tokens': assert stream.got == [ids.flatten().tolist(), *([t[i].id for t in x.tokens if i < len(t)] for x in out.steps for i in range(max(map(len, x.tokens)))), 'end'], 'the stream is another text'
-    if c.stream == 'text': assert printed.getvalue() == s.tokenizer.decode(tokens[0], skip_special_tokens=of_lm(c)) + '\n', 'the stream is another text'
-    if of_lm(c): assert tokens == [[t.id for t in r] for r in out.tokens] and out.texts == [s.tokenizer.decode(t, skip_special_tokens=True) for t in tokens], 'the texts are other tokens'
-    else: assert [r[ids.shape[1]:][:len(t)].tolist() for r, t in zip(out.sequences, tokens)] == tokens and not any(r[ids.shape[1]+len(t):].any() for r, t in zip(out.sequences, tokens)), 'the sequences are other tokens'
-    assert all((t.logp is not None) == c.record for x in out.steps for r in x.tokens for t in r), 'records that nobody asked for, or none'
+    streamed(c, stream, printed.getvalue(), ids, out.steps, tokens)
+    if of_lm(c):
+        assert (
+            tokens == [[t.id for t in r] for r in out.tokens]
+            and out.texts == [s.tokenizer.decode(t, skip_special_tokens=True) for t in tokens]), 'the texts are other tokens'
+    else:
+        assert (
+            [r[ids.shape[1]:][:len(t)].tolist() for r, t in zip(out.sequences, tokens)] == tokens
+            and not any(r[ids.shape[1]+len(t):].any() for r, t in zip(out.sequences, tokens))), 'the sequences are other tokens'
+    assert all((t.logp is not None) == c.record for x in out.steps for r in x.tokens for t in r), (
+        'records that nobody asked for, or none')
     return tokens, out.steps
 
-REPORT, TIES, SAID = {}, [], Counter()
+REPORT = {}
+TIES = []
+SAID = Counter()
 
 def state(c):
     model = subject(c.family).bare(c)
@@ -350,9 +472,12 @@ def check(c, part):
     count, bench = REPORT.setdefault(part, Counter()), Bench()
     subject(c.family).called(c)  # a trace of making it is none of ours
     said, (before, error, got) = refusals(c), (state(c), None, None)
-    try: got = run(c, bench)
-    except DecodingError as e: error = str(e)
-    except Exception as e: error = f'{type(e).__name__}: {e}'
+    try:
+        got = run(c, bench)
+    except DecodingError as e:
+        error = str(e)
+    except Exception as e:
+        error = f'{type(e).__name__}: {e}'
     count['refused' if said else 'valid'] += 1
     if said:
         ours = [x for x in said if x in (error or '')]
@@ -362,22 +487,36 @@ def check(c, part):
     elif error is not None: return f'{c}: {error}'
     elif wrong := compare(c, *got, count): return f'{c}: {wrong}'
     if bench.drew and (c.how != 'torch' or of_lm(c)): return f'{c}: drew from the global generator'
-    after, names = state(c), ('weights', 'hooks and forward functions', 'flags', 'attention', 'generation config')
+    after = state(c)
+    names = ('weights', 'hooks and forward functions', 'flags', 'attention', 'generation config')
     return None if after == before else f'{c}: left a trace in {[n for n, x, y in zip(names, after, before) if x != y]}'
 
 def compare(c, tokens, steps, count):
-    count['guessed'] += sum(t.proposer != 'target' for x in steps for r in x.tokens for t in r); count['passes'] += len(steps); count['tokens'] += sum(map(len, tokens))
+    count['guessed'] += sum(t.proposer != 'target' for x in steps for r in x.tokens for t in r)
+    count['passes'] += len(steps)
+    count['tokens'] += sum(map(len, tokens))
     if c.how == 'torch':
-        if c.drafter == 'none' or c.batch != 'three': return None if run(c._replace(drafter='none'), Bench())[0] == tokens else 'another text from the same seed'
-        return None  # in a batch the sequences take their draws from one generator in turns, which guesses change: see the distribution below
+        if c.drafter == 'none' or c.batch != 'three':
+            return None if run(c._replace(drafter='none'), Bench())[0] == tokens else 'another text from the same seed'
+        # in a batch the sequences take their draws from one generator in turns, which guesses change: see the
+        # distribution below
+        return None
     for b, (ours, (want, gaps, *logps)) in enumerate(zip(tokens, naive(c), strict=True)):
         at = next((i for i, (x, y) in enumerate(zip(ours, want)) if x != y), None)
-        if at is not None and gaps[at] <= TIE: TIES.append((c, b, at, gaps[at])); count['ties'] += 1
+        if at is not None and gaps[at] <= TIE:
+            TIES.append((c, b, at, gaps[at]))
+            count['ties'] += 1
         elif ours == want:
-            thought = [[getattr(t, name) for x in steps for t in x.tokens[b]] for name in (('logp', 'base_logp') if cold(c) else ('logp',))]
+            thought = [
+                [getattr(t, name) for x in steps for t in x.tokens[b]]
+                for name in (('logp', 'base_logp') if cold(c) else ('logp',))]
             off = max(abs(x - y) for us, them in zip(thought, logps) for x, y in zip(us, them)) if c.record else 0
-            if off > TIE: return f'sequence {b} has the right tokens, but log-probabilities that are {off:.1e} off'
-        else: return f'sequence {b} differs from place {at}: {ours} instead of {want}, where the two best scores lie {gaps[at or 0]:.1e} apart'
+            if off > TIE:
+                return f'sequence {b} has the right tokens, but log-probabilities that are {off:.1e} off'
+        else:
+            return (
+                f'sequence {b} differs from place {at}: {ours} instead of {want}, where the two best scores lie '
+                f'{gaps[at or 0]:.1e} apart')
 
 def problems(cases, part): return [p for c in cases if not outside(c) and (p := check(c, part))]
 
@@ -388,17 +527,26 @@ CROSSED = 'target x drafter x memory x batch x cache'
 @pytest.mark.parametrize('memory', CORE['memory'])
 @pytest.mark.parametrize('target', CORE['target'])
 def test_all_of_the_core(target, memory):
-    assert not (wrong := problems((Case(target, d, memory, b, k) for d, b, k in product(*(CORE[f] for f in ('drafter', 'batch', 'cache')))), CROSSED)), '\n'.join(wrong)
+    assert not (
+        wrong := problems(
+            (Case(target, d, memory, b, k) for d, b, k in product(*(CORE[f] for f in ('drafter', 'batch', 'cache')))),
+            CROSSED)), '\n'.join(wrong)
 
 def test_each_factor_acts():
     "Else a matrix would compare one text with itself"
-    said, seen = lambda **kw: tuple(naive(Case(**kw))[0][0]), lambda **kw: str(naive(Case(**kw))[0])  # tokens; with log-probabilities
-    assert said(target='one') == said(target='still') == said() == said(memory='roomy')  # alpha 1 and beta 0 are the expert's own choice
-    shown = [seen(target=t, memory=m) for t in ('plain', 'cold', 'back', 'all') for m in ('none', 'tight', 'window', 'chunk', 'every', 'drift')]
+    # tokens; with log-probabilities
+    said, seen = lambda **kw: tuple(naive(Case(**kw))[0][0]), lambda **kw: str(naive(Case(**kw))[0])
+    # alpha 1 and beta 0 are the expert's own choice
+    assert said(target='one') == said(target='still') == said() == said(memory='roomy')
+    shown = [
+        seen(target=t, memory=m) for t in ('plain', 'cold', 'back', 'all')
+        for m in ('none', 'tight', 'window', 'chunk', 'every', 'drift')]
     assert len(set(shown)) == len(shown)
     for name in ('how', 'rules'):
-        for x in FACTORS[name][1:]: assert x == 'torch' or any(said(family=f, **{name: x}) != said(family=f) for f in FAMILIES), x
-    assert len({said(target='cold', memory='window', amateur=a) for a in FACTORS['amateur']}) == 3 and len({said(entry=e) for e in ENTRIES}) > 1
+        for x in FACTORS[name][1:]:
+            assert x == 'torch' or any(said(family=f, **{name: x}) != said(family=f) for f in FAMILIES), x
+    assert len({said(target='cold', memory='window', amateur=a) for a in FACTORS['amateur']}) == 3
+    assert len({said(entry=e) for e in ENTRIES}) > 1
     assert any(seen(family=f, memory='window', max_repetition=.05) != seen(family=f, memory='window') for f in FAMILIES)
     assert len({len(said(ends=e)) for e in ('length', 'eos', 'strings', 'one')}) > 2
 
@@ -411,7 +559,10 @@ def pairs_of(c): return set(combinations(enumerate(c), 2))
 def fill(fixed, fits, g, tries=400):
     "Return a random case with these values that fits, defaults among the others; None where none is found"
     for _ in range(tries):
-        c = Case(*(fixed[i] if i in fixed else v[0] if g.random() < .5 else g.choice(v) for i, v in enumerate(FACTORS.values())))
+        c = Case(
+            *(
+                fixed[i] if i in fixed else v[0] if g.random() < .5 else g.choice(v) for i,
+                v in enumerate(FACTORS.values())))
         if fits(c): return c
 
 def covering(fits):
@@ -421,9 +572,14 @@ def covering(fits):
     cases, never = [], []
     for pair in sorted(left, key=str):
         if pair not in left: continue
-        if (c := fill(dict(pair), fits, g)) is None: never.append(pair); left.discard(pair); continue
-        c = max([c, *(o for _ in range(15) if (o := fill(dict(pair), fits, g, 40)))], key=lambda o: len(pairs_of(o) & left))
-        cases.append(c); left -= pairs_of(c)
+        if (c := fill(dict(pair), fits, g)) is None:
+            never.append(pair)
+            left.discard(pair)
+            continue
+        c = max(
+            [c, *(o for _ in range(15) if (o := fill(dict(pair), fits, g, 40)))], key=lambda o: len(pairs_of(o) & left))
+        cases.append(c)
+        left -= pairs_of(c)
     return cases, never
 
 valid = lambda c: not outside(c) and not refusals(c)
@@ -441,7 +597,8 @@ SHARES = 8  # so that a failure is found soon
 @pytest.mark.slow
 @pytest.mark.parametrize('share', range(SHARES))
 @pytest.mark.parametrize('part', PARTS)
-def test_options_in_pairs(part, share): assert not (wrong := problems(covered(part)[0][share::SHARES], part)), '\n'.join(wrong)
+def test_options_in_pairs(part, share):
+    assert not (wrong := problems(covered(part)[0][share::SHARES], part)), '\n'.join(wrong)
 
 @pytest.mark.parametrize('sentence', REFUSED)
 def test_each_refusal_alone(sentence):
@@ -454,18 +611,27 @@ def test_each_refusal_alone(sentence):
 
 # --- the compiled path, by tracing alone: one program a target
 
-@pytest.mark.parametrize('c', [Case(), Case('cold', 'tree', batch='three', sizing='fixed', record=True)], ids=['plain', 'cold, tree'])
+@pytest.mark.parametrize(
+    'c', [Case(), Case('cold', 'tree', batch='three', sizing='fixed', record=True)], ids=['plain', 'cold, tree'])
 def test_traced_programs(c, monkeypatch):
     eager_dynamo(monkeypatch)
-    monkeypatch.setattr(rows_module, '_compiled_step_hidden', torch.compile(rows_module._step_hidden, dynamic=False, fullgraph=True, backend='eager'))
+    monkeypatch.setattr(
+        rows_module, '_compiled_step_hidden',
+        torch.compile(rows_module._step_hidden, dynamic=False, fullgraph=True, backend='eager'))
     monkeypatch.setattr(speculate, 'CompiledDraft', Uncompiled)
     c = c._replace(cache='static')
-    with patch(f'{__name__}.PATCHES', {}): assert compare(c, *run(c, Bench()), REPORT.setdefault('traced by torch.compile', Counter(valid=1))) is None
+    with patch(f'{__name__}.PATCHES', {}):
+        assert compare(c, *run(c, Bench()), REPORT.setdefault('traced by torch.compile', Counter(valid=1))) is None
 
 # --- drawn tokens: the distribution
 
-WARPED = {'temperature': (dict(temperature=.4), [TemperatureLogitsWarper(.4)]), 'top_p': (dict(top_p=.8), [TopPLogitsWarper(.8)]), 'min_p': (dict(min_p=.6), [MinPLogitsWarper(.6)]), 'penalty': (dict(repetition_penalty=9.), [RepetitionPenaltyLogitsProcessor(9.)])}
-DRAWN = [('plain', 'lookup', 'top_p', 'growing'), ('cold', 'joined', 'temperature', 'growing'), ('back', 'tree', 'min_p', 'static'), ('all', 'chain', 'penalty', 'growing')]
+WARPED = {
+    'temperature': (dict(temperature=.4), [TemperatureLogitsWarper(.4)]),
+    'top_p': (dict(top_p=.8), [TopPLogitsWarper(.8)]), 'min_p': (dict(min_p=.6), [MinPLogitsWarper(.6)]),
+    'penalty': (dict(repetition_penalty=9.), [RepetitionPenaltyLogitsProcessor(9.)])}
+DRAWN = [
+    ('plain', 'lookup', 'top_p', 'growing'), ('cold', 'joined', 'temperature', 'growing'),
+    ('back', 'tree', 'min_p', 'static'), ('all', 'chain', 'penalty', 'growing')]
 
 @pytest.mark.parametrize('target,drafter,warp,cache', DRAWN)
 def test_drawn_tokens_have_the_distribution(small, target, drafter, warp, cache):
@@ -475,25 +641,36 @@ def test_drawn_tokens_have_the_distribution(small, target, drafter, warp, cache)
         for p in processors: scores = p(texts, scores)
         return scores
     hass = HASS(small.folder, nodes=6, depth=2, top_k=3, chain=drafter == 'chain')
-    d = PromptLookup(min_ngram=1, corpus=[[3, 1, 2, 1], [2, 2]]) if drafter == 'lookup' else JointDrafter((hass, PromptLookup(min_ngram=1))) if drafter == 'joined' else hass
+    d = (
+        PromptLookup(min_ngram=1, corpus=[[3, 1, 2, 1], [2, 2]]) if drafter == 'lookup'
+        else JointDrafter((hass, PromptLookup(min_ngram=1))) if drafter == 'joined' else hass)
     with settings(Case(cache=cache)):
-        counts, p, hits = sampled(small, TARGETS[target], d, 500, 2, process=process, rows=dict(compile=cache == 'static'), **kw)
+        counts, p, hits = sampled(
+            small, TARGETS[target], d, 500, 2, process=process, rows=dict(compile=cache == 'static'), **kw)
         got, limit = chi_square(counts, p, 500)
         assert got < limit and hits > 40, (got, limit, hits)
     got, limit = chi_square(counts, exact(small, TARGETS[target], [3, 1, 2], 2).clamp(min=1e-9), 500)
     assert got > limit, 'the wish does nothing here'
-    REPORT.setdefault('drawn by torch: chi-square of all continuations', Counter()).update(valid=1, tokens=1000, guessed=hits)
+    REPORT.setdefault(
+        'drawn by torch: chi-square of all continuations', Counter()).update(valid=1, tokens=1000, guessed=hits)
 
 # --- the tables
 
-def table(rows): return '\n'.join('| ' + ' | '.join(f'{x:,}' if isinstance(x, int) else str(x) for x in r) + ' |' for r in [rows[0], ['---'] * len(rows[0]), *rows[1:]])
+def table(rows):
+    return '\n'.join(
+        '| ' + ' | '.join(f'{x:,}' if isinstance(x, int) else str(x) for x in r) + ' |'
+        for r in [rows[0], ['---'] * len(rows[0]), *rows[1:]])
 
 def tables():
     "Return what was covered, as Markdown"
     cells = lambda c: [c[k] for k in ('valid', 'refused', 'tokens', 'guessed', 'passes')]
     whole = sum(REPORT.values(), Counter())
-    parts = table([('combinations', 'valid', 'refused', 'tokens compared', 'of them guessed', 'passes'), *((k, *cells(c)) for k, c in REPORT.items()), ('together', *cells(whole))])
-    return f'{parts}\n\nMismatches excused because the two best scores lie within {TIE:g}: {len(TIES)}. Unexplained: 0.\n\n' + table([('refused by', 'combinations'), *SAID.most_common()])
+    parts = table(
+        [
+            ('combinations', 'valid', 'refused', 'tokens compared', 'of them guessed', 'passes'),
+            *((k, *cells(c)) for k, c in REPORT.items()), ('together', *cells(whole))])
+    excused = f'Mismatches excused because the two best scores lie within {TIE:g}: {len(TIES)}. Unexplained: 0.'
+    return '\n\n'.join([parts, excused, table([('refused by', 'combinations'), *SAID.most_common()])])
 
 def main():
     torch.set_num_threads(1)

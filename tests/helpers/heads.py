@@ -14,7 +14,8 @@ from helpers.toys import toy_lm
 
 def random_head(lm, bias=False, seed=0, vocab=None, round=True):
     "A head with random weights everywhere, norms and biases too, at a scale at which every part counts"
-    head, g = DraftHead(head_config(lm.model.config), fc_bias=bias).requires_grad_(False), generator(seed)
+    head = DraftHead(head_config(lm.model.config), fc_bias=bias).requires_grad_(False)
+    g = generator(seed)
     for p in head.parameters():
         x = torch.randn(p.shape, generator=g) * (p.shape[-1]**-.5 if p.dim() > 1 else 1.)
         p.copy_(x.bfloat16() if round else x)
@@ -28,7 +29,9 @@ def examples_of(lengths=LENGTHS, seed=0, v=76):
     g = generator(seed)
     return [Example(torch.randint(3, v, (n,), generator=g), torch.arange(n) >= n // 2) for n in lengths]
 
-CONFIG = HeadTraining(steps=9, tokens=120, alignment_steps=2, precision='no', warmup=.3, noise=.1, k=5, save_every=2, eval_every=4, lr=3e-3)
+CONFIG = HeadTraining(
+    steps=9, tokens=120, alignment_steps=2, precision='no', warmup=.3, noise=.1, k=5, save_every=2, eval_every=4,
+    lr=3e-3)
 
 def toy_examples(n=14, seed=0):
     "Random texts of 8 to 24 tokens, the first 4 of them a prompt"
@@ -38,7 +41,9 @@ def toy_examples(n=14, seed=0):
 
 class Kept(OnlineFeatures):
     "The same, but the target reads every text once only"
-    def __init__(self, lm, examples): super().__init__(lm, examples); self.rows = [super(Kept, self).read([i])[0] for i in range(len(examples))]
+    def __init__(self, lm, examples):
+        super().__init__(lm, examples)
+        self.rows = [super(Kept, self).read([i])[0] for i in range(len(examples))]
     def read(self, numbers): return [self.rows[i] for i in numbers]
 
 LM = toy_lm()
@@ -47,14 +52,21 @@ STORE = Kept(LM, toy_examples())
 
 TEXTS = [Text(ids, 4, f) for ids, _, f in STORE.rows[:3]]
 
-def begin(folder, config=CONFIG, store=STORE, **options): return start_run(LM, store, folder, config, data='toy', **options)
+def begin(folder, config=CONFIG, store=STORE, **options):
+    return start_run(LM, store, folder, config, data='toy', **options)
 
-CASES = dict(texts=CONFIG, packed=replace(CONFIG, row=48, noise=0., alignment_steps=3), lonely=replace(CONFIG, tokens=30, optimizer='adamw', eval_every=3), drawn=replace(CONFIG, alignment_steps=3, sample_one_step=True, cache_targets=True))  # a batch of 30 tokens is a single row
+# a batch of 30 tokens is a single row
+CASES = dict(
+    texts=CONFIG, packed=replace(CONFIG, row=48, noise=0., alignment_steps=3),
+    lonely=replace(CONFIG, tokens=30, optimizer='adamw', eval_every=3),
+    drawn=replace(CONFIG, alignment_steps=3, sample_one_step=True, cache_targets=True))
 
 def noting(run):
     "Return a list that gets the norm of every step's gradient before it is clipped: Muon, AdamW and clipping all hide its size"
     norms, clip = [], Accelerator.clip_grad_norm_
-    def noted(params, size): norms.append(clip(run.accelerator, params, size)); return norms[-1]
+    def noted(params, size):
+        norms.append(clip(run.accelerator, params, size))
+        return norms[-1]
     run.accelerator.clip_grad_norm_ = noted
     return norms
 

@@ -28,7 +28,9 @@ def same(a, b): assert a.shape == b.shape and torch.equal(a, b), f'\n{a}\n{b}'
 class EndsOn(StoppingCriteria):
     "Ends a sequence after any of these tokens"
     def __init__(self, tokens): self.tokens, self.calls = torch.tensor(tokens), 0
-    def __call__(self, ids, scores, **kw): self.calls += 1; return torch.isin(ids[:, -1], self.tokens)
+    def __call__(self, ids, scores, **kw):
+        self.calls += 1
+        return torch.isin(ids[:, -1], self.tokens)
 
 class Pair(StoppingCriteria):
     "Ends a sequence whose last two tokens are one of these pairs"
@@ -39,7 +41,8 @@ def eager_dynamo(monkeypatch):
     "torch.compile's tracing and guards without its slow code generation"
     torch._dynamo.reset()
     monkeypatch.setattr(ops, 'compiles', lambda device=None: True)
-    monkeypatch.setattr(rows_module, '_compiled_step', torch.compile(rows_module._step, dynamic=False, fullgraph=True, backend='eager'))
+    monkeypatch.setattr(
+        rows_module, '_compiled_step', torch.compile(rows_module._step, dynamic=False, fullgraph=True, backend='eager'))
 
 PLAIN, COLD = Plain(), CoLD(0.05, 1.)
 
@@ -54,15 +57,19 @@ class Toy:
 def calm_model(family='llama', by=.07, **config):
     "A toy that mostly goes by its last token"
     model = toy_model(family, **config)
-    for l in model.model.layers: l.self_attn.o_proj.weight.mul_(by); l.mlp.down_proj.weight.mul_(by)
+    for l in model.model.layers:
+        l.self_attn.o_proj.weight.mul_(by)
+        l.mlp.down_proj.weight.mul_(by)
     return model
 
 def knowing_head(model, vocab=None, noise=1.):
     "A head that knows what a calm model goes by, more or less"
     head, g = DraftHead(head_config(model.config)).requires_grad_(False), generator(0)
     for p in head.parameters(): p.copy_(torch.randn(p.shape, generator=g) * p.shape[-1]**-.5)
-    head.fc.weight.mul_(.2 * noise); head.fc.weight[:, :32] += 3 * torch.eye(32)
-    head.layers[0].self_attn.o_proj.weight.mul_(.1 * noise); head.layers[0].mlp.down_proj.weight.mul_(.1 * noise)
+    head.fc.weight.mul_(.2 * noise)
+    head.fc.weight[:, :32] += 3 * torch.eye(32)
+    head.layers[0].self_attn.o_proj.weight.mul_(.1 * noise)
+    head.layers[0].mlp.down_proj.weight.mul_(.1 * noise)
     for p in head.parameters(): p.copy_(p.bfloat16())  # what the file can hold
     if vocab is not None: head.vocab = torch.tensor(vocab)
     return head
@@ -117,10 +124,16 @@ def small(tmp_path_factory):
 
 def sampled(t, target, drafter, runs, n=3, batch=250, process=lambda texts, scores: scores, rows={}, **kw):
     "Counts of the continuations of one prompt, their probabilities, and how many tokens were guessed"
-    v, prompt, counts, hits = t.model.config.vocab_size, [3, 1, 2], 0, 0
+    v = t.model.config.vocab_size
+    prompt = [3, 1, 2]
+    counts = 0
+    hits = 0
     ids = torch.tensor([prompt]).repeat(batch, 1)
     for i in range(runs // batch):
-        out = generate(t.model, ids, torch.ones_like(ids), Decoder(target, drafter, bank=None if target == PLAIN else t.bank, record=False, **rows), seed=i, **dict(max_new_tokens=n, do_sample=True, top_k=0, return_dict_in_generate=True) | kw)
+        out = generate(
+            t.model, ids, torch.ones_like(ids),
+            Decoder(target, drafter, bank=None if target == PLAIN else t.bank, record=False, **rows), seed=i,
+            **dict(max_new_tokens=n, do_sample=True, top_k=0, return_dict_in_generate=True) | kw)
         code = (out.sequences[:, 3:] * v ** torch.arange(n - 1, -1, -1)).sum(-1)
         counts, hits = counts + torch.bincount(code, minlength=v**n), hits + guessed(out)
     return counts, exact(t, target, prompt, n, process), hits

@@ -11,10 +11,14 @@ from npu_lora_decoding.foundations.tasks import Item
 
 def toy_tokenizer(extra=0):
     "One token a character; 76 tokens, and `extra` unused ones"
-    names = ['<pad>', '<s>', '</s>', '<unk>', *string.ascii_letters, *string.digits, *' .,:;!?-+=', *(f'<extra {i}>' for i in range(extra))]
+    names = [
+        '<pad>', '<s>', '</s>', '<unk>', *string.ascii_letters, *string.digits, *' .,:;!?-+=',
+        *(f'<extra {i}>' for i in range(extra))]
     tok = Tokenizer(WordLevel({c: i for i, c in enumerate(names)}, unk_token='<unk>'))
     tok.pre_tokenizer = Split('', 'isolated')
-    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='<pad>', bos_token='<s>', eos_token='</s>', unk_token='<unk>', padding_side='left')
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok, pad_token='<pad>', bos_token='<s>', eos_token='</s>', unk_token='<unk>',
+        padding_side='left')
 
 def toy_lm(family='llama', **config): return LM(toy_model(family, **config), toy_tokenizer(), name='toy')
 

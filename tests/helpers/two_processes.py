@@ -9,8 +9,11 @@ from helpers.heads import CASES, CONFIG, TEXTS, begin, noting
 
 def note(folder, name, run, norms=()):
     "Write what this process found"
-    batches = [run.batch(i).numbers for i in range(run.config.steps)] if name != 'lonely' else [run.accelerator.process_index]
-    found = dict(losses=run.losses, norms=[n.item() for n in norms], history=run.history, batches=batches, weights=[p.double().sum().item() for p in run.head.parameters()])
+    batches = [
+        run.batch(i).numbers for i in range(run.config.steps)] if name != 'lonely' else [run.accelerator.process_index]
+    found = dict(
+        losses=run.losses, norms=[n.item() for n in norms], history=run.history, batches=batches,
+        weights=[p.double().sum().item() for p in run.head.parameters()])
     (folder/f'{name}-{run.accelerator.process_index}.json').write_text(json.dumps(found))
 
 def main(folder):
@@ -22,7 +25,8 @@ def main(folder):
         note(folder, name, train(run, TEXTS), norms)
     step_of = th.train_step
     def interrupted(run, step):
-        if step == 4 and acc.process_index == 1: signal.raise_signal(signal.SIGINT)  # the other one is not asked, and stops as well
+        if step == 4 and acc.process_index == 1:
+            signal.raise_signal(signal.SIGINT)  # the other one is not asked, and stops as well
         return step_of(run, step)
     th.train_step = interrupted
     run = train(begin(folder/'shared', CONFIG, accelerator=acc), TEXTS)

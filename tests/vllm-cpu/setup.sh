@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds tests/vllm-cpu/.venv with all that `run` needs: its own environment, because vLLM wants other versions than the checkout. `run` calls it; `bash setup.sh` works too.
+# Builds tests/vllm-cpu/.venv with all that `run` needs: its own environment, because vLLM wants other versions than the
+# checkout. `run` calls it; `bash setup.sh` works too.
 set -euo pipefail
 cd "$(dirname "$0")"
 
