@@ -49,5 +49,6 @@ vllm: ## Serve the shipped draft head in vLLM on a CPU and compare, in an enviro
 	bash tests/vllm-cpu/run
 
 clean: ## Remove .venv and everything else that was built
-	rm -rf .venv kernels/verify/.venv tests/vllm-cpu/.venv docs/.venv docs/_build .check.* build dist *.egg-info .pytest_cache .mypy_cache .hypothesis
+	rm -rf .venv kernels/verify/.venv tests/vllm-cpu/.venv docs/.venv docs/_build .check.* build dist *.egg-info
+	rm -rf .pytest_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -558,11 +558,11 @@ def pairs_of(c): return set(combinations(enumerate(c), 2))
 
 def fill(fixed, fits, g, tries=400):
     "Return a random case with these values that fits, defaults among the others; None where none is found"
+    def value(i, values):
+        if i in fixed: return fixed[i]
+        return values[0] if g.random() < .5 else g.choice(values)
     for _ in range(tries):
-        c = Case(
-            *(
-                fixed[i] if i in fixed else v[0] if g.random() < .5 else g.choice(v) for i,
-                v in enumerate(FACTORS.values())))
+        c = Case(*(value(i, values) for i, values in enumerate(FACTORS.values())))
         if fits(c): return c
 
 def covering(fits):
