@@ -29,7 +29,7 @@ def repetition(
     return 1 - len(grams.unique(dim=0)) / len(grams)
 
 # %% ../../nbs/5_temp_lora/05_generation.ipynb #b3270d05
-class _LearnedText:
+class _LearnedText(Memory):
     "An adapter that learns the complete chunks of one text"
     def __init__(self, settings, model, bank, roles, ids):
         self.settings = settings
@@ -71,7 +71,7 @@ class _LearnedText:
             save_document(self.phi, self.settings.file, self.text[:self.learned])
 
 # %% ../../nbs/5_temp_lora/05_generation.ipynb #58558f7b
-class _GenerationMemory(_LearnedText, Memory):
+class _GenerationMemory(_LearnedText):
     "A memory at work on one text"
     def __init__(self, settings, model, bank, roles, ids):
         super().__init__(settings, model, bank, roles, ids)

@@ -36,7 +36,8 @@ def work(shape, s):
 def main(text, reading, out, every=20):
     base, temp = (next(r for r in json.loads(Path(reading).read_text()) if r['method'] == m) for m in ('base', 'temp_lora'))
     lm = load(dtype=dict(bfloat16='bf16', float32='fp32')[base['dtype']])
-    ids, small = document_ids(lm, read_text(text)), TempLoRA(**temp['settings'])
+    ids = document_ids(lm, read_text(text))
+    small = TempLoRA(**{dict(guard='max_repetition').get(k, k): v for k, v in temp['settings'].items()})  # guard: its name in older files
     full = TempLoRA(chunk=small.chunk, window=lm.context, epochs=0)
     old, learned = ({c[0]: c[1] for c in r['chunks']} for r in (base, temp))
     starts = [s for s in range(full.latest, min(max(old), max(learned)) - small.chunk, int(every) * small.chunk)]

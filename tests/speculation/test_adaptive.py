@@ -75,7 +75,7 @@ def test_measuring_leaves_no_trace(monkeypatch, static, keeps):
     monkeypatch.setattr(ops, 'compiles', lambda device=None: True)
     monkeypatch.setattr(rows_module, '_compiled_step', rows_module._step); monkeypatch.setattr(rows_module, '_compiled_step_hidden', rows_module._step_hidden)
     model, mask = toy_model(vocab=11), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
-    rows = (CompiledRunner if static else BatchRunner)(model, ('expert',), 2, 30, 8, keeps, 3)
+    rows = (CompiledRunner if static else BatchRunner)(model, ('expert',), 2, 30, draft_capacity=8, keep_hidden=keeps, max_draft_depth=3)
     tree = Tree(torch.tensor([[4, 5, 6, 7], [8, 9, 3, 4]]), torch.tensor([[-1, 0, 0, 1], [-1, 0, 1, -2]]))
     with torch.no_grad():
         rows.prefill(torch.randint(3, 11, (2, 5)) * mask, mask)

@@ -209,7 +209,7 @@ def test_ended_sequences_keep_what_they_had(llama, rows):
     assert len(set(lengths)) > 1
     cache_is_right(llama, inner(drafter), fast, prompts()[1])
 
-def test_certain_slots_are_a_loop():
+def test_committed_slots_are_a_loop():
     g = generator(1)
     for width in (None, 4, 9):
         h, follows, certain = torch.randn(3, 6, 2, generator=g), torch.randint(0, 99, (3, 6), generator=g), torch.rand(3, 6, generator=g) < .5
