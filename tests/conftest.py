@@ -1,5 +1,7 @@
 "Every test starts from the same state: no network, no progress bars, one thread, the same seeds"
+
 import os
+
 # Read once, at import, by the libraries below: hence before them.
 os.environ.update(HF_HUB_OFFLINE='1', HF_HUB_DISABLE_PROGRESS_BARS='1', TOKENIZERS_PARALLELISM='false')
 
@@ -13,6 +15,7 @@ torch.set_num_threads(1)  # fp32 on several threads stalls at random
 # A first call that loads a model is slow and no fault; and a failure must come back on the next run.
 hypothesis.settings.register_profile('repeatable', deadline=None, derandomize=True)
 hypothesis.settings.load_profile('repeatable')
+
 
 @pytest.fixture(autouse=True)
 def same_seeds():

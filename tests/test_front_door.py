@@ -1,4 +1,5 @@
 "The front door: what `import npu_lora_decoding` offers, what it costs, and where the modules of 0.1 are now"
+
 import configparser
 import importlib
 import os
@@ -34,22 +35,66 @@ finally:
 
 # Where the flat modules of 0.1 went; `cold`, `temp_lora` and `cli` are packages now
 MOVED = {
-    'acceptance': 'hass.acceptance', 'adapters': 'foundations.adapters', 'advise': 'evaluation.recommend', 'align': 'hass.alignment',
-    'baseline': 'decoding.baseline', 'cache_reuse': 'temp_lora.cache_reuse', 'choose': 'decoding.sampling', 'cli_compare': 'cli.compare',
-    'cli_head': 'cli.head', 'cli_memory': 'cli.memory', 'commands': 'cli.registry', 'contestants': 'evaluation.methods',
-    'conversations': 'hass.chat_data', 'core': 'foundations.errors', 'custom_generate': 'serving.hf_generate', 'decode': 'decoding.loop',
-    'distill': 'hass.losses', 'doctor': 'evaluation.kernel_check', 'document': 'temp_lora.checkpoint', 'draft_head': 'hass.head',
-    'draft_tree': 'hass.drafting', 'export_head': 'serving.head_export', 'fast_draft': 'speculation.compiled_draft',
-    'features': 'hass.features', 'finetune': 'cold.expert', 'handed_over': 'decoding.hf_bridge', 'harness': 'evaluation.lm_eval',
-    'lookup': 'speculation.prompt_lookup', 'lora': 'foundations.lora', 'make_head': 'hass.pipeline', 'measure': 'evaluation.benchmark',
-    'models': 'foundations.models', 'ops': 'foundations.ops', 'page': 'serving.web_demo', 'pareto': 'evaluation.pareto',
-    'plan': 'temp_lora.budget', 'quality': 'evaluation.judging', 'reading': 'temp_lora.perplexity', 'recipe': 'hass.config',
-    'report': 'evaluation.html_report', 'ring': 'hass.continuous_batching', 'rows': 'decoding.runner', 'show': 'evaluation.plots',
-    'show_draft': 'evaluation.draft_plots', 'sizing': 'speculation.adaptive', 'speculate': 'speculation.head_drafter',
-    'start': 'hass.initialization', 'tasks': 'foundations.tasks', 'train_head': 'hass.train', 'translating': 'temp_lora.translation',
-    'tree': 'decoding.tree', 'verify': 'evaluation.equivalence', 'vllm_ask': 'serving.vllm_client', 'vllm_cold': 'serving.vllm_plugin',
-    'vllm_pairs': 'serving.vllm_pairing', 'vllm_peer': 'serving.vllm_process', 'vllm_worker': 'serving.vllm_worker',
-    'work': 'evaluation.flops', 'write': 'hass.self_chat', 'writing': 'temp_lora.generation',
+    'acceptance': 'hass.acceptance',
+    'adapters': 'foundations.adapters',
+    'advise': 'evaluation.recommend',
+    'align': 'hass.alignment',
+    'baseline': 'decoding.baseline',
+    'cache_reuse': 'temp_lora.cache_reuse',
+    'choose': 'decoding.sampling',
+    'cli_compare': 'cli.compare',
+    'cli_head': 'cli.head',
+    'cli_memory': 'cli.memory',
+    'commands': 'cli.registry',
+    'contestants': 'evaluation.methods',
+    'conversations': 'hass.chat_data',
+    'core': 'foundations.errors',
+    'custom_generate': 'serving.hf_generate',
+    'decode': 'decoding.loop',
+    'distill': 'hass.losses',
+    'doctor': 'evaluation.kernel_check',
+    'document': 'temp_lora.checkpoint',
+    'draft_head': 'hass.head',
+    'draft_tree': 'hass.drafting',
+    'export_head': 'serving.head_export',
+    'fast_draft': 'speculation.compiled_draft',
+    'features': 'hass.features',
+    'finetune': 'cold.expert',
+    'handed_over': 'decoding.hf_bridge',
+    'harness': 'evaluation.lm_eval',
+    'lookup': 'speculation.prompt_lookup',
+    'lora': 'foundations.lora',
+    'make_head': 'hass.pipeline',
+    'measure': 'evaluation.benchmark',
+    'models': 'foundations.models',
+    'ops': 'foundations.ops',
+    'page': 'serving.web_demo',
+    'pareto': 'evaluation.pareto',
+    'plan': 'temp_lora.budget',
+    'quality': 'evaluation.judging',
+    'reading': 'temp_lora.perplexity',
+    'recipe': 'hass.config',
+    'report': 'evaluation.html_report',
+    'ring': 'hass.continuous_batching',
+    'rows': 'decoding.runner',
+    'show': 'evaluation.plots',
+    'show_draft': 'evaluation.draft_plots',
+    'sizing': 'speculation.adaptive',
+    'speculate': 'speculation.head_drafter',
+    'start': 'hass.initialization',
+    'tasks': 'foundations.tasks',
+    'train_head': 'hass.train',
+    'translating': 'temp_lora.translation',
+    'tree': 'decoding.tree',
+    'verify': 'evaluation.equivalence',
+    'vllm_ask': 'serving.vllm_client',
+    'vllm_cold': 'serving.vllm_plugin',
+    'vllm_pairs': 'serving.vllm_pairing',
+    'vllm_peer': 'serving.vllm_process',
+    'vllm_worker': 'serving.vllm_worker',
+    'work': 'evaluation.flops',
+    'write': 'hass.self_chat',
+    'writing': 'temp_lora.generation',
 }
 
 
@@ -116,17 +161,20 @@ def test_a_module_that_never_was_has_no_hint():
 def nld(*arguments):
     "Run the program that settings.ini calls `nld`; return its exit status, its output and the seconds of processor time"
     settings = configparser.ConfigParser(delimiters=['='])
-    settings.read(ROOT/'settings.ini')
+    settings.read(ROOT / 'settings.ini')
     module, function = settings['DEFAULT']['console_scripts'].removeprefix('nld=').split(':')
     return child_seconds(sys.executable, '-c', NLD.format(module=module, function=function, arguments=arguments))
 
 
-@pytest.mark.parametrize('arguments, status, shown', [
-    (['--help'], 0, 'generate'),
-    ([], 0, 'generate'),
-    (['--version'], 0, npu_lora_decoding.__version__),
-    (['generat'], 2, 'generate'),
-])
+@pytest.mark.parametrize(
+    'arguments, status, shown',
+    [
+        (['--help'], 0, 'generate'),
+        ([], 0, 'generate'),
+        (['--version'], 0, npu_lora_decoding.__version__),
+        (['generat'], 2, 'generate'),
+    ],
+)
 def test_the_command_line_answers_at_once(arguments, status, shown):
     returned, output, seconds = nld(*arguments)
     assert returned == status, output

@@ -4,6 +4,7 @@ A valid one generates what a naive loop generates, token by token, and another i
 Five factors are multiplied out, the options around them are covered by pairs. `python tests/test_matrix.py` prints what was
 covered as Markdown.
 """
+
 import contextlib, io, random, sys, tempfile, time
 from collections import Counter, namedtuple
 from dataclasses import replace
@@ -15,9 +16,19 @@ from unittest.mock import patch
 import pytest, torch
 from tokenizers.decoders import Fuse
 from transformers import (
-    DynamicCache, LogitsProcessorList, MinPLogitsWarper, NoBadWordsLogitsProcessor, NoRepeatNGramLogitsProcessor,
-    PrefixConstrainedLogitsProcessor, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList, StopStringCriteria,
-    TemperatureLogitsWarper, TextStreamer, TopPLogitsWarper)
+    DynamicCache,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TemperatureLogitsWarper,
+    TextStreamer,
+    TopPLogitsWarper,
+)
 import npu_lora_decoding.decoding.runner as rows_module
 import npu_lora_decoding.speculation.adaptive as sizing
 import npu_lora_decoding.speculation.head_drafter as speculate
@@ -38,6 +49,7 @@ from npu_lora_decoding.temp_lora.generation import TempLoRA
 from npu_lora_decoding.temp_lora.adapter import learn, temporary
 from npu_lora_decoding.temp_lora.generation import repetition
 from helpers.loops import Pair, eager_dynamo
+
 # `small` is a fixture
 from helpers.loops import Collects, Uncompiled, calm_model, chi_square, exact, guessed, knowing_head, sampled, small
 from helpers.memories import traces
@@ -50,52 +62,112 @@ N, TIE = 14, 1e-4
 # --- the factors; the first value of each is its default
 
 TARGETS = dict(
-    plain=Plain(), cold=CoLD(.05, 1.), still=CoLD(.1, 0.), back=CoLD(.1, -.7), one=CoLD(1., 3.), all=CoLD(1e-9, .4),
-    each=CoLD((.05, .1, .3), (1., 0., -.7)))
+    plain=Plain(),
+    cold=CoLD(0.05, 1.0),
+    still=CoLD(0.1, 0.0),
+    back=CoLD(0.1, -0.7),
+    one=CoLD(1.0, 3.0),
+    all=CoLD(1e-9, 0.4),
+    each=CoLD((0.05, 0.1, 0.3), (1.0, 0.0, -0.7)),
+)
 DRAFTERS = ('none', 'lookup', 'chain', 'chain cut', 'tree', 'tree cut', 'joined')
-WRITES = TempLoRA(chunk=6, window=18, context=6, train_context=6, epochs=1, warmup=1, r=2, alpha=2., lr=.03)
+WRITES = TempLoRA(chunk=6, window=18, context=6, train_context=6, epochs=1, warmup=1, r=2, alpha=2.0, lr=0.03)
 MEMORIES = dict(
-    none=None, roomy=replace(WRITES, window=200, context=190, lr=0.), tight=replace(WRITES, lr=0.), window=WRITES,
-    chunk=replace(WRITES, recompute='chunk'), every=replace(WRITES, recompute='every:2', context=3),
-    drift=replace(WRITES, recompute='drift:1e-4', train_context=9), slide=replace(WRITES, recompute='slide:1'),
-    wide=replace(WRITES, window=999))
+    none=None,
+    roomy=replace(WRITES, window=200, context=190, lr=0.0),
+    tight=replace(WRITES, lr=0.0),
+    window=WRITES,
+    chunk=replace(WRITES, recompute='chunk'),
+    every=replace(WRITES, recompute='every:2', context=3),
+    drift=replace(WRITES, recompute='drift:1e-4', train_context=9),
+    slide=replace(WRITES, recompute='slide:1'),
+    wide=replace(WRITES, window=999),
+)
 FAMILIES = dict(
-    llama=('llama', {}), mha=('llama', dict(num_key_value_heads=4, tie_word_embeddings=True)),
+    llama=('llama', {}),
+    mha=('llama', dict(num_key_value_heads=4, tie_word_embeddings=True)),
     mistral=('mistral', dict(sliding_window=6)),
     qwen2=('qwen2', dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)),
-    qwen3=('qwen3', dict(tie_word_embeddings=True)), gemma2=('gemma2', dict(sliding_window=6)),
-    wide=('llama', dict(vocab=80)))
+    qwen3=('qwen3', dict(tie_word_embeddings=True)),
+    gemma2=('gemma2', dict(sliding_window=6)),
+    wide=('llama', dict(vocab=80)),
+)
 # how much the layers of a toy count, where tied embeddings would only repeat the last token
-BY = dict(mha=.2, qwen3=.2, gemma2=1.)
+BY = dict(mha=0.2, qwen3=0.2, gemma2=1.0)
 ENTRIES = ('decoder', 'decoder, no adapter', 'lm', 'lm, no adapter', 'peft', 'peft, off', 'peft, merged')
 # beyond the first: what is not supported
 ASKS = (
-    'nothing', 'beams', 'scores', 'guidance', 'contrastive search', 'filled cache', 'own positions', 'flex attention',
-    'max_length')
+    'nothing',
+    'beams',
+    'scores',
+    'guidance',
+    'contrastive search',
+    'filled cache',
+    'own positions',
+    'flex attention',
+    'max_length',
+)
 
 FACTORS = dict(
-    target=tuple(TARGETS), drafter=DRAFTERS, memory=tuple(MEMORIES), batch=('one', 'padded', 'three'),
-    cache=('growing', 'static'), entry=ENTRIES, family=tuple(FAMILIES), amateur=('base', 'task', 'phi'),
-    max_repetition=(1., .05), sizing=('pays', 'loses', 'fixed'), how=('greedy', 'draws', 'top_p', 'min_p', 'torch'),
-    rules=('none', 'penalty', 'n-grams', 'banned', 'grammar'), ends=('length', 'eos', 'strings', 'pair', 'one'),
-    stream=('no', 'text', 'tokens'), record=(True, False), attention=('own', 'eager'), ask=ASKS)
+    target=tuple(TARGETS),
+    drafter=DRAFTERS,
+    memory=tuple(MEMORIES),
+    batch=('one', 'padded', 'three'),
+    cache=('growing', 'static'),
+    entry=ENTRIES,
+    family=tuple(FAMILIES),
+    amateur=('base', 'task', 'phi'),
+    max_repetition=(1.0, 0.05),
+    sizing=('pays', 'loses', 'fixed'),
+    how=('greedy', 'draws', 'top_p', 'min_p', 'torch'),
+    rules=('none', 'penalty', 'n-grams', 'banned', 'grammar'),
+    ends=('length', 'eos', 'strings', 'pair', 'one'),
+    stream=('no', 'text', 'tokens'),
+    record=(True, False),
+    attention=('own', 'eager'),
+    ask=ASKS,
+)
 # multiplied out
 CORE = dict(
-    target=('plain', 'cold', 'back', 'one', 'each'), drafter=('none', 'lookup', 'chain', 'tree', 'tree cut', 'joined'),
-    memory=tuple(MEMORIES), batch=FACTORS['batch'], cache=FACTORS['cache'])
+    target=('plain', 'cold', 'back', 'one', 'each'),
+    drafter=('none', 'lookup', 'chain', 'tree', 'tree cut', 'joined'),
+    memory=tuple(MEMORIES),
+    batch=FACTORS['batch'],
+    cache=FACTORS['cache'],
+)
 Case = namedtuple('Case', FACTORS, defaults=[v[0] for v in FACTORS.values()])
 
-def cold(c): return 'base' in TARGETS[c.target].roles
-def adapted(c): return c.entry in ('decoder', 'lm', 'peft')
-def headed(c): return c.drafter not in ('none', 'lookup')
-def of_lm(c): return c.entry.startswith('lm')
+
+def cold(c):
+    return 'base' in TARGETS[c.target].roles
+
+
+def adapted(c):
+    return c.entry in ('decoder', 'lm', 'peft')
+
+
+def headed(c):
+    return c.drafter not in ('none', 'lookup')
+
+
+def of_lm(c):
+    return c.entry.startswith('lm')
+
 
 def outside(c):
     "Whether a case is no part of the product: lm.generate pads batches only, and some wishes are granted in plain decoding"
     return (
-        of_lm(c) and c.batch == 'padded' or c.ask == 'max_length' and not of_lm(c)
-        or c.ask == 'flex attention' and c.drafter == 'none'
-        or c.ask == 'guidance' and not cold(c) and c.drafter == c.memory == 'none')
+        of_lm(c)
+        and c.batch == 'padded'
+        or c.ask == 'max_length'
+        and not of_lm(c)
+        or c.ask == 'flex attention'
+        and c.drafter == 'none'
+        or c.ask == 'guidance'
+        and not cold(c)
+        and c.drafter == c.memory == 'none'
+    )
+
 
 REFUSED = {  # a part of the sentence -> when it, or another that holds as well, is said
     'only one answer can be streamed': lambda c: c.stream == 'text' and c.batch == 'three',
@@ -118,59 +190,76 @@ REFUSED = {  # a part of the sentence -> when it, or another that holds as well,
     'slide is for reading': lambda c: c.memory == 'slide',
     'choose a smaller window': lambda c: c.memory == 'wide',
     'see all of the window': lambda c: c.memory == 'drift' and 'sliding_window' in FAMILIES[c.family][1],
-    'needs a task adapter': lambda c: c.memory != 'none' and c.amateur != 'base' and cold(c) and not adapted(c)}
+    'needs a task adapter': lambda c: c.memory != 'none' and c.amateur != 'base' and cold(c) and not adapted(c),
+}
 
-def refusals(c): return [sentence for sentence, when in REFUSED.items() if when(c)]
+
+def refusals(c):
+    return [sentence for sentence, when in REFUSED.items() if when(c)]
+
 
 # --- what is decoded
+
 
 def prompts(lengths):
     t = max(lengths)
     mask = torch.stack([(torch.arange(t) >= t - n).long() for n in lengths])
     return torch.randint(4, 76, mask.shape, generator=generator(3)) * mask, mask
 
+
 _PROMPTS = dict(one=prompts((9,)), padded=tuple(x[1:] for x in prompts((9, 7))), three=prompts((9, 5, 2)))
 TMP = tempfile.TemporaryDirectory()
 
+
 class Subject:
     "A toy of one family, in every form that it is called in"
+
     def __init__(self, family):
         kind, config = FAMILIES[family]
-        self.folder = Path(TMP.name)/family
-        self.model = calm_model( kind, BY.get(family, .04), seed=1, **dict(vocab=76) | config)
+        self.folder = Path(TMP.name) / family
+        self.model = calm_model(kind, BY.get(family, 0.04), seed=1, **dict(vocab=76) | config)
         self.family = family
         self.model.generation_config.eos_token_id = None
-        self.adapter = load_adapter(toy_adapter(self.model, self.folder/'adapter', lora_alpha=1), self.model)
-        self.bank = AdapterBank( self.model, [self.adapter], ops.lora)
+        self.adapter = load_adapter(toy_adapter(self.model, self.folder / 'adapter', lora_alpha=1), self.model)
+        self.bank = AdapterBank(self.model, [self.adapter], ops.lora)
         self.tokenizer = toy_tokenizer()
         self._drafters = {}
         self.tokenizer.backend_tokenizer.decoder = Fuse()  # stop strings want text without spaces between its tokens
-        self.lm, self.bare_lm = LM(
-            self.model, self.tokenizer, self.adapter, 'toy'), LM(self.model, self.tokenizer, None, 'toy')
+        self.lm, self.bare_lm = LM(self.model, self.tokenizer, self.adapter, 'toy'), LM(
+            self.model, self.tokenizer, None, 'toy'
+        )
 
     @cached_property
     def peft(self):
         import copy
         from peft import PeftModel
-        out = PeftModel.from_pretrained(copy.deepcopy(self.model), self.folder/'adapter').eval()
-        with out.disable_adapter(): pass  # PEFT sets flags when it switches back on
+
+        out = PeftModel.from_pretrained(copy.deepcopy(self.model), self.folder / 'adapter').eval()
+        with out.disable_adapter():
+            pass  # PEFT sets flags when it switches back on
         return out
+
     @cached_property
     def merged(self):
         import copy
+
         out = copy.deepcopy(self.peft)
         out.merge_adapter()
         return out
 
     def called(self, c):
         return self.merged if c.entry == 'peft, merged' else self.peft if c.entry.startswith('peft') else self.model
-    def bare(self, c): return m.base_model.model if (m := self.called(c)) is not self.model else m
+
+    def bare(self, c):
+        return m.base_model.model if (m := self.called(c)) is not self.model else m
+
     @cached_property
     def heads(self):
         few = torch.randperm(76, generator=generator(1))[:50].tolist()
         return {
-            cut: save_head(knowing_head(self.model, few if cut else None, .3), self.folder/f'head{cut}', self.model)
-            for cut in (False, True)}
+            cut: save_head(knowing_head(self.model, few if cut else None, 0.3), self.folder / f'head{cut}', self.model)
+            for cut in (False, True)
+        }
 
     def drafter(self, c):
         "One object serves all texts of a model"
@@ -178,58 +267,99 @@ class Subject:
         if c.drafter != 'none' and key not in self._drafters:
             adaptive = c.sizing != 'fixed'
             lookup = PromptLookup(
-                min_ngram=1, draft_tokens=4, corpus=[naive(Case(family=self.family))[0][0]], adaptive=adaptive)
+                min_ngram=1, draft_tokens=4, corpus=[naive(Case(family=self.family))[0][0]], adaptive=adaptive
+            )
             # this family has no heads
             folder = subject('llama' if self.family == 'gemma2' else self.family).heads['cut' in c.drafter]
             hass = HASS(folder, chain='chain' in c.drafter, depth=3, top_k=3, nodes=7, adaptive=adaptive)
-            self._drafters[key] = lookup if c.drafter == 'lookup' else hass if c.drafter != 'joined' else JointDrafter(
-                (hass, lookup), nodes=7, adaptive=adaptive)
+            self._drafters[key] = (
+                lookup
+                if c.drafter == 'lookup'
+                else hass if c.drafter != 'joined' else JointDrafter((hass, lookup), nodes=7, adaptive=adaptive)
+            )
         return self._drafters.get(key)
 
+
 @lru_cache(None)
-def subject(family): return Subject(family)
+def subject(family):
+    return Subject(family)
+
 
 class Draws:
     "Adds Gumbel noise that depends on the text alone: the best of the noisy scores is a draw, and the same draw whoever guessed"
+
     known = {}
+
     def noise(self, text, v):
         if (text, v) not in self.known:
             self.known[text, v] = -(-torch.rand(v, generator=generator(hash(text) % 2**31)).log()).log()
         return self.known[text, v]
+
     def __call__(self, text, scores):
         return scores + torch.stack([self.noise(tuple(t), scores.shape[-1]) for t in text.tolist()])
 
+
 HOW = dict(
-    draws=[TemperatureLogitsWarper(1.3), Draws()], top_p=[TemperatureLogitsWarper(1.3), TopPLogitsWarper(.8), Draws()],
-    min_p=[TemperatureLogitsWarper(1.3), MinPLogitsWarper(.1), Draws()])
-def grammar(b, text): return [t for t in range(4, 76) if (t + b) % 3 != len(text) % 3]
-def batch(c): return _PROMPTS[c.batch]
-def free(c): return naive(c._replace(ends='length'))  # what would be said: tells where to end, and what to ban
+    draws=[TemperatureLogitsWarper(1.3), Draws()],
+    top_p=[TemperatureLogitsWarper(1.3), TopPLogitsWarper(0.8), Draws()],
+    min_p=[TemperatureLogitsWarper(1.3), MinPLogitsWarper(0.1), Draws()],
+)
+
+
+def grammar(b, text):
+    return [t for t in range(4, 76) if (t + b) % 3 != len(text) % 3]
+
+
+def batch(c):
+    return _PROMPTS[c.batch]
+
+
+def free(c):
+    return naive(c._replace(ends='length'))  # what would be said: tells where to end, and what to ban
+
 
 def banned(c):
-    if refusals(c): return [[5], [6, 7]]
+    if refusals(c):
+        return [[5], [6, 7]]
     said = naive(c._replace(ends='length', rules='none'))[0][0]
     return [[said[2]], said[5:7]]
 
+
 def constraints(c):
     "Return what transformers is told, and the same as processors: before the contrast, and after it"
-    if c.rules == 'penalty': return dict(repetition_penalty=1.3), [], [RepetitionPenaltyLogitsProcessor(1.3)]
-    if c.rules == 'n-grams': return dict(no_repeat_ngram_size=2), [NoRepeatNGramLogitsProcessor(2)], []
-    if c.rules == 'banned': return dict(bad_words_ids=banned(c)), [NoBadWordsLogitsProcessor(banned(c))], []
-    if c.rules == 'grammar': return dict(prefix_allowed_tokens_fn=grammar), [], []
+    if c.rules == 'penalty':
+        return dict(repetition_penalty=1.3), [], [RepetitionPenaltyLogitsProcessor(1.3)]
+    if c.rules == 'n-grams':
+        return dict(no_repeat_ngram_size=2), [NoRepeatNGramLogitsProcessor(2)], []
+    if c.rules == 'banned':
+        return dict(bad_words_ids=banned(c)), [NoBadWordsLogitsProcessor(banned(c))], []
+    if c.rules == 'grammar':
+        return dict(prefix_allowed_tokens_fn=grammar), [], []
     return {}, [], []
+
 
 def endings(c):
     "Return the end tokens, stop strings and pairs of tokens that end a text, and how long it may become"
-    if refusals(c) or c.how == 'torch': said = [[5] * 10]
-    else: said = [] if c.ends in ('length', 'one') else [x[0] for x in free(c)]
+    if refusals(c) or c.how == 'torch':
+        said = [[5] * 10]
+    else:
+        said = [] if c.ends in ('length', 'one') else [x[0] for x in free(c)]
     eos = [said[0][6], said[-1][3], 75] if c.ends == 'eos' else []
-    words = [
-        subject(c.family).tokenizer.decode(said[0][5:7]), subject(c.family).tokenizer.decode(said[-1][8:9])] if c.ends == 'strings' else []
-    return eos, [w for w in words if w], [
-        tuple(t[k:k+2]) for k, t in zip((4, 7, 9), said)] if c.ends == 'pair' else [], 1 if c.ends == 'one' else N
+    words = (
+        [subject(c.family).tokenizer.decode(said[0][5:7]), subject(c.family).tokenizer.decode(said[-1][8:9])]
+        if c.ends == 'strings'
+        else []
+    )
+    return (
+        eos,
+        [w for w in words if w],
+        [tuple(t[k : k + 2]) for k, t in zip((4, 7, 9), said)] if c.ends == 'pair' else [],
+        1 if c.ends == 'one' else N,
+    )
+
 
 # --- a loop without rows, trees and marks: every sequence alone, one cache a role, one token a pass
+
 
 class Naive:
     def __init__(self, c, b):
@@ -248,17 +378,21 @@ class Naive:
         self.memory = memory and replace(memory, amateur=c.amateur, max_repetition=c.max_repetition)
         self.learns = self.memory is not None and self.memory.lr > 0
         self.task = s.adapter if adapted(c) else None
-        if c.entry.startswith('peft'): self.model = self.model if c.entry == 'peft, merged' else s.model
+        if c.entry.startswith('peft'):
+            self.model = self.model if c.entry == 'peft, merged' else s.model
         self.bank, self.ids = (s.bank if self.task else AdapterBank(self.model, [])), dict(
-            expert=0 if self.task else -1, base=0 if self.memory and c.amateur == 'task' and self.task else -1)
+            expert=0 if self.task else -1, base=0 if self.memory and c.amateur == 'task' and self.task else -1
+        )
         self.vocab = len(s.tokenizer) if of_lm(c) and cold(c) else None
 
     def write(self):
         "Return the tokens, how far the two best scores of each lay apart, and what expert and base thought of it"
         names = ('expert', *((self.c.amateur,) if cold(self.c) and self.c.amateur != 'base' else ()))
-        with temporary(
-            self.model, self.memory, self.task, names) if self.learns else contextlib.nullcontext() as self.phi:
-            if self.learns: self.bank, self.ids = self.phi.bank, dict(expert=0, base=len(names) - 1 or -1)
+        with (
+            temporary(self.model, self.memory, self.task, names) if self.learns else contextlib.nullcontext()
+        ) as self.phi:
+            if self.learns:
+                self.bank, self.ids = self.phi.bank, dict(expert=0, base=len(names) - 1 or -1)
             self.learn()
             self.begin(len(self.text))
             eos, words, pairs, n = endings(self.c)
@@ -267,33 +401,40 @@ class Naive:
             while True:
                 said.append(self.next())
                 self.text, self.padded = (torch.cat([x, x.new_tensor([said[-1][0]])]) for x in (self.text, self.padded))
-                if len(said) == n or said[-1][0] in eos or any(f(self.padded[None], None).item() for f in stop): break
-                if self.learn(): self.begin(len(self.text) - 1)
+                if len(said) == n or said[-1][0] in eos or any(f(self.padded[None], None).item() for f in stop):
+                    break
+                if self.learn():
+                    self.begin(len(self.text) - 1)
                 self.feed(self.text[-1:])
         return [list(x) for x in zip(*said)]
 
     def learn(self):
         "Learn what is complete; return whether the cache is to be made anew"
-        if self.memory is None: return False
+        if self.memory is None:
+            return False
         m = self.memory
         new = False
         complete = len(self.text) - self.learned >= self.memory.chunk
         every = dict(chunk=1, every=2).get(m.recompute.partition(':')[0])
         while len(self.text) - self.learned >= m.chunk:
             stop = self.learned + m.chunk
-            if self.learns and repetition(self.text[max(self.learned, self.given):stop]) <= m.max_repetition:
-                learn(self.phi, self.text[max(0, self.learned - m.train_context):stop], m.chunk)
+            if self.learns and repetition(self.text[max(self.learned, self.given) : stop]) <= m.max_repetition:
+                learn(self.phi, self.text[max(0, self.learned - m.train_context) : stop], m.chunk)
                 new = True
             self.learned = stop
-        if not complete: return False
+        if not complete:
+            return False
         due = self.learned - self.first + m.chunk > m.window or self.served == every or 'drift' in m.recompute and new
-        if due or len(self.text) == self.given: self.first, self.served = max(0, self.learned - m.latest), 1
-        else: self.served += 1
+        if due or len(self.text) == self.given:
+            self.first, self.served = max(0, self.learned - m.latest), 1
+        else:
+            self.served += 1
         return due
 
     def begin(self, stop):
         self.caches = {role: DynamicCache(config=self.model.config) for role in self.target.roles}
-        if stop > self.first: self.feed(self.text[self.first:stop])
+        if stop > self.first:
+            self.feed(self.text[self.first : stop])
 
     def feed(self, tokens):
         self.logits = {}
@@ -306,18 +447,26 @@ class Naive:
         text = self.padded[None]
         target = self.target
         _, hard, soft = constraints(self.c)
-        if self.vocab: e[:, self.vocab:] = -torch.inf
-        for p in hard: e = p(text, e)
+        if self.vocab:
+            e[:, self.vocab :] = -torch.inf
+        for p in hard:
+            e = p(text, e)
         if self.c.rules == 'grammar':
             e = torch.full_like(e, -torch.inf).index_copy(1, torch.tensor(k := grammar(self.b, self.padded)), e[:, k])
         expert = e
         if cold(self.c):
             e = torch.where(
-                e >= torch.tensor(target.alpha).log() + e.max(), e + target.beta * (e - self.logits['base']), -torch.inf)
-        for p in [*soft, *HOW.get(self.c.how, [])]: e = p(text, e)
+                e >= torch.tensor(target.alpha).log() + e.max(), e + target.beta * (e - self.logits['base']), -torch.inf
+            )
+        for p in [*soft, *HOW.get(self.c.how, [])]:
+            e = p(text, e)
         (top, second), token = e[0].topk(2).values.tolist(), int(e[0].argmax())
-        return token, top - second, *(
-            float(x[0].log_softmax(-1)[token]) for x in (expert, self.logits.get('base', expert)))
+        return (
+            token,
+            top - second,
+            *(float(x[0].log_softmax(-1)[token]) for x in (expert, self.logits.get('base', expert))),
+        )
+
 
 def told_apart(c):
     "Return the case without what a naive loop does not know"
@@ -325,41 +474,61 @@ def told_apart(c):
     if c.memory == 'roomy' and (not cold(c) or c.amateur == 'base' and adapted(c)):
         drop |= dict(memory='none')  # learns nothing and sees everything
     memory = drop.get('memory', c.memory)
-    if memory == 'none' or not cold(c): drop |= dict(amateur='base')
-    if memory in ('none', 'roomy', 'tight'): drop |= dict(max_repetition=1.)
+    if memory == 'none' or not cold(c):
+        drop |= dict(amateur='base')
+    if memory in ('none', 'roomy', 'tight'):
+        drop |= dict(max_repetition=1.0)
     entry = (
-        c.entry if c.entry == 'peft, merged' or of_lm(c) and c.family == 'wide' and cold(c) else 'decoder' if adapted(c)
-        else 'decoder, no adapter')
+        c.entry
+        if c.entry == 'peft, merged' or of_lm(c) and c.family == 'wide' and cold(c)
+        else 'decoder' if adapted(c) else 'decoder, no adapter'
+    )
     return c._replace(**drop, entry=entry)
 
+
 @lru_cache(None)
-def _naive(c): return [Naive(c, b).write() for b in range(len(batch(c)[0]))]
-def naive(c): return _naive(told_apart(c))
+def _naive(c):
+    return [Naive(c, b).write() for b in range(len(batch(c)[0]))]
+
+
+def naive(c):
+    return _naive(told_apart(c))
+
 
 # --- one case through the library
 
+
 class Bench:
     "What can be seen of a run from outside: how many passes the model made, and whether the global generator was used"
+
     def __enter__(self):
         self.passes, look = 0, torch.nn.Embedding.forward
+
         def counting(layer, ids):
             self.passes += 1
             return look(layer, ids)
+
         self.patch = patch.object(torch.nn.Embedding, 'forward', counting)
         torch.manual_seed(5)
         self.before = torch.get_rng_state()
         self.patch.start()
+
     def __exit__(self, *_):
         self.patch.stop()
         self.drew = not torch.equal(torch.get_rng_state(), self.before)
 
+
 PATCHES = {
     ops: dict(compiles=lambda device=None: True),
     rows_module: dict(_compiled_step=rows_module._step, _compiled_step_hidden=rows_module._step_hidden),
-    speculate: dict(CompiledDraft=Uncompiled)}
+    speculate: dict(CompiledDraft=Uncompiled),
+}
 COSTS = dict(
     pays=lambda rows, sizes: {n: 1e3 + n for n in sizes},
-    loses=lambda rows, sizes: {n: 1. if n == 1 else 1e3 for n in sizes}, fixed=None)
+    loses=lambda rows, sizes: {n: 1.0 if n == 1 else 1e3 for n in sizes},
+    fixed=None,
+)
+
 
 @contextlib.contextmanager
 def settings(c):
@@ -370,50 +539,72 @@ def settings(c):
     with contextlib.ExitStack() as stack:
         for module, names in {**PATCHES, sizing: dict(pass_seconds=COSTS[c.sizing])}.items():
             stack.enter_context(patch.multiple(module, **names))
-        if c.entry == 'peft, off': stack.enter_context(subject(c.family).peft.disable_adapter())
+        if c.entry == 'peft, off':
+            stack.enter_context(subject(c.family).peft.disable_adapter())
         model.config._attn_implementation = ours
         try:
             yield
         finally:
             model.config._attn_implementation = kind
 
+
 def filled(model):
     cache = DynamicCache(config=model.config)
-    with torch.no_grad(): model(torch.tensor([[5, 6, 7]]), past_key_values=cache)
+    with torch.no_grad():
+        model(torch.tensor([[5, 6, 7]]), past_key_values=cache)
     return cache
+
 
 def asked(c):
     "Return the options of what is not supported"
     t = batch(c)[0].shape[1]
     return (
         {
-            'nothing': {}, 'beams': dict(num_beams=2), 'scores': dict(output_scores=True, return_dict_in_generate=True),
-            'guidance': dict(guidance_scale=1.5), 'contrastive search': dict(penalty_alpha=.6), 'flex attention': {},
+            'nothing': {},
+            'beams': dict(num_beams=2),
+            'scores': dict(output_scores=True, return_dict_in_generate=True),
+            'guidance': dict(guidance_scale=1.5),
+            'contrastive search': dict(penalty_alpha=0.6),
+            'flex attention': {},
             'max_length': dict(max_length=12),
-            'own positions': dict(position_ids=torch.arange(3, 3 + t)[None].expand(len(batch(c)[0]), -1))}.get(c.ask)
-        if c.ask != 'filled cache' else dict(past_key_values=filled(subject(c.family).bare(c))))
+            'own positions': dict(position_ids=torch.arange(3, 3 + t)[None].expand(len(batch(c)[0]), -1)),
+        }.get(c.ask)
+        if c.ask != 'filled cache'
+        else dict(past_key_values=filled(subject(c.family).bare(c)))
+    )
+
 
 def options(c):
     "Return the options of one case, for both ways in"
     eos, words, pairs, n = endings(c)
     out = dict(max_new_tokens=n, do_sample=c.how == 'torch', **constraints(c)[0])
-    if c.how == 'torch': out |= dict(temperature=1.3, top_k=0)
-    elif c.how != 'greedy': out['logits_processor'] = LogitsProcessorList(HOW[c.how])
-    if eos: out['eos_token_id'] = eos
+    if c.how == 'torch':
+        out |= dict(temperature=1.3, top_k=0)
+    elif c.how != 'greedy':
+        out['logits_processor'] = LogitsProcessorList(HOW[c.how])
+    if eos:
+        out['eos_token_id'] = eos
     stops = [Pair(set(pairs))] * bool(pairs)
-    if words and of_lm(c): out['stop_strings'] = words
-    elif words: stops.append(StopStringCriteria(subject(c.family).tokenizer, words))
-    if stops: out['stopping_criteria'] = StoppingCriteriaList(stops)
+    if words and of_lm(c):
+        out['stop_strings'] = words
+    elif words:
+        stops.append(StopStringCriteria(subject(c.family).tokenizer, words))
+    if stops:
+        out['stopping_criteria'] = StoppingCriteriaList(stops)
     return out | {k: v for k, v in asked(c).items() if not (k == 'return_dict_in_generate' and of_lm(c))}
+
 
 def parts(c):
     memory = MEMORIES[c.memory] and replace(MEMORIES[c.memory], amateur=c.amateur, max_repetition=c.max_repetition)
     return TARGETS[c.target], subject(c.family).drafter(c), memory
 
+
 def stream_of(c):
     "Return the streamer of a case"
-    if c.stream == 'tokens': return Collects()
+    if c.stream == 'tokens':
+        return Collects()
     return TextStreamer(subject(c.family).tokenizer, skip_prompt=True) if c.stream == 'text' else None
+
 
 def streamed(c, stream, printed, ids, steps, tokens):
     "Check that what was streamed is what was generated"
@@ -424,6 +615,7 @@ def streamed(c, stream, printed, ids, steps, tokens):
         text = subject(c.family).tokenizer.decode(tokens[0], skip_special_tokens=of_lm(c))
         assert printed == text + '\n', 'the stream is another text'
 
+
 def run(c, bench):
     "Return the tokens of each sequence, and the steps"
     s = subject(c.family)
@@ -433,39 +625,58 @@ def run(c, bench):
     stream = stream_of(c)
     with settings(c), bench, contextlib.redirect_stdout(io.StringIO()) as printed:
         if of_lm(c):
-            if c.stream == 'tokens': kw['streamer'] = stream
+            if c.stream == 'tokens':
+                kw['streamer'] = stream
             lm = s.lm if adapted(c) else s.bare_lm
             out = lm.generate(
-                [x[m.bool()] for x, m in zip(ids, mask)], *plugged, stream=c.stream == 'text',
-                compile=c.cache == 'static', seed=3 if c.how == 'torch' else None, record=c.record, **kw)
+                [x[m.bool()] for x, m in zip(ids, mask)],
+                *plugged,
+                stream=c.stream == 'text',
+                compile=c.cache == 'static',
+                seed=3 if c.how == 'torch' else None,
+                record=c.record,
+                **kw,
+            )
         else:
             decoder = Decoder(
-                *plugged, bank=s.bank if c.entry == 'decoder' else None, streamer=stream, compile=c.cache == 'static',
-                record=c.record)
+                *plugged,
+                bank=s.bank if c.entry == 'decoder' else None,
+                streamer=stream,
+                compile=c.cache == 'static',
+                record=c.record,
+            )
             out = s.called(c).generate(
-                input_ids=ids, attention_mask=mask, custom_generate=decoder, pad_token_id=0,
-                **dict(return_dict_in_generate=True) | kw)
+                input_ids=ids,
+                attention_mask=mask,
+                custom_generate=decoder,
+                pad_token_id=0,
+                **dict(return_dict_in_generate=True) | kw,
+            )
     tokens = [[t.id for x in out.steps for t in x.tokens[b]] for b in range(len(ids))]
     streamed(c, stream, printed.getvalue(), ids, out.steps, tokens)
     if of_lm(c):
-        assert (
-            tokens == [[t.id for t in r] for r in out.tokens]
-            and out.texts == [s.tokenizer.decode(t, skip_special_tokens=True) for t in tokens]), 'the texts are other tokens'
+        assert tokens == [[t.id for t in r] for r in out.tokens] and out.texts == [
+            s.tokenizer.decode(t, skip_special_tokens=True) for t in tokens
+        ], 'the texts are other tokens'
     else:
-        assert (
-            [r[ids.shape[1]:][:len(t)].tolist() for r, t in zip(out.sequences, tokens)] == tokens
-            and not any(r[ids.shape[1]+len(t):].any() for r, t in zip(out.sequences, tokens))), 'the sequences are other tokens'
-    assert all((t.logp is not None) == c.record for x in out.steps for r in x.tokens for t in r), (
-        'records that nobody asked for, or none')
+        assert [r[ids.shape[1] :][: len(t)].tolist() for r, t in zip(out.sequences, tokens)] == tokens and not any(
+            r[ids.shape[1] + len(t) :].any() for r, t in zip(out.sequences, tokens)
+        ), 'the sequences are other tokens'
+    assert all(
+        (t.logp is not None) == c.record for x in out.steps for r in x.tokens for t in r
+    ), 'records that nobody asked for, or none'
     return tokens, out.steps
+
 
 REPORT = {}
 TIES = []
 SAID = Counter()
 
+
 def state(c):
     model = subject(c.family).bare(c)
     return *traces(model)[:3], model.config._attn_implementation, str(model.generation_config)
+
 
 def check(c, part):
     "Return what is wrong with a case, if anything, and count it"
@@ -481,15 +692,21 @@ def check(c, part):
     count['refused' if said else 'valid'] += 1
     if said:
         ours = [x for x in said if x in (error or '')]
-        if not ours: return f'{c}: {error!r} is none of {said}'
-        if bench.passes: return f'{c}: refused after {bench.passes} passes: {error}'
+        if not ours:
+            return f'{c}: {error!r} is none of {said}'
+        if bench.passes:
+            return f'{c}: refused after {bench.passes} passes: {error}'
         SAID[ours[0]] += 1
-    elif error is not None: return f'{c}: {error}'
-    elif wrong := compare(c, *got, count): return f'{c}: {wrong}'
-    if bench.drew and (c.how != 'torch' or of_lm(c)): return f'{c}: drew from the global generator'
+    elif error is not None:
+        return f'{c}: {error}'
+    elif wrong := compare(c, *got, count):
+        return f'{c}: {wrong}'
+    if bench.drew and (c.how != 'torch' or of_lm(c)):
+        return f'{c}: drew from the global generator'
     after = state(c)
     names = ('weights', 'hooks and forward functions', 'flags', 'attention', 'generation config')
     return None if after == before else f'{c}: left a trace in {[n for n, x, y in zip(names, after, before) if x != y]}'
+
 
 def compare(c, tokens, steps, count):
     count['guessed'] += sum(t.proposer != 'target' for x in steps for r in x.tokens for t in r)
@@ -509,20 +726,26 @@ def compare(c, tokens, steps, count):
         elif ours == want:
             thought = [
                 [getattr(t, name) for x in steps for t in x.tokens[b]]
-                for name in (('logp', 'base_logp') if cold(c) else ('logp',))]
+                for name in (('logp', 'base_logp') if cold(c) else ('logp',))
+            ]
             off = max(abs(x - y) for us, them in zip(thought, logps) for x, y in zip(us, them)) if c.record else 0
             if off > TIE:
                 return f'sequence {b} has the right tokens, but log-probabilities that are {off:.1e} off'
         else:
             return (
                 f'sequence {b} differs from place {at}: {ours} instead of {want}, where the two best scores lie '
-                f'{gaps[at or 0]:.1e} apart')
+                f'{gaps[at or 0]:.1e} apart'
+            )
 
-def problems(cases, part): return [p for c in cases if not outside(c) and (p := check(c, part))]
+
+def problems(cases, part):
+    return [p for c in cases if not outside(c) and (p := check(c, part))]
+
 
 # --- the cases
 
 CROSSED = 'target x drafter x memory x batch x cache'
+
 
 @pytest.mark.parametrize('memory', CORE['memory'])
 @pytest.mark.parametrize('target', CORE['target'])
@@ -530,7 +753,10 @@ def test_all_of_the_core(target, memory):
     assert not (
         wrong := problems(
             (Case(target, d, memory, b, k) for d, b, k in product(*(CORE[f] for f in ('drafter', 'batch', 'cache')))),
-            CROSSED)), '\n'.join(wrong)
+            CROSSED,
+        )
+    ), '\n'.join(wrong)
+
 
 def test_each_factor_acts():
     "Else a matrix would compare one text with itself"
@@ -539,31 +765,45 @@ def test_each_factor_acts():
     # alpha 1 and beta 0 are the expert's own choice
     assert said(target='one') == said(target='still') == said() == said(memory='roomy')
     shown = [
-        seen(target=t, memory=m) for t in ('plain', 'cold', 'back', 'all')
-        for m in ('none', 'tight', 'window', 'chunk', 'every', 'drift')]
+        seen(target=t, memory=m)
+        for t in ('plain', 'cold', 'back', 'all')
+        for m in ('none', 'tight', 'window', 'chunk', 'every', 'drift')
+    ]
     assert len(set(shown)) == len(shown)
     for name in ('how', 'rules'):
         for x in FACTORS[name][1:]:
             assert x == 'torch' or any(said(family=f, **{name: x}) != said(family=f) for f in FAMILIES), x
     assert len({said(target='cold', memory='window', amateur=a) for a in FACTORS['amateur']}) == 3
     assert len({said(entry=e) for e in ENTRIES}) > 1
-    assert any(seen(family=f, memory='window', max_repetition=.05) != seen(family=f, memory='window') for f in FAMILIES)
+    assert any(
+        seen(family=f, memory='window', max_repetition=0.05) != seen(family=f, memory='window') for f in FAMILIES
+    )
     assert len({len(said(ends=e)) for e in ('length', 'eos', 'strings', 'one')}) > 2
+
 
 @pytest.mark.parametrize('memory', ['none', 'window'])
 def test_guesses_are_accepted(memory):
-    for d in DRAFTERS[1:]: assert guessed(SimpleNamespace(steps=run(Case(drafter=d, memory=memory), Bench())[1])) > 1, d
+    for d in DRAFTERS[1:]:
+        assert guessed(SimpleNamespace(steps=run(Case(drafter=d, memory=memory), Bench())[1])) > 1, d
 
-def pairs_of(c): return set(combinations(enumerate(c), 2))
+
+def pairs_of(c):
+    return set(combinations(enumerate(c), 2))
+
 
 def fill(fixed, fits, g, tries=400):
     "Return a random case with these values that fits, defaults among the others; None where none is found"
+
     def value(i, values):
-        if i in fixed: return fixed[i]
-        return values[0] if g.random() < .5 else g.choice(values)
+        if i in fixed:
+            return fixed[i]
+        return values[0] if g.random() < 0.5 else g.choice(values)
+
     for _ in range(tries):
         c = Case(*(value(i, values) for i, values in enumerate(FACTORS.values())))
-        if fits(c): return c
+        if fits(c):
+            return c
+
 
 def covering(fits):
     "Return few cases that fit, and the pairs of values that none of them can have: greedily, all pairs of the others are in one"
@@ -571,34 +811,45 @@ def covering(fits):
     left = {((i, x), (j, y)) for (i, v), (j, w) in combinations(values, 2) for x in v for y in w}
     cases, never = [], []
     for pair in sorted(left, key=str):
-        if pair not in left: continue
+        if pair not in left:
+            continue
         if (c := fill(dict(pair), fits, g)) is None:
             never.append(pair)
             left.discard(pair)
             continue
         c = max(
-            [c, *(o for _ in range(15) if (o := fill(dict(pair), fits, g, 40)))], key=lambda o: len(pairs_of(o) & left))
+            [c, *(o for _ in range(15) if (o := fill(dict(pair), fits, g, 40)))], key=lambda o: len(pairs_of(o) & left)
+        )
         cases.append(c)
         left -= pairs_of(c)
     return cases, never
 
+
 valid = lambda c: not outside(c) and not refusals(c)
 refused = lambda c: not outside(c) and bool(refusals(c))
 PARTS = {'options, in pairs': valid, 'options, in pairs, with something refused': refused}
+
+
 @lru_cache(None)
-def covered(part): return covering(PARTS[part])
+def covered(part):
+    return covering(PARTS[part])
+
 
 def test_a_pair_that_is_never_valid_is_refused_by_itself():
     for pair in covered('options, in pairs')[1]:
         c = Case()._replace(**{list(FACTORS)[i]: x for i, x in pair})
         assert refusals(c) or outside(c), pair
 
+
 SHARES = 8  # so that a failure is found soon
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('share', range(SHARES))
 @pytest.mark.parametrize('part', PARTS)
 def test_options_in_pairs(part, share):
     assert not (wrong := problems(covered(part)[0][share::SHARES], part)), '\n'.join(wrong)
+
 
 @pytest.mark.parametrize('sentence', REFUSED)
 def test_each_refusal_alone(sentence):
@@ -609,57 +860,80 @@ def test_each_refusal_alone(sentence):
         cases.append(c)
     assert not (wrong := problems(cases, 'one reason to refuse')), '\n'.join(wrong)
 
+
 # --- the compiled path, by tracing alone: one program a target
 
+
 @pytest.mark.parametrize(
-    'c', [Case(), Case('cold', 'tree', batch='three', sizing='fixed', record=True)], ids=['plain', 'cold, tree'])
+    'c', [Case(), Case('cold', 'tree', batch='three', sizing='fixed', record=True)], ids=['plain', 'cold, tree']
+)
 def test_traced_programs(c, monkeypatch):
     eager_dynamo(monkeypatch)
     monkeypatch.setattr(
-        rows_module, '_compiled_step_hidden',
-        torch.compile(rows_module._step_hidden, dynamic=False, fullgraph=True, backend='eager'))
+        rows_module,
+        '_compiled_step_hidden',
+        torch.compile(rows_module._step_hidden, dynamic=False, fullgraph=True, backend='eager'),
+    )
     monkeypatch.setattr(speculate, 'CompiledDraft', Uncompiled)
     c = c._replace(cache='static')
     with patch(f'{__name__}.PATCHES', {}):
         assert compare(c, *run(c, Bench()), REPORT.setdefault('traced by torch.compile', Counter(valid=1))) is None
 
+
 # --- drawn tokens: the distribution
 
 WARPED = {
-    'temperature': (dict(temperature=.4), [TemperatureLogitsWarper(.4)]),
-    'top_p': (dict(top_p=.8), [TopPLogitsWarper(.8)]), 'min_p': (dict(min_p=.6), [MinPLogitsWarper(.6)]),
-    'penalty': (dict(repetition_penalty=9.), [RepetitionPenaltyLogitsProcessor(9.)])}
+    'temperature': (dict(temperature=0.4), [TemperatureLogitsWarper(0.4)]),
+    'top_p': (dict(top_p=0.8), [TopPLogitsWarper(0.8)]),
+    'min_p': (dict(min_p=0.6), [MinPLogitsWarper(0.6)]),
+    'penalty': (dict(repetition_penalty=9.0), [RepetitionPenaltyLogitsProcessor(9.0)]),
+}
 DRAWN = [
-    ('plain', 'lookup', 'top_p', 'growing'), ('cold', 'joined', 'temperature', 'growing'),
-    ('back', 'tree', 'min_p', 'static'), ('all', 'chain', 'penalty', 'growing')]
+    ('plain', 'lookup', 'top_p', 'growing'),
+    ('cold', 'joined', 'temperature', 'growing'),
+    ('back', 'tree', 'min_p', 'static'),
+    ('all', 'chain', 'penalty', 'growing'),
+]
+
 
 @pytest.mark.parametrize('target,drafter,warp,cache', DRAWN)
 def test_drawn_tokens_have_the_distribution(small, target, drafter, warp, cache):
     "All continuations of two tokens are enumerated; draws without the wish behind `warp` are found out"
     kw, processors = WARPED[warp]
+
     def process(texts, scores):
-        for p in processors: scores = p(texts, scores)
+        for p in processors:
+            scores = p(texts, scores)
         return scores
+
     hass = HASS(small.folder, nodes=6, depth=2, top_k=3, chain=drafter == 'chain')
     d = (
-        PromptLookup(min_ngram=1, corpus=[[3, 1, 2, 1], [2, 2]]) if drafter == 'lookup'
-        else JointDrafter((hass, PromptLookup(min_ngram=1))) if drafter == 'joined' else hass)
+        PromptLookup(min_ngram=1, corpus=[[3, 1, 2, 1], [2, 2]])
+        if drafter == 'lookup'
+        else JointDrafter((hass, PromptLookup(min_ngram=1))) if drafter == 'joined' else hass
+    )
     with settings(Case(cache=cache)):
         counts, p, hits = sampled(
-            small, TARGETS[target], d, 500, 2, process=process, rows=dict(compile=cache == 'static'), **kw)
+            small, TARGETS[target], d, 500, 2, process=process, rows=dict(compile=cache == 'static'), **kw
+        )
         got, limit = chi_square(counts, p, 500)
         assert got < limit and hits > 40, (got, limit, hits)
     got, limit = chi_square(counts, exact(small, TARGETS[target], [3, 1, 2], 2).clamp(min=1e-9), 500)
     assert got > limit, 'the wish does nothing here'
-    REPORT.setdefault(
-        'drawn by torch: chi-square of all continuations', Counter()).update(valid=1, tokens=1000, guessed=hits)
+    REPORT.setdefault('drawn by torch: chi-square of all continuations', Counter()).update(
+        valid=1, tokens=1000, guessed=hits
+    )
+
 
 # --- the tables
+
 
 def table(rows):
     return '\n'.join(
         '| ' + ' | '.join(f'{x:,}' if isinstance(x, int) else str(x) for x in r) + ' |'
-        for r in [rows[0], ['---'] * len(rows[0]), *rows[1:]])
+        for r in [rows[0], ['---'] * len(rows[0]), *rows[1:]]
+    )
+
 
 def tables():
     "Return what was covered, as Markdown"
@@ -668,17 +942,25 @@ def tables():
     parts = table(
         [
             ('combinations', 'valid', 'refused', 'tokens compared', 'of them guessed', 'passes'),
-            *((k, *cells(c)) for k, c in REPORT.items()), ('together', *cells(whole))])
+            *((k, *cells(c)) for k, c in REPORT.items()),
+            ('together', *cells(whole)),
+        ]
+    )
     excused = f'Mismatches excused because the two best scores lie within {TIE:g}: {len(TIES)}. Unexplained: 0.'
     return '\n\n'.join([parts, excused, table([('refused by', 'combinations'), *SAID.most_common()])])
+
 
 def main():
     torch.set_num_threads(1)
     start, wrong = time.process_time(), []
     wrong += problems((Case(*x) for x in product(*CORE.values())), CROSSED)
-    for part in PARTS: wrong += problems(covered(part)[0], part)
-    if wrong: sys.exit('\n'.join(wrong))
+    for part in PARTS:
+        wrong += problems(covered(part)[0], part)
+    if wrong:
+        sys.exit('\n'.join(wrong))
     print(tables())
     print(f'{time.process_time() - start:.0f} s', file=sys.stderr)
 
-if __name__ == '__main__': main()
+
+if __name__ == '__main__':
+    main()

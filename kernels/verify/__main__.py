@@ -1,4 +1,5 @@
 """Verify the kernels as far as it goes without an NPU: `python -m verify [--write] [family ...]`; the exit code is 1 when anything failed"""
+
 import argparse, collections, json, multiprocessing, os, subprocess, sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -8,28 +9,56 @@ from npu_lora_kernels.cases import FAMILIES, family
 
 HERE = Path(__file__).parent
 
-def say(*words): print(*words, flush=True)
+
+def say(*words):
+    print(*words, flush=True)
+
 
 def tests(file, **environment):
     "Run a file of tests in its own process and return its failures"
-    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '--tb=short', '--disable-warnings', HERE/file], env=os.environ | environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'pytest',
+            '-q',
+            '-p',
+            'no:cacheprovider',
+            '--tb=short',
+            '--disable-warnings',
+            HERE / file,
+        ],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
     about = ' '.join([file, *environment.values()])
     say('tests', about, done.stdout if done.returncode else done.stdout.splitlines()[-1])
     return [f'{about}: see above'] if done.returncode else []
+
 
 def all_tests(chosen):
     "Test whole decodes, the harness, what the kernels refuse, how work is cut, and every family under the interpreter, as many at a time as there are cores"
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         whole = pool.map(tests, ['test_decode.py', 'test_harness.py', 'test_arguments.py', 'test_plans.py'])
-        interpreted = pool.map(lambda name: tests('test_interpreter.py', TRITON_INTERPRET='1', VERIFY_FAMILIES=name), chosen)
+        interpreted = pool.map(
+            lambda name: tests('test_interpreter.py', TRITON_INTERPRET='1', VERIFY_FAMILIES=name), chosen
+        )
         return [f for found in [*whole, *interpreted] for f in found]
+
 
 def cuda():
     "Return what verify/cuda.py found: how many configurations of each kernel compile for CUDA, or a failure"
     path = f'{HERE}/.venv/cuda:{os.environ["PYTHONPATH"]}'
-    done = subprocess.run([sys.executable, '-m', 'verify.cuda'], env=os.environ | dict(PYTHONPATH=path, TRITON_CACHE_DIR=f'{HERE}/.venv/cuda/cache'), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, '-m', 'verify.cuda'],
+        env=os.environ | dict(PYTHONPATH=path, TRITON_CACHE_DIR=f'{HERE}/.venv/cuda/cache'),
+        capture_output=True,
+        text=True,
+    )
     say('cuda', done.stdout.strip() or done.stderr)
     return json.loads(done.stdout) if done.returncode == 0 else None
+
 
 def progress(pool, function, tasks):
     "Yield function(*task) for each task, in order"
@@ -37,12 +66,15 @@ def progress(pool, function, tasks):
         say(f'{function.__name__} {" ".join(map(str, task))}')
         yield result
 
+
 def verify(chosen):
     "Return (findings, number of planted bugs, failures) of the chosen families"
     failures = all_tests(chosen)
     cases = [(name, c.name, dtype) for name in chosen for c in family(name).CASES for dtype in c.dtypes]
     mutants = [(name, i) for name in chosen for i in range(len(family(name).MUTANTS))]
-    failures += [f'{name}: two cases are called {case!r}' for (name, case, _), n in collections.Counter(cases).items() if n > 1]
+    failures += [
+        f'{name}: two cases are called {case!r}' for (name, case, _), n in collections.Counter(cases).items() if n > 1
+    ]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context('spawn'), torch.set_num_threads, (1,)) as pool:
         findings = list(progress(pool, examine.examine, cases))
         failures += [f for finding in findings for f in finding.failures]
@@ -50,25 +82,38 @@ def verify(chosen):
         failures += list(filter(None, progress(pool, examine.survives, mutants)))
     return findings, len(mutants), failures
 
+
 def main():
     parser = argparse.ArgumentParser(prog='verify', description=__doc__)
-    parser.add_argument('--write', action='store_true', help='write the report into kernels/README.md, instead of comparing it with the one there')
+    parser.add_argument(
+        '--write',
+        action='store_true',
+        help='write the report into kernels/README.md, instead of comparing it with the one there',
+    )
     parser.add_argument('families', nargs='*', help=f'only these (then there is no report): {", ".join(FAMILIES)}')
     options = parser.parse_args()
     findings, mutants, failures = verify(options.families or FAMILIES)
     if not options.families:
         compiled = cuda()
-        if compiled is None: failures.append('cuda: a kernel does not compile, see above')
-        if not failures: failures = publish(report.report(findings, mutants, compiled), options.write)
-    for failure in failures: say('FAILED', failure)
+        if compiled is None:
+            failures.append('cuda: a kernel does not compile, see above')
+        if not failures:
+            failures = publish(report.report(findings, mutants, compiled), options.write)
+    for failure in failures:
+        say('FAILED', failure)
     say(f'{len(failures)} failures' if failures else 'verified')
     sys.exit(bool(failures))
+
 
 def publish(new, write):
     "Write the report, or return a failure when the committed one differs"
     text = report.README.read_text()
-    if write: report.README.write_text(report.written(text, new))
-    elif report.committed(text) != new: return ['kernels/README.md: its report is not what was found: run kernels/verify/run --write']
+    if write:
+        report.README.write_text(report.written(text, new))
+    elif report.committed(text) != new:
+        return ['kernels/README.md: its report is not what was found: run kernels/verify/run --write']
     return []
 
-if __name__ == '__main__': main()
+
+if __name__ == '__main__':
+    main()

@@ -2,6 +2,7 @@
 
 Not a measurement: a time here is bytes divided by a bandwidth.
 """
+
 import math, re
 from dataclasses import dataclass
 
@@ -10,9 +11,11 @@ HBM = dict(Ascend910B1=1.6e12, Ascend910B3=1.6e12, Ascend910B4=0.8e12, Ascend910
 BITS = dict(i1=1, i8=8, i16=16, i32=32, i64=64, f16=16, bf16=16, f32=32, f64=64)
 LOADS, STORES, CUBE = 'load_gm_to_|nd2nz_', 'store_ubuf_to_gm_|fixpipe_', 'mma_'
 
+
 @dataclass(frozen=True)
 class Cost:
     "What the HIVM file of one kernel says, per core"
+
     ub: int  # High-water mark in bytes: of the unified buffer,
     l1: int  # of L1 (cbuf),
     l0c: int  # of the cube's accumulator (cc)
@@ -27,16 +30,31 @@ class Cost:
     barriers: int  # pipe_barrier
     blocks: int  # waits of the cube core for the vector core and back
 
+
 def cost(hivm):
     "Return the `Cost` of the kernel in `hivm`"
     code = '\n'.join(line for line in hivm.splitlines() if 'func.func private' not in line)
     calls = re.findall(r'call @(\w+)\(', code)
-    kind = {k: sum(bool(re.match(names, c)) for c in calls) for k, names in dict(loads=LOADS, stores=STORES, cube=CUBE).items()}
-    return Cost(*(_high_water(code, space) for space in ('ub', 'cbuf', 'cc')), _workspace(code), _doubled(code), **kind,
-        scalars=len(re.findall(r'memref\.load .*address_space<gm>', code)), vector=len(calls) - sum(kind.values()), flags=code.count('hir.wait_flag'), barriers=code.count('pipe_barrier'),
-        blocks=code.count('sync_block_wait'))
+    kind = {
+        k: sum(bool(re.match(names, c)) for c in calls)
+        for k, names in dict(loads=LOADS, stores=STORES, cube=CUBE).items()
+    }
+    return Cost(
+        *(_high_water(code, space) for space in ('ub', 'cbuf', 'cc')),
+        _workspace(code),
+        _doubled(code),
+        **kind,
+        scalars=len(re.findall(r'memref\.load .*address_space<gm>', code)),
+        vector=len(calls) - sum(kind.values()),
+        flags=code.count('hir.wait_flag'),
+        barriers=code.count('pipe_barrier'),
+        blocks=code.count('sync_block_wait'),
+    )
 
-def _functions(code): return re.split(r'^  func\.func ', code, flags=re.M)[1:]
+
+def _functions(code):
+    return re.split(r'^  func\.func ', code, flags=re.M)[1:]
+
 
 def _high_water(code, space):
     "Return the last byte that a buffer in `space` occupies"
@@ -48,17 +66,24 @@ def _high_water(code, space):
             ends.append(constants[offset] + (math.prod(map(int, shape)) * BITS[kind] + 7) // 8)
     return max(ends)
 
+
 def _doubled(code):
     "Return how many buffers are two places that a loop takes in turn"
     pairs = set()
     for i, function in enumerate(_functions(code)):
         places = dict(re.findall(r'(%\S+) = hivm\.hir\.pointer_cast\((.*?)\)', function))
-        pairs |= {(i, places[a], places[b]) for a, b in re.findall(r'arith\.select .*, (%\S+), (%\S+) : memref<', function) if a in places and b in places}
+        pairs |= {
+            (i, places[a], places[b])
+            for a, b in re.findall(r'arith\.select .*, (%\S+), (%\S+) : memref<', function)
+            if a in places and b in places
+        }
     return len(pairs)
+
 
 def _workspace(code):
     sizes = re.findall(r'infer_workspace_shape_function\(\).*\n.*arith\.constant (\d+) : index', code)
     return int(sizes[0]) if sizes else 0
+
 
 def ideal_seconds(launch, target):
     "Return the time of a launch at HBM bandwidth: its busiest core moves its bytes at an equal share"

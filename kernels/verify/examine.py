@@ -1,4 +1,5 @@
 """What is done with each case, each planted bug and each kernel, as functions that a pool of processes can take"""
+
 import functools, importlib.util, sys, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,74 +17,118 @@ EXECUTED = REPORTED, 'Ascend910B1'  # one for each number of cores
 CAUGHT = compare.Mismatch, IllegalAccess, OrderMatters
 planned = functools.lru_cache(None)(plan)
 
+
 @dataclass
 class Finding:
     "What came of one case in one dtype"
+
     failures: list = field(default_factory=list)
-    kernels: dict = field(default_factory=dict)  # {(target, lowered text): (lowered, cost)} of each configuration that was planned
+    kernels: dict = field(
+        default_factory=dict
+    )  # {(target, lowered text): (lowered, cost)} of each configuration that was planned
     rows: list = field(default_factory=list)  # (the work in words, launch, cost) of each launch, for the report
+
 
 def examine(name, case, dtype):
     "Run one case on x86 and plan its launches for every target; return the `Finding`"
     finding, case = Finding(), find(name, case)
-    for target in EXECUTED: _execute(finding, case, dtype, target)
-    for target in ARCHS: _plan(finding, case, dtype, target)
+    for target in EXECUTED:
+        _execute(finding, case, dtype, target)
+    for target in ARCHS:
+        _plan(finding, case, dtype, target)
     return finding
+
 
 def _execute(finding, case, dtype, target):
     runner = Runner()
-    try: take(runner, target, compare.check, case, dtype)
-    except Exception as e: return finding.failures.append(_told(case, dtype, f'executed as on {target}', e))
+    try:
+        take(runner, target, compare.check, case, dtype)
+    except Exception as e:
+        return finding.failures.append(_told(case, dtype, f'executed as on {target}', e))
     if case.work and dtype == case.dtypes[0] and target == REPORTED:
-        finding.rows = [(case.work, launch, cost.cost(planned(launch.lowered.text, target))) for launch in runner.launches]
+        finding.rows = [
+            (case.work, launch, cost.cost(planned(launch.lowered.text, target))) for launch in runner.launches
+        ]
+
 
 def _plan(finding, case, dtype, target):
     recorder = Recorder()
-    try: take(recorder, target, case.host, *case.arguments(dtype))
-    except Exception as e: return finding.failures.append(_told(case, dtype, 'lowered', e))
+    try:
+        take(recorder, target, case.host, *case.arguments(dtype))
+    except Exception as e:
+        return finding.failures.append(_told(case, dtype, 'lowered', e))
     for launch in recorder.launches:
-        try: finding.kernels[target, launch.lowered.text] = launch.lowered, cost.cost(planned(launch.lowered.text, target))
-        except PlanError as e: finding.failures.append(_told(case, dtype, f'{launch.lowered} planned for {target}', e))
+        try:
+            finding.kernels[target, launch.lowered.text] = launch.lowered, cost.cost(
+                planned(launch.lowered.text, target)
+            )
+        except PlanError as e:
+            finding.failures.append(_told(case, dtype, f'{launch.lowered} planned for {target}', e))
+
 
 def _told(case, dtype, doing, error):
     "Return one line about a failure"
     kind = '' if isinstance(error, (*CAUGHT, PlanError)) else f'{type(error).__name__}: '
     return f'{case.family}: {case.name}, {str(dtype).removeprefix("torch.")}, {doing}: {kind}{" ".join(str(error).split())}'
 
+
 def mutated(module, text, replacement):
     "Return a copy of `module` with one piece of its source replaced"
-    file = Path(_scratch().name)/f'mutant_{len(list(Path(_scratch().name).iterdir()))}.py'
+    file = Path(_scratch().name) / f'mutant_{len(list(Path(_scratch().name).iterdir()))}.py'
     file.write_text(Path(module.__file__).read_text().replace(text, replacement))
     spec = importlib.util.spec_from_file_location(f'{module.__package__}.{file.stem}', file)
-    copy = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # Triton finds a kernel's source through sys.modules
+    copy = sys.modules[spec.name] = importlib.util.module_from_spec(
+        spec
+    )  # Triton finds a kernel's source through sys.modules
     spec.loader.exec_module(copy)
     return copy
 
+
 @functools.lru_cache(None)
-def _scratch(): return tempfile.TemporaryDirectory()  # until the process ends: Triton reads a source late
+def _scratch():
+    return tempfile.TemporaryDirectory()  # until the process ends: Triton reads a source late
+
 
 def survives(name, index):
     "Return why planted bug `index` of a family is not caught, or nothing when a case fails because of it"
     (text, replacement), cases = family(name).MUTANTS[index], sorted(family(name).CASES, key=lambda c: bool(c.work))
     sources = {m: Path(sys.modules[m].__file__).read_text().count(text) for m in {c.host.__module__ for c in cases}}
-    if sum(sources.values()) != 1: return f'{name}: mutant {text!r} is found {sum(sources.values())} times in {", ".join(sources)}'
+    if sum(sources.values()) != 1:
+        return f'{name}: mutant {text!r} is found {sum(sources.values())} times in {", ".join(sources)}'
     module = next(m for m, n in sources.items() if n)
     copy = mutated(sys.modules[module], text, replacement)
-    for case, dtype in [(c, d) for d in (torch.float16, torch.bfloat16, torch.float32) for c in cases if c.host.__module__ == module and d in c.dtypes]:
-        try: take(Runner(), REPORTED, compare.check, case, dtype, getattr(copy, case.host.__name__))
-        except CAUGHT: return
-        except Exception as e: return _told(case, dtype, f'mutant {text!r} -> {replacement!r} does not run', e)
+    for case, dtype in [
+        (c, d)
+        for d in (torch.float16, torch.bfloat16, torch.float32)
+        for c in cases
+        if c.host.__module__ == module and d in c.dtypes
+    ]:
+        try:
+            take(Runner(), REPORTED, compare.check, case, dtype, getattr(copy, case.host.__name__))
+        except CAUGHT:
+            return
+        except Exception as e:
+            return _told(case, dtype, f'mutant {text!r} -> {replacement!r} does not run', e)
     return f'{name}: mutant {text!r} -> {replacement!r} survives every case'
+
 
 def overflows(name):
     "Return the failures of a family whose kernels are not refused, however large their blocks become"
     recorder = Recorder()
-    for case in family(name).CASES: take(recorder, REPORTED, case.host, *case.arguments(case.dtypes[0]))
+    for case in family(name).CASES:
+        take(recorder, REPORTED, case.host, *case.arguments(case.dtypes[0]))
     return [problem for kernel in recorder.kernels.values() if (problem := _overflow(*kernel))]
+
 
 def _overflow(kernel, args, constants):
     for factor in (4, 16, 64, 256):
         grown = {k: v * factor if k.startswith('BLOCK') else v for k, v in constants.items()}
-        try: plan(lower(kernel, args, grown).text, REPORTED)
-        except PlanError as e: return None if 'overflow' in str(e) else f'{kernel.__name__}: {factor} times its blocks are refused for another reason: {e}'
+        try:
+            plan(lower(kernel, args, grown).text, REPORTED)
+        except PlanError as e:
+            return (
+                None
+                if 'overflow' in str(e)
+                else f'{kernel.__name__}: {factor} times its blocks are refused for another reason: {e}'
+            )
     return f'{kernel.__name__}: 256 times its blocks are planned, so the planner refuses nothing'

@@ -1,4 +1,5 @@
 """Lower one launch to Ascend linalg MLIR, the input of bishengir-compile: offline, without CANN, torch_npu or a device"""
+
 import functools, re, subprocess
 from dataclasses import dataclass
 from triton._C.libtriton import ir
@@ -8,9 +9,11 @@ from triton.compiler.compiler import ASTSource
 
 ARCH = 'Ascend910B3'  # the lowered text is the same for every 910B: planning tells them apart
 
+
 @dataclass(frozen=True)
 class Lowered:
     "One configuration: a kernel lowered for given argument types and constants"
+
     name: str
     mode: str  # aiv: vector cores, aic: cube cores, mix: both
     signature: tuple  # ((parameter, type), ...) of the arguments that are passed at run time
@@ -21,36 +24,54 @@ class Lowered:
         blocks = ' '.join(f'{k}={v}' for k, v in self.constants)
         return f'{self.name}({" ".join(t for _, t in self.signature if t.startswith("*"))}; {blocks})'
 
+
 @functools.lru_cache(None)
-def _backend(): return ascend.AscendBackend(GPUTarget('npu', ARCH, 0))
+def _backend():
+    return ascend.AscendBackend(GPUTarget('npu', ARCH, 0))
+
 
 def specialise(kernel, args, constants):
     "Return (signature, constants, attributes) exactly as Triton's own launch on an NPU derives them from the arguments' values"
-    if kernel.binder is None: kernel.create_binder(_backend())
+    if kernel.binder is None:
+        kernel.create_binder(_backend())
     bound, types, *_ = kernel.binder(*args, **constants)
     attributes = _backend().get_attrs_descriptor(kernel.params, tuple(bound.values()))
     free = [p for p in kernel.params if not p.is_constexpr]
     fixed = {p.name: bound[p.name] for p in kernel.params if p.is_constexpr or p.num in attributes.get_constants()}
     return {p.name: t for p, t in zip(free, types)}, fixed, attributes
 
+
 def lower(kernel, args, constants):
     "Return the `Lowered` form of `kernel` for these arguments and constants"
     return _lower(kernel, *_hashable(*specialise(kernel, args, constants)))
 
-def _hashable(signature, constants, attributes): return tuple(signature.items()), tuple(constants.items()), _Attributes(attributes)
+
+def _hashable(signature, constants, attributes):
+    return tuple(signature.items()), tuple(constants.items()), _Attributes(attributes)
+
 
 class _Attributes:
     "Triton's attributes, equal when they say the same: the key of the cache"
-    def __init__(self, value): self.value = value
-    def __eq__(self, other): return self.value.hash() == other.value.hash()
-    def __hash__(self): return hash(self.value.hash())
+
+    def __init__(self, value):
+        self.value = value
+
+    def __eq__(self, other):
+        return self.value.hash() == other.value.hash()
+
+    def __hash__(self):
+        return hash(self.value.hash())
+
 
 def _to_linalg(ttir, meta, options, tries=3):
     "Return linalg MLIR; the tool died of a segmentation fault once in many thousand calls, and not again on the same input: a death by signal, and nothing else, is tried again"
     for left in reversed(range(tries)):
-        try: return ascend.ttir_to_linalg(ttir, meta, options, named_ops=True)
+        try:
+            return ascend.ttir_to_linalg(ttir, meta, options, named_ops=True)
         except subprocess.CalledProcessError as e:
-            if e.returncode >= 0 or not left: raise
+            if e.returncode >= 0 or not left:
+                raise
+
 
 @functools.lru_cache(None)
 def _lower(kernel, signature, constants, attributes):
@@ -61,4 +82,6 @@ def _lower(kernel, signature, constants, attributes):
     meta = {'hash': 'unused', 'target': backend.target, **options.__dict__}
     text, meta = ascend._parse_linalg_metadata(_to_linalg(ascend.make_ttir(module, meta, options), meta, options), meta)
     fixed = dict(constants)
-    return Lowered(meta['kernel_name'], meta['mix_mode'], tuple((k, t) for k, t in signature if k not in fixed), constants, text)
+    return Lowered(
+        meta['kernel_name'], meta['mix_mode'], tuple((k, t) for k, t in signature if k not in fixed), constants, text
+    )

@@ -3,6 +3,7 @@
 Every load and store passes `touch`. On-chip addresses pass through. In global memory a shadow byte says which tensor a byte belongs to (0: none) and whether it was read or written: so bytes moved
 are counted exactly, and an access outside of the arguments is reported with its tensor and redirected to a sink instead of crashing the process.
 """
+
 import ctypes, mmap
 import torch
 
@@ -10,12 +11,21 @@ FIELDS = 'chip chip_size used gm gm_size shadow read written read_once written_o
 READ, WRITTEN, TENSOR = 128, 64, 63  # a shadow byte: two flags and the tensor's number
 GAP = 4096  # bytes between tensors: an access that far outside still tells which one was meant
 
+
 class STATE(ctypes.Structure):
     "What the compiled code and this file share"
+
     _fields_ = [(name, ctypes.c_int64) for name in FIELDS]
 
-def _field(name, register): return f'  %{register} = getelementptr i64, ptr @state, i64 {FIELDS.index(name)}\n'
-def _get(name): return _field(name, f'{name}.p') + f'  %{name} = load i64, ptr %{name}.p\n'
+
+def _field(name, register):
+    return f'  %{register} = getelementptr i64, ptr @state, i64 {FIELDS.index(name)}\n'
+
+
+def _get(name):
+    return _field(name, f'{name}.p') + f'  %{name} = load i64, ptr %{name}.p\n'
+
+
 def _count(name, block, after):
     "Return IR that adds the access to counter `name`, and to `name`_once where the shadow's flag is new"
     flag = READ if name == 'read' else WRITTEN
@@ -32,6 +42,7 @@ def _count(name, block, after):
   store i8 %{block}.set, ptr %shadow.first
   br label %{after}
 '''
+
 
 TOUCH = f'''
 @state = global [{len(FIELDS)} x i64] zeroinitializer
@@ -90,17 +101,21 @@ full:
 }}
 '''
 
+
 def _region(size):
     "Return (mapping, address) of `size` zero bytes that take no memory until they are touched"
     region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, 'MAP_NORESERVE', 0))
     return region, ctypes.addressof(ctypes.c_char.from_buffer(region))
 
+
 def _span(x):
     "Return the bytes from the first to the last element of `x`"
     return (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride()))) * x.element_size() if x.numel() else 0
 
+
 class Memory:
     "Global and on-chip memory of one simulated device"
+
     def __init__(self, gm=1 << 30, chip=1 << 30):
         self.sizes, self.regions = (gm, chip), [_region(n) for n in (gm, gm, chip, 64)]
         self.gm, self.shadow, self.chip, self.sink = (address for _, address in self.regions)
@@ -110,11 +125,17 @@ class Memory:
         storages, end = {}, GAP
         for s in {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors}.values():
             storages[s.data_ptr()], end = end, (end + s.nbytes() + 2 * GAP - 1) // GAP * GAP
-            if end > self.sizes[0]: raise MemoryError(f'{end} bytes of tensors, global memory has {self.sizes[0]}')
+            if end > self.sizes[0]:
+                raise MemoryError(f'{end} bytes of tensors, global memory has {self.sizes[0]}')
             ctypes.memmove(self.gm + storages[s.data_ptr()], s.data_ptr(), s.nbytes())
         ctypes.memset(self.shadow, 0, end)
-        self.end, self.tensors, self.starts = end, tensors, [storages[x.untyped_storage().data_ptr()] + x.storage_offset() * x.element_size() for x in tensors]
-        for number, (x, start) in enumerate(zip(tensors, self.starts)): ctypes.memset(self.shadow + start, number % TENSOR + 1, _span(x))  # a number comes again only far away
+        self.end, self.tensors, self.starts = (
+            end,
+            tensors,
+            [storages[x.untyped_storage().data_ptr()] + x.storage_offset() * x.element_size() for x in tensors],
+        )
+        for number, (x, start) in enumerate(zip(tensors, self.starts)):
+            ctypes.memset(self.shadow + start, number % TENSOR + 1, _span(x))  # a number comes again only far away
         return [self.gm + start for start in self.starts]
 
     def write(self, address, numbers):
@@ -133,14 +154,25 @@ class Memory:
 
     def attach(self, state):
         "Let compiled code use this memory, all counters at zero"
-        fields = dict.fromkeys(FIELDS, 0) | dict(chip=self.chip, chip_size=self.sizes[1], gm=self.gm, gm_size=self.sizes[0], shadow=self.shadow, sink=self.sink)
-        for name, value in fields.items(): setattr(state, name, value)
+        fields = dict.fromkeys(FIELDS, 0) | dict(
+            chip=self.chip,
+            chip_size=self.sizes[1],
+            gm=self.gm,
+            gm_size=self.sizes[0],
+            shadow=self.shadow,
+            sink=self.sink,
+        )
+        for name, value in fields.items():
+            setattr(state, name, value)
         ctypes.memset(self.sink, 255, 64)
 
     def where(self, address, names):
         "Return in words where an illegal `address` lies: near which tensor, and how far outside"
         at = address - self.gm
-        if not 0 <= at < self.sizes[0]: return 'far outside of its arguments'
+        if not 0 <= at < self.sizes[0]:
+            return 'far outside of its arguments'
         ends = [start + _span(x) for x, start in zip(self.tensors, self.starts)]
-        bytes_away, name = min((start - at if at < start else at - end + 1, n) for start, end, n in zip(self.starts, ends, names))
+        bytes_away, name = min(
+            (start - at if at < start else at - end + 1, n) for start, end, n in zip(self.starts, ends, names)
+        )
         return f'{bytes_away} bytes {"before" if at < self.starts[names.index(name)] else "behind"} {name}'

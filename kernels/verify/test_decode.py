@@ -2,6 +2,7 @@
 
 SmolLM2-135M with its King James adapter, alone; and a random toy model for what one prompt does not show, a padded batch.
 """
+
 import collections
 import pytest, torch
 import npu_lora_kernels
@@ -19,33 +20,50 @@ from npu_lora_kernels.launch import running
 from verify.runner import Runner
 
 VERSE = 'He who walks with wise men will be wise, but a companion of fools will suffer.'
-PROMPT = [dict(role='system', content='Rewrite the verse in the English of the King James Bible.'), dict(role='user', content=VERSE)]
+PROMPT = [
+    dict(role='system', content='Rewrite the verse in the English of the King James Bible.'),
+    dict(role='user', content=VERSE),
+]
+
 
 class Guesses(Drafter):
     "A drafter with a tree of four nodes: one guess is right every other step, and its sibling is wrong"
-    def __init__(self, answers): self.answers, self.steps = answers, 0
+
+    def __init__(self, answers):
+        self.answers, self.steps = answers, 0
+
     def propose(self, state, rows):
         self.steps += 1
-        after = [a[len(text):len(text) + 2].tolist() + [0, 0] for a, text in zip(self.answers, state.text)]
-        tokens = [[int(text[-1]), 96, right if self.steps % 2 else 95, then] for text, (right, then, *_) in zip(state.text, after)]
+        after = [a[len(text) : len(text) + 2].tolist() + [0, 0] for a, text in zip(self.answers, state.text)]
+        tokens = [
+            [int(text[-1]), 96, right if self.steps % 2 else 95, then]
+            for text, (right, then, *_) in zip(state.text, after)
+        ]
         return Tree(torch.tensor(tokens), torch.tensor([[-1, 0, 0, 2]] * len(tokens)), 'guess')
+
 
 @pytest.fixture(scope='module')
 def launches():
     "Serve all operators on the CPU by kernels whose launches are lowered and executed; count the launches"
     library, taken = torch.library.Library('npu_lora', 'IMPL'), collections.Counter()
+
     def served(name, host):
         def call(*args):
             runner = Runner()
-            with running(runner), using(ASCEND['Ascend910B3']): out = host(*args)
+            with running(runner), using(ASCEND['Ascend910B3']):
+                out = host(*args)
             taken.update(launch.lowered.name for launch in runner.launches)
             return out
+
         library.impl(name, call, 'CPU')
-    for name, host in npu_lora_kernels.kernels().items(): served(name, host)
+
+    for name, host in npu_lora_kernels.kernels().items():
+        served(name, host)
     ops._KERNELS['cpu'] = dict.fromkeys(npu_lora_kernels.kernels(), 'lowered')
     yield taken
     ops._KERNELS['cpu'] = {}
     library._destroy()
+
 
 def toy(folder):
     "Return a random model, its adapters and a padded batch"
@@ -54,22 +72,42 @@ def toy(folder):
     ids = torch.randint(3, 95, mask.shape, generator=torch.Generator().manual_seed(0)) * mask
     return model, AdapterBank(model, [load_adapter(toy_adapter(model, folder), model)], ops.lora), ids, mask
 
+
 def smollm2(folder):
     "Return the embedded model, its adapter and one verse"
     lm = load(adapter=shipped_adapter())
     return lm.model, AdapterBank(lm.model, [lm.adapter], ops.lora), *encode(lm, [PROMPT])
 
-def decode(model, bank, ids, mask, target, drafter=None):
-    return model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0, custom_generate=Decoder(target, drafter, bank=bank))
 
-@pytest.mark.parametrize('target, trees', [(Plain(), False), (CoLD(.1, .5), False), (CoLD(.1, .5), True)], ids=['greedy', 'CoLD', 'CoLD over trees'])
+def decode(model, bank, ids, mask, target, drafter=None):
+    return model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        custom_generate=Decoder(target, drafter, bank=bank),
+    )
+
+
+@pytest.mark.parametrize(
+    'target, trees',
+    [(Plain(), False), (CoLD(0.1, 0.5), False), (CoLD(0.1, 0.5), True)],
+    ids=['greedy', 'CoLD', 'CoLD over trees'],
+)
 @pytest.mark.parametrize('make', [toy, smollm2])
 def test_tokens_do_not_change(launches, tmp_path, make, target, trees):
     model, bank, ids, mask = make(tmp_path)
-    with ops.references(): wanted = decode(model, bank, ids, mask, target)
+    with ops.references():
+        wanted = decode(model, bank, ids, mask, target)
     launches.clear()
     got = decode(model, bank, ids, mask, target, Guesses(wanted) if trees else None)
     assert torch.equal(got, wanted)
-    used = {'lora_shrink_kernel', 'lora_expand_kernel'} | ({'cold_candidates_kernel'} if 'base' in target.roles else set()) | ({'kv_commit_kernel'} if trees else set())
+    used = (
+        {'lora_shrink_kernel', 'lora_expand_kernel'}
+        | ({'cold_candidates_kernel'} if 'base' in target.roles else set())
+        | ({'kv_commit_kernel'} if trees else set())
+    )
     assert used <= set(launches), f'only {dict(launches)} were launched'
     assert make is toy or 'lora_shrink_tile_kernel' in launches, 'a prompt of 16 tokens and more goes to the cube'

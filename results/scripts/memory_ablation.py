@@ -2,6 +2,7 @@
 
 python results/scripts/memory_ablation.py TEXT OUT.json [TOKENS] [VARIANT,...]   (a variant that OUT.json holds already is left out)
 """
+
 import json, math, random, sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,43 +16,72 @@ from npu_lora_decoding.temp_lora.perplexity import document_ids, read_text
 from npu_lora_decoding.temp_lora.generation import TempLoRA
 from npu_lora_decoding.temp_lora.adapter import learn, temporary
 
-CHOSEN = TempLoRA(chunk=1024, window=1536, train_context=128, epochs=1, lr=1e-3, dropout=0.)
+CHOSEN = TempLoRA(chunk=1024, window=1536, train_context=128, epochs=1, lr=1e-3, dropout=0.0)
+
 
 class Learner:
     "Learns every chunk after it was scored"
-    def __init__(self, phi, text): self.phi, self.text, self.s = phi, text, phi.settings
-    def chunk(self, start): learn(self.phi, self.text[max(0, start - self.s.train_context):start + self.s.chunk], self.s.chunk)
-    def __call__(self, start, losses): self.chunk(start)
+
+    def __init__(self, phi, text):
+        self.phi, self.text, self.s = phi, text, phi.settings
+
+    def chunk(self, start):
+        learn(self.phi, self.text[max(0, start - self.s.train_context) : start + self.s.chunk], self.s.chunk)
+
+    def __call__(self, start, losses):
+        self.chunk(start)
+
 
 class Gated(Learner):
     "Leaves out a chunk that was predicted better than the last eight were on average"
-    def __init__(self, *args): super().__init__(*args); self.seen = []
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.seen = []
+
     def __call__(self, start, losses):
         recent, loss = self.seen[-8:], losses.mean().item()
         self.seen.append(loss)
-        if not recent or loss >= sum(recent) / len(recent): self.chunk(start)
+        if not recent or loss >= sum(recent) / len(recent):
+            self.chunk(start)
+
 
 class Decayed(Learner):
     "Draws the adapter a hundredth towards nothing after every chunk"
+
     def __call__(self, start, losses):
         self.chunk(start)
         with torch.no_grad():
-            for b in self.phi.B.values(): b.mul_(.99)
+            for b in self.phi.B.values():
+                b.mul_(0.99)
         self.phi.refresh()
+
 
 class Replayed(Learner):
     "Learns one older chunk after every new one"
-    def __init__(self, *args): super().__init__(*args); self.draw = random.Random(0)
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.draw = random.Random(0)
+
     def __call__(self, start, losses):
         self.chunk(start)
-        if start: self.chunk(self.draw.randrange(start // self.s.chunk) * self.s.chunk)
+        if start:
+            self.chunk(self.draw.randrange(start // self.s.chunk) * self.s.chunk)
+
 
 class Delayed(Learner):
     "Learns a chunk while the next one is read, as two devices would: the adapter is one chunk late"
-    def __init__(self, *args): super().__init__(*args); self.waits = None
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.waits = None
+
     def __call__(self, start, losses):
-        if self.waits is not None: self.chunk(self.waits)
+        if self.waits is not None:
+            self.chunk(self.waits)
         self.waits = start
+
 
 VARIANTS = {
     'base': (replace(CHOSEN, epochs=0), Learner),
@@ -60,7 +90,7 @@ VARIANTS = {
     'long prefix': (replace(CHOSEN, train_context=1024), Learner),
     'published rate': (replace(CHOSEN, lr=5e-5), Learner),
     'lower rate': (replace(CHOSEN, lr=3e-4), Learner),
-    'dropout': (replace(CHOSEN, dropout=.05), Learner),
+    'dropout': (replace(CHOSEN, dropout=0.05), Learner),
     'gated': (CHOSEN, Gated),
     'decay': (CHOSEN, Decayed),
     'replay': (CHOSEN, Replayed),
@@ -70,29 +100,53 @@ VARIANTS = {
     'down only': (replace(CHOSEN, targets='down'), Learner),
 }
 
+
 def read(lm, text, settings, learner):
     "Return the loss of every chunk, and the seconds of reading and of learning"
-    losses, read_s, learn_s = [], 0., 0.
+    losses, read_s, learn_s = [], 0.0, 0.0
     with temporary(lm.model, settings) as phi:
         reader, learner = Reader(lm.model, settings), learner(phi, text)
         for start in range(0, len(text) - settings.chunk + 1, settings.chunk):
-            with stopwatch(text.device) as clock, phi.bank.attached([0]): found = reader.losses(text, start, start + settings.chunk, phi.version)
+            with stopwatch(text.device) as clock, phi.bank.attached([0]):
+                found = reader.losses(text, start, start + settings.chunk, phi.version)
             read_s += clock['s']
             with stopwatch(text.device) as clock:
-                if settings.epochs: learner(start, found)
-            losses.append(found.mean().item()); learn_s += clock['s']
+                if settings.epochs:
+                    learner(start, found)
+            losses.append(found.mean().item())
+            learn_s += clock['s']
     return losses, read_s, learn_s
+
 
 def main(path, out, tokens=65536, only=None):
     lm, rows = load(dtype='bf16'), []
-    if Path(out).exists(): rows = [r for r in json.loads(Path(out).read_text()) if 'variant' in r]
-    text = document_ids(lm, read_text(path))[:int(tokens)]
+    if Path(out).exists():
+        rows = [r for r in json.loads(Path(out).read_text()) if 'variant' in r]
+    text = document_ids(lm, read_text(path))[: int(tokens)]
     for name in only.split(',') if only else VARIANTS:
-        if any(r['variant'] == name for r in rows): continue
+        if any(r['variant'] == name for r in rows):
+            continue
         settings, learner = VARIANTS[name]
         losses, read_s, learn_s = read(lm, text, settings, learner)
-        rows.append(dict(method='memory ablation', variant=name, text=Path(path).name, tokens=len(text), perplexity=math.exp(sum(losses) / len(losses)), losses=losses, read_s=read_s, learn_s=learn_s, settings=asdict(settings)))
-        print(f'{name:<22} perplexity {rows[-1]["perplexity"]:.3f}  learning {learn_s / (read_s + learn_s):.0%} of the time', flush=True)
+        rows.append(
+            dict(
+                method='memory ablation',
+                variant=name,
+                text=Path(path).name,
+                tokens=len(text),
+                perplexity=math.exp(sum(losses) / len(losses)),
+                losses=losses,
+                read_s=read_s,
+                learn_s=learn_s,
+                settings=asdict(settings),
+            )
+        )
+        print(
+            f'{name:<22} perplexity {rows[-1]["perplexity"]:.3f}  learning {learn_s / (read_s + learn_s):.0%} of the time',
+            flush=True,
+        )
         save_rows(rows + [environment()], out)
 
-if __name__ == '__main__': main(*sys.argv[1:])
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])

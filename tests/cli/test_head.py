@@ -1,4 +1,5 @@
 "`nld train-head`, `nld accept` and `nld export-head` on a toy model: every kind of source, stopped and continued, and each thing a user can get wrong"
+
 import json
 from types import SimpleNamespace
 import pytest, torch
@@ -16,110 +17,282 @@ from helpers.toys import toy_folder
 
 SMALL = '--steps 4 --tokens 256 --heldout 4 --save-every 2 --eval-every 2 --write-batch 4 --user-tokens 24 --new-tokens 10 --dtype fp32 --device cpu'.split()
 
+
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
     lm = lm_of(CHATML, IM, '<|im_end|>')
-    return str(toy_folder(tmp_path_factory.mktemp('model')/'toy', lm.model, lm.tokenizer))
+    return str(toy_folder(tmp_path_factory.mktemp('model') / 'toy', lm.model, lm.tokenizer))
+
 
 def lines(path, rows):
     path.write_text(''.join(json.dumps(r) + '\n' for r in rows))
     return str(path)
 
-def talk(i, answer=None): return dict(messages=[dict(role='user', content=f'say {i} words'), dict(role='assistant', content=f'{i} words are said ' * 2 if answer is None else answer)])
-def prompt(i): return dict(prompt=f'say {i} words')
+
+def talk(i, answer=None):
+    return dict(
+        messages=[
+            dict(role='user', content=f'say {i} words'),
+            dict(role='assistant', content=f'{i} words are said ' * 2 if answer is None else answer),
+        ]
+    )
+
+
+def prompt(i):
+    return dict(prompt=f'say {i} words')
+
 
 @pytest.mark.parametrize('source', ['data', 'prompts', 'nothing'])
 def test_every_source(model, tmp_path, source, capsys):
     rows = dict(data=[talk(i) for i in range(20)], prompts=[prompt(i) for i in range(20)], nothing=None)[source]
-    given = ['--conversations', '12'] if rows is None else [f'--{source}', lines(tmp_path/'rows.jsonl', rows)]
-    try: run(['train-head', str(tmp_path/'out'), '--model', model, *given, *SMALL])
+    given = ['--conversations', '12'] if rows is None else [f'--{source}', lines(tmp_path / 'rows.jsonl', rows)]
+    try:
+        run(['train-head', str(tmp_path / 'out'), '--model', model, *given, *SMALL])
     except DecodingError as e:  # a random toy may never end the user's turn, and must say so
-        assert source == 'nothing' and 'never ends' in str(e); return
+        assert source == 'nothing' and 'never ends' in str(e)
+        return
     target = load(model, dtype='fp32', device='cpu').model
-    for name in ('last', 'best'): assert load_head(tmp_path/'out'/name, target).fc.weight.isfinite().all()
-    log = [json.loads(l) for l in (tmp_path/'out'/'log.jsonl').read_text().splitlines()]
-    assert [r['step'] for r in log if 'losses' in r] == [1, 2, 3, 4] and [r['step'] for r in log if 'chain_5' in r] == [2, 4]
+    for name in ('last', 'best'):
+        assert load_head(tmp_path / 'out' / name, target).fc.weight.isfinite().all()
+    log = [json.loads(l) for l in (tmp_path / 'out' / 'log.jsonl').read_text().splitlines()]
+    assert [r['step'] for r in log if 'losses' in r] == [1, 2, 3, 4] and [r['step'] for r in log if 'chain_5' in r] == [
+        2,
+        4,
+    ]
+
 
 def test_stopped_and_continued(model, tmp_path, capsys):
-    data = lines(tmp_path/'rows.jsonl', [talk(i) for i in range(20)])
-    go = lambda out, *more: run(['train-head', str(tmp_path/out), '--model', model, '--data', data, *SMALL, *more])
-    go('a'); go('b', '--stop-after', '1'); assert 'stopped after 1 of 4 steps' in capsys.readouterr().out
+    data = lines(tmp_path / 'rows.jsonl', [talk(i) for i in range(20)])
+    go = lambda out, *more: run(['train-head', str(tmp_path / out), '--model', model, '--data', data, *SMALL, *more])
+    go('a')
+    go('b', '--stop-after', '1')
+    assert 'stopped after 1 of 4 steps' in capsys.readouterr().out
     go('b')
-    assert (tmp_path/'a'/'last'/'model.safetensors').read_bytes() == (tmp_path/'b'/'last'/'model.safetensors').read_bytes()
+    assert (tmp_path / 'a' / 'last' / 'model.safetensors').read_bytes() == (
+        tmp_path / 'b' / 'last' / 'model.safetensors'
+    ).read_bytes()
+
 
 def test_trackers_are_closed_whatever_happens(model, tmp_path, monkeypatch):
-    data, real, closed = lines(tmp_path/'rows.jsonl', [talk(i) for i in range(20)]), mh.new_accelerator, []
+    data, real, closed = lines(tmp_path / 'rows.jsonl', [talk(i) for i in range(20)]), mh.new_accelerator, []
+
     def tracked(*args):
         acc = real(*args)
         acc.trackers = [SimpleNamespace(name='noted', log=lambda *_, **__: None, finish=lambda: closed.append(True))]
         return acc
+
     monkeypatch.setattr(mh, 'new_accelerator', tracked)
-    go = lambda: run(['train-head', str(tmp_path/'out'), '--model', model, '--data', data, *SMALL])
-    go(); assert closed == [True]
-    def train(*_, **__): raise DecodingError('the loss is not finite')
+    go = lambda: run(['train-head', str(tmp_path / 'out'), '--model', model, '--data', data, *SMALL])
+    go()
+    assert closed == [True]
+
+    def train(*_, **__):
+        raise DecodingError('the loss is not finite')
+
     monkeypatch.setattr(mh, 'train', train)
-    with pytest.raises(DecodingError, match='not finite'): go()
+    with pytest.raises(DecodingError, match='not finite'):
+        go()
     assert closed == [True] * 2
 
+
 def test_runs_share_a_folder_and_an_adapter_counts(model, tmp_path, capsys):
-    data = lines(tmp_path/'rows.jsonl', [talk(i) for i in range(20)])
-    go = lambda *more: run(['train-head', str(tmp_path/'out'), '--model', model, '--data', data, *SMALL, *more])
-    go('--name', 'hass', '--vocab', '40'); go('--name', 'eagle2', '--recipe', 'eagle2', '--vocab', '40')
-    assert {'hass', 'eagle2', 'features', 'heldout'} <= {f.name for f in (tmp_path/'out').iterdir()}
-    adapter = toy_adapter(toy_model(vocab=load(model, device='cpu').model.config.vocab_size), tmp_path/'adapter')
-    with pytest.raises(DecodingError, match='with another'): go('--name', 'lora', '--adapter', str(adapter))
-    heads = ','.join(str(tmp_path/'out'/n/'last') for n in ('hass', 'eagle2'))
-    run(['accept', heads, str(tmp_path/'out'/'heldout'), '--model', model, '--tree', '8', '--dtype', 'fp32', '--device', 'cpu', '--json', str(tmp_path/'rows.json')])
-    rows = [r for r in json.loads((tmp_path/'rows.json').read_text()) if r['method'] == 'acceptance']
+    data = lines(tmp_path / 'rows.jsonl', [talk(i) for i in range(20)])
+    go = lambda *more: run(['train-head', str(tmp_path / 'out'), '--model', model, '--data', data, *SMALL, *more])
+    go('--name', 'hass', '--vocab', '40')
+    go('--name', 'eagle2', '--recipe', 'eagle2', '--vocab', '40')
+    assert {'hass', 'eagle2', 'features', 'heldout'} <= {f.name for f in (tmp_path / 'out').iterdir()}
+    adapter = toy_adapter(toy_model(vocab=load(model, device='cpu').model.config.vocab_size), tmp_path / 'adapter')
+    with pytest.raises(DecodingError, match='with another'):
+        go('--name', 'lora', '--adapter', str(adapter))
+    heads = ','.join(str(tmp_path / 'out' / n / 'last') for n in ('hass', 'eagle2'))
+    run(
+        [
+            'accept',
+            heads,
+            str(tmp_path / 'out' / 'heldout'),
+            '--model',
+            model,
+            '--tree',
+            '8',
+            '--dtype',
+            'fp32',
+            '--device',
+            'cpu',
+            '--json',
+            str(tmp_path / 'rows.json'),
+        ]
+    )
+    rows = [r for r in json.loads((tmp_path / 'rows.json').read_text()) if r['method'] == 'acceptance']
     assert len(rows) == 2 * 3 and all(1 <= r['tau'] <= 7 and len(r['taus']) == r['questions'] for r in rows)
 
-@pytest.mark.parametrize('rows, options, message', [
-    ([dict(text='a')] * 9, ['--data'], "there is no column 'messages': choose one of text"),
-    ([dict(question='a')] * 9, ['--prompts'], "there is no column 'prompt': choose one of question"),
-    ([talk(i, '') for i in range(9)], ['--data'], r'no conversation can be used \(1 times: an answer is empty'),
-    ([talk(i, 'a' * 400) for i in range(9)], ['--data'], r'no conversation can be used \(1 times: longer than 256 tokens'),
-    ([talk(i) for i in range(3)], ['--data'], 'there are 3 conversations, of which 4 would be held out'),
-    (None, ['--data', 'nowhere.jsonl'], 'there is no file nowhere.jsonl'),
-    (None, ['--data', 'a', '--prompts', 'b'], 'conversations and prompts are both given'),
-    (None, ['--recipe', 'eagle3'], "unknown recipe 'eagle3'"),
-    (None, ['--optimizer', 'sgd'], "optimizer is 'sgd'"),
-    (None, ['--conversations', '0'], 'per_shard is 0'),
-])
+
+@pytest.mark.parametrize(
+    'rows, options, message',
+    [
+        ([dict(text='a')] * 9, ['--data'], "there is no column 'messages': choose one of text"),
+        ([dict(question='a')] * 9, ['--prompts'], "there is no column 'prompt': choose one of question"),
+        ([talk(i, '') for i in range(9)], ['--data'], r'no conversation can be used \(1 times: an answer is empty'),
+        (
+            [talk(i, 'a' * 400) for i in range(9)],
+            ['--data'],
+            r'no conversation can be used \(1 times: longer than 256 tokens',
+        ),
+        ([talk(i) for i in range(3)], ['--data'], 'there are 3 conversations, of which 4 would be held out'),
+        (None, ['--data', 'nowhere.jsonl'], 'there is no file nowhere.jsonl'),
+        (None, ['--data', 'a', '--prompts', 'b'], 'conversations and prompts are both given'),
+        (None, ['--recipe', 'eagle3'], "unknown recipe 'eagle3'"),
+        (None, ['--optimizer', 'sgd'], "optimizer is 'sgd'"),
+        (None, ['--conversations', '0'], 'per_shard is 0'),
+    ],
+)
 def test_refused(model, tmp_path, rows, options, message):
-    if rows is not None: options = [*options, lines(tmp_path/'rows.jsonl', rows)]
-    with pytest.raises(DecodingError, match=message): run(['train-head', str(tmp_path/'out'), '--model', model, *SMALL, *options])
-    assert not (tmp_path/'out'/'state.safetensors').exists()
+    if rows is not None:
+        options = [*options, lines(tmp_path / 'rows.jsonl', rows)]
+    with pytest.raises(DecodingError, match=message):
+        run(['train-head', str(tmp_path / 'out'), '--model', model, *SMALL, *options])
+    assert not (tmp_path / 'out' / 'state.safetensors').exists()
+
 
 def test_a_head_for_another_vocabulary_is_named(model, tmp_path):
-    data = lines(tmp_path/'rows.jsonl', [talk(i) for i in range(20)])
-    run(['train-head', str(tmp_path/'out'), '--model', model, '--data', data, *SMALL])
+    data = lines(tmp_path / 'rows.jsonl', [talk(i) for i in range(20)])
+    run(['train-head', str(tmp_path / 'out'), '--model', model, '--data', data, *SMALL])
     other = lm_of(CHATML, IM, '<|im_end|>', words=('zz', 'qq'))
-    folder = str(toy_folder(tmp_path/'other', other.model, other.tokenizer))
+    folder = str(toy_folder(tmp_path / 'other', other.model, other.tokenizer))
     with pytest.raises(DecodingError, match='knows .* tokens but the target'):
-        run(['train-head', str(tmp_path/'more'), '--model', folder, '--data', data, *SMALL, '--init', str(tmp_path/'out'/'last')])
+        run(
+            [
+                'train-head',
+                str(tmp_path / 'more'),
+                '--model',
+                folder,
+                '--data',
+                data,
+                *SMALL,
+                '--init',
+                str(tmp_path / 'out' / 'last'),
+            ]
+        )
+
 
 def test_every_option_of_training_arrives(model, tmp_path, monkeypatch):
     "Each option of `nld train-head` that names a setting, with a value that is not its default"
     import npu_lora_decoding.cli.head as cli_head
+
     got = []
     monkeypatch.setattr(cli_head, 'make_head', lambda *args, **options: got.append((args, options)))
-    run(['train-head', str(tmp_path), '--model', model, '--recipe', 'align', '--steps', '7', '--tokens', '99', '--alignment-steps', '2', '--k', '4', '--topk', '.5', '--feature', '.2', '--step-weights', '2,1', '--sample-one-step', '--cache-targets', '--vocab', '20',
-         '--optimizer', 'adamw', '--lr', '.01', '--noise', '.3', '--row', '64', '--seed', '5', '--save-every', '3', '--eval-every', '2', '--name', 'mine', '--online', '--init', 'old', '--stop-after', '4', '--track', 'tensorboard', '--tree', '8',
-         '--conversations', '30', '--heldout', '6', '--write-batch', '9', '--user-tokens', '11', '--new-tokens', '13', '--dtype', 'fp32', '--device', 'cpu'])
-    ((_, out, config, source), options), = got
-    assert config == HeadTraining(steps=7, tokens=99, alignment_steps=2, k=4, losses=(('soft_ce', 1.), ('topk', .5)), feature=.2, step_weights=(2., 1.), sample_one_step=True, cache_targets=True, vocab=20, optimizer='adamw', lr=.01, noise=.3, row=64, seed=5,
-                                  save_every=3, eval_every=2, precision='no')
+    run(
+        [
+            'train-head',
+            str(tmp_path),
+            '--model',
+            model,
+            '--recipe',
+            'align',
+            '--steps',
+            '7',
+            '--tokens',
+            '99',
+            '--alignment-steps',
+            '2',
+            '--k',
+            '4',
+            '--topk',
+            '.5',
+            '--feature',
+            '.2',
+            '--step-weights',
+            '2,1',
+            '--sample-one-step',
+            '--cache-targets',
+            '--vocab',
+            '20',
+            '--optimizer',
+            'adamw',
+            '--lr',
+            '.01',
+            '--noise',
+            '.3',
+            '--row',
+            '64',
+            '--seed',
+            '5',
+            '--save-every',
+            '3',
+            '--eval-every',
+            '2',
+            '--name',
+            'mine',
+            '--online',
+            '--init',
+            'old',
+            '--stop-after',
+            '4',
+            '--track',
+            'tensorboard',
+            '--tree',
+            '8',
+            '--conversations',
+            '30',
+            '--heldout',
+            '6',
+            '--write-batch',
+            '9',
+            '--user-tokens',
+            '11',
+            '--new-tokens',
+            '13',
+            '--dtype',
+            'fp32',
+            '--device',
+            'cpu',
+        ]
+    )
+    (((_, out, config, source), options),) = got
+    assert config == HeadTraining(
+        steps=7,
+        tokens=99,
+        alignment_steps=2,
+        k=4,
+        losses=(('soft_ce', 1.0), ('topk', 0.5)),
+        feature=0.2,
+        step_weights=(2.0, 1.0),
+        sample_one_step=True,
+        cache_targets=True,
+        vocab=20,
+        optimizer='adamw',
+        lr=0.01,
+        noise=0.3,
+        row=64,
+        seed=5,
+        save_every=3,
+        eval_every=2,
+        precision='no',
+    )
     assert out == str(tmp_path)
-    assert options == dict(name='mine', online=True, tree=dict(depth=6, top_k=10, nodes=8), init='old', stop_after=4, track='tensorboard')
-    assert (source.conversations, source.heldout, source.write.batch, source.write.user_tokens, source.write.new_tokens, source.write.seed) == (30, 6, 9, 11, 13, 5)
+    assert options == dict(
+        name='mine', online=True, tree=dict(depth=6, top_k=10, nodes=8), init='old', stop_after=4, track='tensorboard'
+    )
+    assert (
+        source.conversations,
+        source.heldout,
+        source.write.batch,
+        source.write.user_tokens,
+        source.write.new_tokens,
+        source.write.seed,
+    ) == (30, 6, 9, 11, 13, 5)
 
-@pytest.mark.parametrize('earlier, current, setting', [
-    (['--n', '2'], ['--alignment-steps', '2'], dict(alignment_steps=2)),
-    (['--drawn'], ['--sample-one-step'], dict(sample_one_step=True)),
-    (['--remember'], ['--cache-targets'], dict(cache_targets=True)),
-])
+
+@pytest.mark.parametrize(
+    'earlier, current, setting',
+    [
+        (['--n', '2'], ['--alignment-steps', '2'], dict(alignment_steps=2)),
+        (['--drawn'], ['--sample-one-step'], dict(sample_one_step=True)),
+        (['--remember'], ['--cache-targets'], dict(cache_targets=True)),
+    ],
+)
 def test_earlier_names_of_options_work_and_hint(model, tmp_path, monkeypatch, capsys, earlier, current, setting):
     import npu_lora_decoding.cli.head as cli_head
+
     got = []
     monkeypatch.setattr(cli_head, 'make_head', lambda *args, **options: got.append(args[2]))
     for options in (earlier, current):
@@ -131,78 +304,227 @@ def test_earlier_names_of_options_work_and_hint(model, tmp_path, monkeypatch, ca
 
 
 def test_sampled_cached_and_watched(model, tmp_path):
-    argv = ['train-head', str(tmp_path/'out'), '--model', model, '--data', lines(tmp_path/'rows.jsonl', [talk(i) for i in range(20)]), *SMALL, '--sample-one-step', '--cache-targets', '--alignment-steps', '2', '--step-weights', '2,1']
+    argv = [
+        'train-head',
+        str(tmp_path / 'out'),
+        '--model',
+        model,
+        '--data',
+        lines(tmp_path / 'rows.jsonl', [talk(i) for i in range(20)]),
+        *SMALL,
+        '--sample-one-step',
+        '--cache-targets',
+        '--alignment-steps',
+        '2',
+        '--step-weights',
+        '2,1',
+    ]
     run(argv)
-    assert (tmp_path/'out'/'last').exists()
-    with pytest.raises(DecodingError, match='unknown tracker'): run([*argv, '--track', 'nothing'])
+    assert (tmp_path / 'out' / 'last').exists()
+    with pytest.raises(DecodingError, match='unknown tracker'):
+        run([*argv, '--track', 'nothing'])
+
 
 def test_gains_are_ratios_of_means_over_the_texts_both_have():
-    rows = [dict(method='acceptance', head=h, set=s, draft='chain 5', taus=t) for h, s, t in (('a', 'x', [2., 4., None, 6.]), ('b', 'x', [1., 2., 9., 3.]), ('a', 'y', [1., 1.]))] + [dict(method='environment')]
+    rows = [
+        dict(method='acceptance', head=h, set=s, draft='chain 5', taus=t)
+        for h, s, t in (('a', 'x', [2.0, 4.0, None, 6.0]), ('b', 'x', [1.0, 2.0, 9.0, 3.0]), ('a', 'y', [1.0, 1.0]))
+    ] + [dict(method='environment')]
     (got,) = acceptance_gain(rows, 'a', 'b')
-    assert got == dict(set='x', draft='chain 5', gain=1., interval=(1., 1.))  # every text: twice
+    assert got == dict(set='x', draft='chain 5', gain=1.0, interval=(1.0, 1.0))  # every text: twice
     (same,) = acceptance_gain(rows, 'b', 'b')
     assert same['gain'] == 0 and same['interval'] == (0, 0)
-    with pytest.raises(DecodingError, match='no head .*c.*: choose of a, b'): acceptance_gain(rows, 'a', 'c')
-    noisy = [dict(rows[0], taus=[float(1 + i % 5) for i in range(60)]), dict(rows[1], taus=[float(1 + i % 7) for i in range(60)])]
+    with pytest.raises(DecodingError, match='no head .*c.*: choose of a, b'):
+        acceptance_gain(rows, 'a', 'c')
+    noisy = [
+        dict(rows[0], taus=[float(1 + i % 5) for i in range(60)]),
+        dict(rows[1], taus=[float(1 + i % 7) for i in range(60)]),
+    ]
     (got,) = acceptance_gain(noisy, 'a', 'b')
-    assert got['interval'][0] < got['gain'] < got['interval'][1] and got['interval'][1] - got['interval'][0] < .8
+    assert got['interval'][0] < got['gain'] < got['interval'][1] and got['interval'][1] - got['interval'][0] < 0.8
+
 
 def test_a_full_disk_leaves_no_half_of_a_shard(model, tmp_path, monkeypatch):
-    data, out = lines(tmp_path/'rows.jsonl', [talk(i) for i in range(20)]), tmp_path/'out'
+    data, out = lines(tmp_path / 'rows.jsonl', [talk(i) for i in range(20)]), tmp_path / 'out'
     argv = ['train-head', str(out), '--model', model, '--data', data, *SMALL]
-    def full(tensors, path, *_): path.write_bytes(b'half'); raise OSError(28, 'No space left on device')
+
+    def full(tensors, path, *_):
+        path.write_bytes(b'half')
+        raise OSError(28, 'No space left on device')
+
     with monkeypatch.context() as m:
         m.setattr(features, 'save_tensors', full)
-        with pytest.raises(DecodingError, match='make room or choose another folder, then give the same command again'): run(argv)
-    assert not list((out/'features').glob('*.safetensors')) and not list((out/'features').glob('.*'))
+        with pytest.raises(DecodingError, match='make room or choose another folder, then give the same command again'):
+            run(argv)
+    assert not list((out / 'features').glob('*.safetensors')) and not list((out / 'features').glob('.*'))
     run(argv)
-    assert (out/'last').exists()
+    assert (out / 'last').exists()
+
 
 def test_the_target_is_as_it_was(model, tmp_path, monkeypatch):
     import npu_lora_decoding.cli.head as cli_head
+
     lm = load(model, dtype='fp32', device='cpu')
     monkeypatch.setattr(cli_head, 'load_target', lambda *_: (lm, None))
     before = {k: v.clone() for k, v in lm.model.state_dict().items()}
-    run(['train-head', str(tmp_path/'out'), '--model', model, '--data', lines(tmp_path/'rows.jsonl', [talk(i) for i in range(20)]), *SMALL])
-    assert all(torch.equal(v, before[k]) for k, v in lm.model.state_dict().items()) and not any(p.requires_grad for p in lm.model.parameters())
+    run(
+        [
+            'train-head',
+            str(tmp_path / 'out'),
+            '--model',
+            model,
+            '--data',
+            lines(tmp_path / 'rows.jsonl', [talk(i) for i in range(20)]),
+            *SMALL,
+        ]
+    )
+    assert all(torch.equal(v, before[k]) for k, v in lm.model.state_dict().items()) and not any(
+        p.requires_grad for p in lm.model.parameters()
+    )
+
 
 def test_write_and_accept_at_two_temperatures(model, tmp_path, capsys):
-    run(['train-head', str(tmp_path/'out'), '--model', model, '--data', lines(tmp_path/'rows.jsonl', [talk(i) for i in range(20)]), *SMALL])
-    run(['write', str(tmp_path/'said'), '--model', model, '--prompts', lines(tmp_path/'asked.jsonl', [prompt(i) for i in range(5)]), '--temperatures', '0,1', '--conversations', '3', '--new-tokens', '9', '--user-tokens', '24', '--dtype', 'fp32', '--device', 'cpu'])
-    said = [json.loads(l) for l in (tmp_path/'said'/'shard-0000.jsonl').read_text().splitlines()]
-    assert [(c['messages'][0]['content'], c['temperature']) for c in said] == [(f'say {i} words', t) for i in range(3) for t in (0., 1.)]
+    run(
+        [
+            'train-head',
+            str(tmp_path / 'out'),
+            '--model',
+            model,
+            '--data',
+            lines(tmp_path / 'rows.jsonl', [talk(i) for i in range(20)]),
+            *SMALL,
+        ]
+    )
+    run(
+        [
+            'write',
+            str(tmp_path / 'said'),
+            '--model',
+            model,
+            '--prompts',
+            lines(tmp_path / 'asked.jsonl', [prompt(i) for i in range(5)]),
+            '--temperatures',
+            '0,1',
+            '--conversations',
+            '3',
+            '--new-tokens',
+            '9',
+            '--user-tokens',
+            '24',
+            '--dtype',
+            'fp32',
+            '--device',
+            'cpu',
+        ]
+    )
+    said = [json.loads(l) for l in (tmp_path / 'said' / 'shard-0000.jsonl').read_text().splitlines()]
+    assert [(c['messages'][0]['content'], c['temperature']) for c in said] == [
+        (f'say {i} words', t) for i in range(3) for t in (0.0, 1.0)
+    ]
     capsys.readouterr()
-    run(['accept', str(tmp_path/'out'/'last'), str(tmp_path/'said'), '--model', model, '--tree', '0', '--dtype', 'fp32', '--device', 'cpu'])
+    run(
+        [
+            'accept',
+            str(tmp_path / 'out' / 'last'),
+            str(tmp_path / 'said'),
+            '--model',
+            model,
+            '--tree',
+            '0',
+            '--dtype',
+            'fp32',
+            '--device',
+            'cpu',
+        ]
+    )
     shown = capsys.readouterr().out
     assert 'said T=0' in shown and 'said T=1' in shown
+
 
 @pytest.fixture(scope='module')
 def toy_head(model, tmp_path_factory):
     "An untrained head with a draft vocabulary, in a folder"
-    target, folder = load(model, dtype='fp32', device='cpu').model, tmp_path_factory.mktemp('head')/'head'
+    target, folder = load(model, dtype='fp32', device='cpu').model, tmp_path_factory.mktemp('head') / 'head'
     head = DraftHead(head_config(target.config))
     head.vocab = torch.arange(12)
     return str(save_head(head, folder, target))
 
+
 @pytest.mark.parametrize('engine', ['vllm', 'sglang'])
 def test_export_says_what_it_checked_and_how_to_serve(model, toy_head, tmp_path, engine, capsys):
-    run(['export-head', toy_head, str(tmp_path/'out'), '--engine', engine, '--tokens', '3', '--model', model, '--device', 'cpu'])
+    run(
+        [
+            'export-head',
+            toy_head,
+            str(tmp_path / 'out'),
+            '--engine',
+            engine,
+            '--tokens',
+            '3',
+            '--model',
+            model,
+            '--device',
+            'cpu',
+        ]
+    )
     first, line = capsys.readouterr().out.strip().splitlines()
     assert 'tensors agree' in first and 'tolerance 1e-04' in first
-    assert line.startswith(f'vllm serve {model} ' if engine == 'vllm' else 'python -m sglang.launch_server') and str(tmp_path/'out') in line and ('"num_speculative_tokens": 3' in line or '--speculative-num-steps 3' in line)
-    assert ('--speculative-token-map' in line) == (engine == 'sglang') == (tmp_path/'out'/'hot_tokens.pt').exists()
+    assert (
+        line.startswith(f'vllm serve {model} ' if engine == 'vllm' else 'python -m sglang.launch_server')
+        and str(tmp_path / 'out') in line
+        and ('"num_speculative_tokens": 3' in line or '--speculative-num-steps 3' in line)
+    )
+    assert ('--speculative-token-map' in line) == (engine == 'sglang') == (tmp_path / 'out' / 'hot_tokens.pt').exists()
+
 
 def test_every_option_of_export_arrives(model, toy_head, tmp_path, monkeypatch, capsys):
     import npu_lora_decoding.cli.head as cli_head
-    got, adapter = [], toy_adapter(load(model, device='cpu').model, tmp_path/'adapter')
-    monkeypatch.setattr(cli_head, 'write_export', lambda *args: got.append(args) or dict(tensors=1, slots=2, error=0., tolerance=1.))
-    run(['export-head', toy_head, 'out', '--engine', 'sglang', '--dtype', 'fp16', '--full', '--tokens', '2', '--model', model, '--adapter', str(adapter), '--device', 'cpu'])
-    (head, out, lm, engine, dtype, full), = got
-    assert (head, out, engine, dtype, full) == (toy_head, 'out', 'sglang', torch.float16, True) and lm.adapter is not None
+
+    got, adapter = [], toy_adapter(load(model, device='cpu').model, tmp_path / 'adapter')
+    monkeypatch.setattr(
+        cli_head, 'write_export', lambda *args: got.append(args) or dict(tensors=1, slots=2, error=0.0, tolerance=1.0)
+    )
+    run(
+        [
+            'export-head',
+            toy_head,
+            'out',
+            '--engine',
+            'sglang',
+            '--dtype',
+            'fp16',
+            '--full',
+            '--tokens',
+            '2',
+            '--model',
+            model,
+            '--adapter',
+            str(adapter),
+            '--device',
+            'cpu',
+        ]
+    )
+    ((head, out, lm, engine, dtype, full),) = got
+    assert (head, out, engine, dtype, full) == (
+        toy_head,
+        'out',
+        'sglang',
+        torch.float16,
+        True,
+    ) and lm.adapter is not None
     shown = capsys.readouterr().out
     assert 'merged into it' in shown and '--model-path TARGET' in shown
 
-@pytest.mark.parametrize('options, message', [(['--engine', 'tgi'], "unknown engine 'tgi': use one of vllm, sglang"), (['--dtype', 'int4'], "unknown dtype 'int4'"), (['--tokens', '0'], '0 guesses a pass')])
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (['--engine', 'tgi'], "unknown engine 'tgi': use one of vllm, sglang"),
+        (['--dtype', 'int4'], "unknown dtype 'int4'"),
+        (['--tokens', '0'], '0 guesses a pass'),
+    ],
+)
 def test_export_refused(model, toy_head, tmp_path, options, message):
-    with pytest.raises(DecodingError, match=message): run(['export-head', toy_head, str(tmp_path/'out'), '--model', model, '--device', 'cpu', *options])
-    assert not (tmp_path/'out').exists()
+    with pytest.raises(DecodingError, match=message):
+        run(['export-head', toy_head, str(tmp_path / 'out'), '--model', model, '--device', 'cpu', *options])
+    assert not (tmp_path / 'out').exists()

@@ -1,4 +1,5 @@
 "The command line: one sentence and status 2 for what a user should mend, result files that continue"
+
 import json, subprocess, sys
 import pytest
 from npu_lora_decoding.cli import main as cli
@@ -13,117 +14,256 @@ from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter, to
 from npu_lora_decoding.decoding.loop import LM
 from npu_lora_decoding.foundations.models import embedded_folder, load_tokenizer
 
+
 @pytest.fixture(scope='module')
 def toy(tmp_path_factory):
     "A toy model with the embedded tokenizer, saved as a user would have it: (model folder, adapter folder)"
     folder = tmp_path_factory.mktemp('toy')
     model = toy_model(vocab=49152, context=512, eos_token_id=2)
-    model.save_pretrained(folder/'model'); load_tokenizer(embedded_folder()).save_pretrained(folder/'model')
-    toy_adapter(model, folder/'adapter')
-    return folder/'model', folder/'adapter'
+    model.save_pretrained(folder / 'model')
+    load_tokenizer(embedded_folder()).save_pretrained(folder / 'model')
+    toy_adapter(model, folder / 'adapter')
+    return folder / 'model', folder / 'adapter'
+
 
 @pytest.fixture
 def data(tmp_path):
-    file = tmp_path/'dev.jsonl'
+    file = tmp_path / 'dev.jsonl'
     file.write_text('\n'.join(json.dumps(dict(prompt=f'number {i}', answer=str(i))) for i in range(24)))
     return file
 
-def nld(*argv): return subprocess.run([sys.executable, '-c', 'from npu_lora_decoding.cli.main import main; main()', *map(str, argv)], capture_output=True, text=True)
 
-@pytest.mark.parametrize('argv,said', [
-    (['decode'], "nld: unknown command 'decode'"),
-    (['generate', ''], 'nld: the prompt is empty: give at least one word.'),
-    (['generate', 'hi', '--alpha', '1.5'], 'nld: alpha is 1.5: choose it above 0 and up to 1.'),
-    (['generate', 'hi', '--beta', 'nan'], 'nld: beta is nan: choose a finite number'),
-    (['generate', 'hi', '--device', 'tpu'], "nld: unknown device 'tpu': use one of cpu, cuda, npu."),
-    (['generate', 'hi', '--dtype', 'int4'], "nld: unknown dtype 'int4'"),
-    (['generate', 'word ' * 9000], 'tokens but the context holds 8192: shorten it.'),
-    (['generate', 'hi', '--adapter', '/no/such'], 'has no adapter_config.json'),
-    (['generate', 'hi', '--method', 'best'], "nld: unknown method 'best'"),
-    (['evaluate', '--arms', 'cold:x'], 'has a setting that is no number'),
-    (['tune', '--prompts', '/no/such.jsonl'], 'nld: no file /no/such.jsonl'),
-    (['compare', '--methods', 'magic'], "nld: unknown method 'magic'"),
-    (['train-lora', 'x', '--task', 'gsm8k'], 'give their folder with --data.')])
+def nld(*argv):
+    return subprocess.run(
+        [sys.executable, '-c', 'from npu_lora_decoding.cli.main import main; main()', *map(str, argv)],
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    'argv,said',
+    [
+        (['decode'], "nld: unknown command 'decode'"),
+        (['generate', ''], 'nld: the prompt is empty: give at least one word.'),
+        (['generate', 'hi', '--alpha', '1.5'], 'nld: alpha is 1.5: choose it above 0 and up to 1.'),
+        (['generate', 'hi', '--beta', 'nan'], 'nld: beta is nan: choose a finite number'),
+        (['generate', 'hi', '--device', 'tpu'], "nld: unknown device 'tpu': use one of cpu, cuda, npu."),
+        (['generate', 'hi', '--dtype', 'int4'], "nld: unknown dtype 'int4'"),
+        (['generate', 'word ' * 9000], 'tokens but the context holds 8192: shorten it.'),
+        (['generate', 'hi', '--adapter', '/no/such'], 'has no adapter_config.json'),
+        (['generate', 'hi', '--method', 'best'], "nld: unknown method 'best'"),
+        (['evaluate', '--arms', 'cold:x'], 'has a setting that is no number'),
+        (['tune', '--prompts', '/no/such.jsonl'], 'nld: no file /no/such.jsonl'),
+        (['compare', '--methods', 'magic'], "nld: unknown method 'magic'"),
+        (['train-lora', 'x', '--task', 'gsm8k'], 'give their folder with --data.'),
+    ],
+)
 def test_a_mistake_is_one_sentence(argv, said, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['nld', *argv])
-    with pytest.raises(SystemExit) as left: cli.main()
+    with pytest.raises(SystemExit) as left:
+        cli.main()
     error = capsys.readouterr().err
     assert left.value.code == 2 and said in error and len(error.strip().split('\n')) == 1
+
 
 def test_a_mistake_in_a_process_of_its_own():
     done = nld('generate', 'hi', '--alpha', '0')
     assert done.returncode == 2 and done.stderr == 'nld: alpha is 0.0: choose it above 0 and up to 1.\n'
 
+
 def test_help_names_every_command():
     said = nld('--help').stdout
     assert all(name in said for name in COMMANDS)
-    for name in COMMANDS: assert '_' not in ''.join(s for a in parser_of(name)._actions for s in a.option_strings)
+    for name in COMMANDS:
+        assert '_' not in ''.join(s for a in parser_of(name)._actions for s in a.option_strings)
+
 
 def test_compare_writes_the_contract(toy, tmp_path):
-    out = tmp_path/'rows.json'
-    run(['compare', '--model', str(toy[0]), '--adapter', str(toy[1]), '--methods', 'greedy,cold,transformers_greedy', '--prompts', '1', '--new-tokens', '4', '--rounds', '1', '--dtype', 'fp32', '--json', str(out)])
+    out = tmp_path / 'rows.json'
+    run(
+        [
+            'compare',
+            '--model',
+            str(toy[0]),
+            '--adapter',
+            str(toy[1]),
+            '--methods',
+            'greedy,cold,transformers_greedy',
+            '--prompts',
+            '1',
+            '--new-tokens',
+            '4',
+            '--rounds',
+            '1',
+            '--dtype',
+            'fp32',
+            '--json',
+            str(out),
+        ]
+    )
     *rows, environment = json_rows(out)
     wanted = 'method peer model device dtype batch new_tokens ms_per_token ms_spread tokens_per_s tau quality quality_interval peak_mb equal_tokens'.split()
-    assert all(set(wanted) <= set(r) for r in rows) and environment['method'] == 'environment' and environment['cores'] >= 1
+    assert (
+        all(set(wanted) <= set(r) for r in rows)
+        and environment['method'] == 'environment'
+        and environment['cores'] >= 1
+    )
     assert {r['method']: r['peer'] for r in rows} == dict(greedy=False, cold=False, transformers_greedy=True)
     assert all(r['equal_tokens'] == 1 for r in rows if r['method'] != 'cold')
 
+
 def test_verify_passes_and_fails(toy, data, tmp_path, capsys, monkeypatch):
     from npu_lora_decoding.evaluation import equivalence as verify
-    argv = ['verify', '--model', str(toy[0]), '--adapter', str(toy[1]), '--prompts', str(data), '--new-tokens', '3', '--batch', '12', '--json', str(tmp_path/'v.json')]
+
+    argv = [
+        'verify',
+        '--model',
+        str(toy[0]),
+        '--adapter',
+        str(toy[1]),
+        '--prompts',
+        str(data),
+        '--new-tokens',
+        '3',
+        '--batch',
+        '12',
+        '--json',
+        str(tmp_path / 'v.json'),
+    ]
     run(argv)
-    rows = json_rows(tmp_path/'v.json')
-    assert len(rows) == 9 and all(r['equal'] == r['prompts'] == 24 and r['unexplained'] == [] for r in rows[:-1]) and '24/24 prompts equal' in capsys.readouterr().out
-    monkeypatch.setattr(verify, 'first_difference', lambda lm, target, prompt, fast, slow, number: verify.Difference(number, 0, .5) if number == 3 else None)
-    with pytest.raises(DecodingError, match='not equal: loop = transformers'): run(argv)
-    assert json_rows(tmp_path/'v.json')[0]['unexplained'] == [dict(prompt=3, step=0, lead=.5)]  # written before it refuses
+    rows = json_rows(tmp_path / 'v.json')
+    assert (
+        len(rows) == 9
+        and all(r['equal'] == r['prompts'] == 24 and r['unexplained'] == [] for r in rows[:-1])
+        and '24/24 prompts equal' in capsys.readouterr().out
+    )
+    monkeypatch.setattr(
+        verify,
+        'first_difference',
+        lambda lm, target, prompt, fast, slow, number: verify.Difference(number, 0, 0.5) if number == 3 else None,
+    )
+    with pytest.raises(DecodingError, match='not equal: loop = transformers'):
+        run(argv)
+    assert json_rows(tmp_path / 'v.json')[0]['unexplained'] == [
+        dict(prompt=3, step=0, lead=0.5)
+    ]  # written before it refuses
+
 
 def test_a_verification_continues(toy, data, tmp_path, monkeypatch):
     from npu_lora_decoding.evaluation import equivalence as verify
-    argv, made, check = ['verify', '--model', str(toy[0]), '--adapter', str(toy[1]), '--prompts', str(data), '--new-tokens', '3', '--json', str(tmp_path/'v.json')], [], verify.check
+
+    argv, made, check = (
+        [
+            'verify',
+            '--model',
+            str(toy[0]),
+            '--adapter',
+            str(toy[1]),
+            '--prompts',
+            str(data),
+            '--new-tokens',
+            '3',
+            '--json',
+            str(tmp_path / 'v.json'),
+        ],
+        [],
+        verify.check,
+    )
+
     def counted(lm, name, *args):
-        if len(made) == 3: raise KeyboardInterrupt
+        if len(made) == 3:
+            raise KeyboardInterrupt
         made.append(name)
         return check(lm, name, *args)
+
     monkeypatch.setattr(verify, 'check', counted)
-    with pytest.raises(KeyboardInterrupt): run(argv)
+    with pytest.raises(KeyboardInterrupt):
+        run(argv)
     monkeypatch.setattr(verify, 'check', lambda lm, name, *args: made.append(name) or check(lm, name, *args))
     run(argv + ['--resume'])
-    assert len(made) == len(set(made)) == 8 and [r['check'] for r in json_rows(tmp_path/'v.json')[:-1]] == made
+    assert len(made) == len(set(made)) == 8 and [r['check'] for r in json_rows(tmp_path / 'v.json')[:-1]] == made
     run(argv + ['--resume', '--new-tokens', '2'])  # other options: everything anew
     assert len(made) == 16
-    with pytest.raises(DecodingError, match='nothing to resume'): run(argv[:-2] + ['--resume'])
+    with pytest.raises(DecodingError, match='nothing to resume'):
+        run(argv[:-2] + ['--resume'])
+
 
 def test_an_evaluation_continues(toy, data, tmp_path, monkeypatch):
-    out, asked = tmp_path/'rows.json', []
-    monkeypatch.setattr(quality, 'answers', lambda lm, items, arm, n, batch: asked.append(arm) or [i.answer for i in items])
-    argv = ['evaluate', '--model', str(toy[0]), '--adapter', str(toy[1]), '--prompts', str(data), '--new-tokens', '4', '--dtype', 'fp32', '--json', str(out)]
+    out, asked = tmp_path / 'rows.json', []
+    monkeypatch.setattr(
+        quality, 'answers', lambda lm, items, arm, n, batch: asked.append(arm) or [i.answer for i in items]
+    )
+    argv = [
+        'evaluate',
+        '--model',
+        str(toy[0]),
+        '--adapter',
+        str(toy[1]),
+        '--prompts',
+        str(data),
+        '--new-tokens',
+        '4',
+        '--dtype',
+        'fp32',
+        '--json',
+        str(out),
+    ]
     run(argv + ['--arms', 'greedy'])
     run(argv + ['--arms', 'greedy,cold:0.1:0.2'])
-    assert len(asked) == 2 and [r['arm'] for r in json_rows(out)[:-1]] == ['greedy', 'cold:0.1:0.2'] and json_rows(out)[0]['scores'] == [1.] * 24
+    assert (
+        len(asked) == 2
+        and [r['arm'] for r in json_rows(out)[:-1]] == ['greedy', 'cold:0.1:0.2']
+        and json_rows(out)[0]['scores'] == [1.0] * 24
+    )
+
 
 def test_tune_advises(toy, data, tmp_path, capsys, monkeypatch):
     from npu_lora_decoding import advise
-    better = lambda lm, items, arm, n, batch: [i.answer if getattr(arm.target, 'beta', 0) == .2 or k % 3 == 0 else 'no' for k, i in enumerate(items)]
+
+    better = lambda lm, items, arm, n, batch: [
+        i.answer if getattr(arm.target, 'beta', 0) == 0.2 or k % 3 == 0 else 'no' for k, i in enumerate(items)
+    ]
     monkeypatch.setattr(advise, 'answers', better)
-    argv = ['tune', '--model', str(toy[0]), '--adapter', str(toy[1]), '--prompts', str(data), '--betas', '0.1,0.2', '--alphas', '0.1', '--dtype', 'fp32', '--plot', str(tmp_path/'a.png')]
+    argv = [
+        'tune',
+        '--model',
+        str(toy[0]),
+        '--adapter',
+        str(toy[1]),
+        '--prompts',
+        str(data),
+        '--betas',
+        '0.1,0.2',
+        '--alphas',
+        '0.1',
+        '--dtype',
+        'fp32',
+        '--plot',
+        str(tmp_path / 'a.png'),
+    ]
     run(argv)
-    assert 'Use CoLD(alpha=0.1, beta=0.2)' in capsys.readouterr().out and (tmp_path/'a.png').stat().st_size > 1000
+    assert 'Use CoLD(alpha=0.1, beta=0.2)' in capsys.readouterr().out and (tmp_path / 'a.png').stat().st_size > 1000
     monkeypatch.setattr(advise, 'answers', lambda lm, items, *_: [i.answer for i in items])
     run(argv)
     assert 'Do not use CoLD here' in capsys.readouterr().out
+
 
 def test_a_loaded_model_can_generate_at_once(toy):
     "`load` is all a user imports; the method comes from a later room"
     code = f'from npu_lora_decoding.foundations.models import load; print(len(load({str(toy[0])!r}, {str(toy[1])!r}).generate("hello", max_new_tokens=3, eos_token_id=None).tokens[0]))'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '3'
 
+
 def test_generate_streams(toy, capsys):
     run(['generate', 'hello', '--model', str(toy[0]), '--adapter', str(toy[1]), '--new-tokens', '3'])
     assert capsys.readouterr().out.strip()
 
+
 def test_a_picture_of_an_unknown_kind_is_refused(tmp_path):
     draw = lambda ax: ax.plot([0, 1])
-    with pytest.raises(DecodingError, match=r'\.png'): save_plot(draw, tmp_path/'a.xyz')
-    save_plot(draw, tmp_path/'a.svg'); save_plot(draw, tmp_path/'a.png')
+    with pytest.raises(DecodingError, match=r'\.png'):
+        save_plot(draw, tmp_path / 'a.xyz')
+    save_plot(draw, tmp_path / 'a.svg')
+    save_plot(draw, tmp_path / 'a.png')
     assert [f.name for f in sorted(tmp_path.iterdir())] == ['a.png', 'a.svg']

@@ -1,7 +1,16 @@
 "The loop: transformers' tokens when nothing is plugged in, the same tokens whatever is guessed, and a model left as it was"
+
 import copy, math
 import pytest, torch
-from transformers import DynamicCache, LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteria, StoppingCriteriaList, StopStringCriteria, TextStreamer
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TextStreamer,
+)
 import npu_lora_decoding.decoding.runner as rows_module
 from npu_lora_decoding.foundations import ops
 from npu_lora_decoding.cold.rule import CoLD
@@ -19,21 +28,31 @@ from helpers.loops import EndsOn, N, Pair, eager_dynamo, generate, same
 WINDOWED = ('mistral', 'gemma2', 'gemma3_text')
 compiled = pytest.mark.skipif(not ops.compiles(), reason='torch.compile finds no C++ compiler')
 
+
 def toy(family='llama', **kw):
     "Windows shorter than the sequences, so that they matter"
     return toy_model(family, **(dict(sliding_window=6) if family in WINDOWED else {}), **kw)
 
+
 @pytest.fixture(scope='module', params=FAMILIES)
-def model(request): return toy(request.param)
+def model(request):
+    return toy(request.param)
+
 
 @pytest.fixture(scope='module')
-def llama(): return toy()
+def llama():
+    return toy()
+
 
 @pytest.fixture(scope='module')
-def folder(llama, tmp_path_factory): return toy_adapter(llama, tmp_path_factory.mktemp('adapter'))
+def folder(llama, tmp_path_factory):
+    return toy_adapter(llama, tmp_path_factory.mktemp('adapter'))
+
 
 @pytest.fixture(scope='module')
-def bank(llama, folder): return AdapterBank(llama, [load_adapter(folder, llama)], ops.lora)
+def bank(llama, folder):
+    return AdapterBank(llama, [load_adapter(folder, llama)], ops.lora)
+
 
 def prompts(lengths=(7, 3, 5), seed=0):
     t = max(lengths)
@@ -41,15 +60,16 @@ def prompts(lengths=(7, 3, 5), seed=0):
     return torch.randint(3, 97, mask.shape, generator=generator(seed)) * mask, mask
 
 
-
 def loop_is_transformers(model, ids, mask, **kw):
     theirs = generate(model, ids, mask, **kw)
     same(generate(model, ids, mask, Decoder(), **kw), theirs)
     return theirs
 
+
 # --- the loop is transformers; no mismatch is excused
 
 SAMPLED = dict(do_sample=True, temperature=1.3, top_k=0)
+
 
 @pytest.mark.parametrize('ends', ['none', 'several'])
 @pytest.mark.parametrize('lengths', [(5,), (7, 3, 5)])
@@ -59,19 +79,40 @@ def test_tokens_of_transformers(model, how, lengths, ends):
     t = ids.shape[1]
     for seed in range(2):
         said = loop_is_transformers(model, ids, mask, seed=seed, **how)
-        if ends == 'none': continue
-        eos = [said[0, t+3].item(), said[-1, t+6].item(), 96]
+        if ends == 'none':
+            continue
+        eos = [said[0, t + 3].item(), said[-1, t + 6].item(), 96]
         assert not torch.equal(loop_is_transformers(model, ids, mask, seed=seed, eos_token_id=eos, **how), said)
+
 
 def test_sampling_depends_on_the_seed(llama):
     a, b = (generate(llama, *prompts(), Decoder(), seed=s, **SAMPLED) for s in (0, 1))
     assert not torch.equal(a, b)
 
+
 PROCESSORS = dict(
-    repetition_penalty=dict(repetition_penalty=20.), no_repeat_ngram_size=dict(no_repeat_ngram_size=2), bad_words_ids=dict(bad_words_ids='said'),
-    min_new_tokens=dict(min_new_tokens=8, eos_token_id='said'), suppress_tokens=dict(suppress_tokens='said'), begin_suppress_tokens=dict(begin_suppress_tokens='said'),
-    temperature=SAMPLED | dict(temperature=0.4), top_k=SAMPLED | dict(top_k=3), top_p=SAMPLED | dict(top_p=0.4), min_p=SAMPLED | dict(min_p=0.4),
-    several=SAMPLED | dict(temperature=2., top_k=9, top_p=0.9, min_p=0.05, repetition_penalty=1.3, no_repeat_ngram_size=2, suppress_tokens='said'))
+    repetition_penalty=dict(repetition_penalty=20.0),
+    no_repeat_ngram_size=dict(no_repeat_ngram_size=2),
+    bad_words_ids=dict(bad_words_ids='said'),
+    min_new_tokens=dict(min_new_tokens=8, eos_token_id='said'),
+    suppress_tokens=dict(suppress_tokens='said'),
+    begin_suppress_tokens=dict(begin_suppress_tokens='said'),
+    temperature=SAMPLED | dict(temperature=0.4),
+    top_k=SAMPLED | dict(top_k=3),
+    top_p=SAMPLED | dict(top_p=0.4),
+    min_p=SAMPLED | dict(min_p=0.4),
+    several=SAMPLED
+    | dict(
+        temperature=2.0,
+        top_k=9,
+        top_p=0.9,
+        min_p=0.05,
+        repetition_penalty=1.3,
+        no_repeat_ngram_size=2,
+        suppress_tokens='said',
+    ),
+)
+
 
 @pytest.mark.parametrize('lengths', [(5,), (7, 3, 5)])
 @pytest.mark.parametrize('name', PROCESSORS)
@@ -79,23 +120,40 @@ PROCESSORS = dict(
 def test_processors_of_transformers(family, name, lengths):
     model, (ids, mask), kw = toy(family), prompts(lengths), dict(PROCESSORS[name])
     usual = {k: kw[k] for k in ('do_sample', 'eos_token_id') if k in kw} | (SAMPLED if kw.get('do_sample') else {})
-    said = generate(model, ids, mask, max_new_tokens=20)[:, ids.shape[1]:ids.shape[1]+4].unique().tolist()
-    fill = lambda o: {k: ([[t] for t in said] if k == 'bad_words_ids' else said) if v == 'said' else v for k, v in o.items()}
+    said = generate(model, ids, mask, max_new_tokens=20)[:, ids.shape[1] : ids.shape[1] + 4].unique().tolist()
+    fill = lambda o: {
+        k: ([[t] for t in said] if k == 'bad_words_ids' else said) if v == 'said' else v for k, v in o.items()
+    }
     got = loop_is_transformers(model, ids, mask, max_new_tokens=20, **fill(kw))
     plain = generate(model, ids, mask, max_new_tokens=20, **fill(usual))
     assert got.shape != plain.shape or not torch.equal(got, plain)  # the processor did something
 
-@pytest.mark.parametrize('kw', [dict(max_new_tokens=1), dict(max_new_tokens=None, max_length=12), dict(max_new_tokens=None, max_length=8), dict(max_new_tokens=1, **SAMPLED)], ids=str)
+
+@pytest.mark.parametrize(
+    'kw',
+    [
+        dict(max_new_tokens=1),
+        dict(max_new_tokens=None, max_length=12),
+        dict(max_new_tokens=None, max_length=8),
+        dict(max_new_tokens=1, **SAMPLED),
+    ],
+    ids=str,
+)
 def test_lengths_of_transformers(model, kw):
     ids, mask = prompts()
     assert loop_is_transformers(model, ids, mask, **kw).shape[1] == (kw.get('max_length') or 8)
 
+
 @pytest.mark.parametrize('lengths', [(5,), (7, 3, 5)])
 def test_guidance_of_transformers(llama, bank, lengths):
     "Its passes are its own, so it goes with plain decoding alone"
-    assert not torch.equal(loop_is_transformers(llama, *prompts(lengths), guidance_scale=1.5), generate(llama, *prompts(lengths)))
+    assert not torch.equal(
+        loop_is_transformers(llama, *prompts(lengths), guidance_scale=1.5), generate(llama, *prompts(lengths))
+    )
     for decoder in (Decoder(CoLD(), bank=bank), Decoder(drafter=Drafter())):
-        with pytest.raises(DecodingError, match='passes of its own'): generate(llama, *prompts(lengths), decoder, guidance_scale=1.5)
+        with pytest.raises(DecodingError, match='passes of its own'):
+            generate(llama, *prompts(lengths), decoder, guidance_scale=1.5)
+
 
 def test_several_answers_a_prompt(llama):
     assert len(loop_is_transformers(llama, *prompts(), num_return_sequences=2, **SAMPLED)) == 6
@@ -105,19 +163,29 @@ def test_several_answers_a_prompt(llama):
 def test_a_criterion_of_ours(model, lengths):
     ids, mask = prompts(lengths)
     t, said = ids.shape[1], generate(model, ids, mask)
-    stop = StoppingCriteriaList([EndsOn([said[0, t+2].item(), said[-1, t+4].item()])])
+    stop = StoppingCriteriaList([EndsOn([said[0, t + 2].item(), said[-1, t + 4].item()])])
     # With an end token transformers pads what has ended, as we always do; without one it goes on writing there.
     assert not torch.equal(loop_is_transformers(model, ids, mask, stopping_criteria=stop, eos_token_id=96), said)
-    free, ours = generate(model, ids, mask, stopping_criteria=stop), generate(model, ids, mask, Decoder(), stopping_criteria=stop)
+    free, ours = generate(model, ids, mask, stopping_criteria=stop), generate(
+        model, ids, mask, Decoder(), stopping_criteria=stop
+    )
     assert free.shape == ours.shape
     for a, b in zip(free[:, t:], ours[:, t:]):
-        end = next((i+1 for i, x in enumerate(a) if x in stop[0].tokens), len(a))
-        same(a[:end], b[:end]); assert not b[end:].any()
+        end = next((i + 1 for i, x in enumerate(a) if x in stop[0].tokens), len(a))
+        same(a[:end], b[:end])
+        assert not b[end:].any()
+
 
 class Sees(StoppingCriteria):
     "Remembers the texts it is shown"
-    def __init__(self): self.seen = []
-    def __call__(self, ids, scores, **kw): self.seen.append(ids.tolist()); return torch.zeros(len(ids), dtype=torch.bool)
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, ids, scores, **kw):
+        self.seen.append(ids.tolist())
+        return torch.zeros(len(ids), dtype=torch.bool)
+
 
 def test_criteria_and_processors_see_the_same_texts(model):
     "Also those of sequences that have ended: they are padded"
@@ -125,55 +193,95 @@ def test_criteria_and_processors_see_the_same_texts(model):
     eos, seen = generate(model, ids, mask)[0, 9].item(), []
     for decoder in (None, Decoder()):
         seen.append((stop := Sees(), processed := []))
-        def look(text, scores): processed.append(text.tolist()); return scores
-        generate(model, ids, mask, decoder, stopping_criteria=StoppingCriteriaList([stop]), logits_processor=LogitsProcessorList([look]), eos_token_id=eos)
+
+        def look(text, scores):
+            processed.append(text.tolist())
+            return scores
+
+        generate(
+            model,
+            ids,
+            mask,
+            decoder,
+            stopping_criteria=StoppingCriteriaList([stop]),
+            logits_processor=LogitsProcessorList([look]),
+            eos_token_id=eos,
+        )
     assert seen[0][0].seen == seen[1][0].seen and seen[0][1] == seen[1][1]
     assert seen[0][0].seen[-1][0][10:12] == [0, 0]
 
-@pytest.fixture(scope='module')
-def tokenizer(): return load_tokenizer(embedded_folder())
 
 @pytest.fixture(scope='module')
-def speaker(tokenizer): return toy(vocab=len(tokenizer), context=64)
+def tokenizer():
+    return load_tokenizer(embedded_folder())
+
+
+@pytest.fixture(scope='module')
+def speaker(tokenizer):
+    return toy(vocab=len(tokenizer), context=64)
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize('lengths', [(5,), (7, 3, 5)])
 def test_stop_strings(speaker, tokenizer, lengths):
     ids, mask = prompts(lengths)
     t, said = ids.shape[1], generate(speaker, ids, mask, eos_token_id=2)
-    words = [tokenizer.decode(said[0, t+3:t+5])[1:], tokenizer.decode(said[-1, t+5:t+6])]
+    words = [tokenizer.decode(said[0, t + 3 : t + 5])[1:], tokenizer.decode(said[-1, t + 5 : t + 6])]
     assert all(words)
     theirs = generate(speaker, ids, mask, stop_strings=words, tokenizer=tokenizer, eos_token_id=2)
-    same(generate(speaker, ids, mask, Decoder(), stopping_criteria=StoppingCriteriaList([StopStringCriteria(tokenizer, words)]), eos_token_id=2), theirs)
+    same(
+        generate(
+            speaker,
+            ids,
+            mask,
+            Decoder(),
+            stopping_criteria=StoppingCriteriaList([StopStringCriteria(tokenizer, words)]),
+            eos_token_id=2,
+        ),
+        theirs,
+    )
     assert theirs.shape[1] < said.shape[1] or not torch.equal(theirs, said)
+
 
 NO_TOKENIZER = 'transformers drops tokenizer= when custom_generate is a callable, so stop_strings raises: there a user gives StopStringCriteria; lm.generate makes it'
 
+
 def test_stop_strings_of_generate(speaker, tokenizer):
-    with pytest.raises(ValueError, match='tokenizer'): generate(speaker, *prompts(), Decoder(), stop_strings=['a'], tokenizer=tokenizer, eos_token_id=2)
+    with pytest.raises(ValueError, match='tokenizer'):
+        generate(speaker, *prompts(), Decoder(), stop_strings=['a'], tokenizer=tokenizer, eos_token_id=2)
+
 
 # --- inside transformers: PEFT, streaming, outputs, refusals
+
 
 @pytest.fixture(scope='module')
 def peft(llama, folder):
     from peft import PeftModel
+
     return PeftModel.from_pretrained(copy.deepcopy(llama), folder).eval()
 
-@pytest.mark.parametrize('target', [Plain(), CoLD(0.05, 1.)], ids=str)
+
+@pytest.mark.parametrize('target', [Plain(), CoLD(0.05, 1.0)], ids=str)
 def test_on_a_peft_model(llama, bank, peft, target):
     ids, mask = prompts()
     same(generate(peft, ids, mask, Decoder(target)), want := generate(llama, ids, mask, Decoder(target, bank=bank)))
-    if target == Plain(): same(generate(peft, ids, mask), want)
+    if target == Plain():
+        same(generate(peft, ids, mask), want)
     assert not torch.equal(generate(llama, ids, mask), want)
 
-@pytest.mark.parametrize('target', [Plain(), CoLD(0.05, 1.)], ids=str)
+
+@pytest.mark.parametrize('target', [Plain(), CoLD(0.05, 1.0)], ids=str)
 def test_on_a_model_with_an_injected_adapter(llama, folder, peft, target):
-    model = copy.deepcopy(llama); model.load_adapter(str(folder))
+    model = copy.deepcopy(llama)
+    model.load_adapter(str(folder))
     same(generate(model, *prompts(), Decoder(target)), generate(peft, *prompts(), Decoder(target)))
-    if target == Plain(): same(generate(model, *prompts(), Decoder(target)), generate(model, *prompts()))
+    if target == Plain():
+        same(generate(model, *prompts(), Decoder(target)), generate(model, *prompts()))
+
 
 def test_the_active_adapter_counts(llama, folder, tmp_path):
     from peft import PeftModel
+
     model = PeftModel.from_pretrained(copy.deepcopy(llama), folder).eval()
     model.load_adapter(toy_adapter(llama, tmp_path, seed=9), 'second')
     first = generate(model, *prompts(), Decoder())
@@ -181,35 +289,50 @@ def test_the_active_adapter_counts(llama, folder, tmp_path):
     same(generate(model, *prompts(), Decoder()), second := generate(model, *prompts()))
     assert not torch.equal(first, second)
 
+
 def test_a_disabled_adapter_stays_off(peft):
-    with peft.disable_adapter(): same(generate(peft, *prompts(), Decoder()), generate(peft, *prompts()))
+    with peft.disable_adapter():
+        same(generate(peft, *prompts(), Decoder()), generate(peft, *prompts()))
+
 
 def test_two_active_adapters_act_or_are_refused(llama, folder, tmp_path):
     from peft import PeftModel
+
     model = PeftModel.from_pretrained(copy.deepcopy(llama), folder).eval()
     model.load_adapter(toy_adapter(llama, tmp_path, seed=9), 'second')
     model.base_model.set_adapter(['default', 'second'])
-    try: ours = generate(model, *prompts(), Decoder())
-    except DecodingError: return
+    try:
+        ours = generate(model, *prompts(), Decoder())
+    except DecodingError:
+        return
     same(ours, generate(model, *prompts()))
+
 
 def test_names_of_adapters_act_or_are_refused(peft):
     names = dict(adapter_names=['default', '__base__', 'default'])
-    try: ours = generate(peft, *prompts(), Decoder(), **names)
-    except DecodingError: return
+    try:
+        ours = generate(peft, *prompts(), Decoder(), **names)
+    except DecodingError:
+        return
     same(ours, generate(peft, *prompts(), **names))
+
 
 def test_plain_decoding_of_a_merged_adapter(llama, folder):
     from peft import PeftModel
+
     model = PeftModel.from_pretrained(copy.deepcopy(llama), folder).eval()
     model.merge_adapter()
     same(generate(model, *prompts(), Decoder()), generate(model, *prompts()))
 
+
 def test_a_merged_adapter_has_no_base(llama, folder):
     from peft import PeftModel
+
     model = PeftModel.from_pretrained(copy.deepcopy(llama), folder).eval()
     model.merge_adapter()
-    with pytest.raises(DecodingError, match='merged into the weights'): generate(model, *prompts(), Decoder(CoLD()))
+    with pytest.raises(DecodingError, match='merged into the weights'):
+        generate(model, *prompts(), Decoder(CoLD()))
+
 
 @pytest.mark.parametrize('guess', [False, True])
 def test_streamed_text_is_the_answer(speaker, tokenizer, capsys, guess):
@@ -219,11 +342,19 @@ def test_streamed_text_is_the_answer(speaker, tokenizer, capsys, guess):
     generate(speaker, ids, mask, Decoder(drafter=drafter, streamer=TextStreamer(tokenizer, skip_prompt=True)))
     assert capsys.readouterr().out == tokenizer.decode(answer[0, 5:]) + '\n'
 
+
 class Collects:
     "A streamer that keeps what it is given"
-    def __init__(self): self.got = []
-    def put(self, x): self.got.append(x.flatten().tolist())
-    def end(self): self.got.append('end')
+
+    def __init__(self):
+        self.got = []
+
+    def put(self, x):
+        self.got.append(x.flatten().tolist())
+
+    def end(self):
+        self.got.append('end')
+
 
 @pytest.mark.parametrize('lengths', [(5,), (7, 3, 5)])
 @pytest.mark.parametrize('where', ['bound', 'given', 'both', 'peft', 'wrapped'])
@@ -231,202 +362,299 @@ def test_a_streamer_gets_what_transformers_gives_it(llama, peft, where, lengths)
     "The prompt once, then the tokens one by one, then the end: wherever it was given, and on a model in PEFT's wrapper"
     model, (ids, mask) = peft if where == 'peft' else llama, prompts(lengths)
     answer = generate(model, ids, mask, streamer=(theirs := Collects()))
-    assert theirs.got == [ids.flatten().tolist(), *answer.T[ids.shape[1]:].tolist(), 'end']
-    for drafter in (None, *([Guesser(answer, 5, .9)] if len(ids) == 1 else [])):
+    assert theirs.got == [ids.flatten().tolist(), *answer.T[ids.shape[1] :].tolist(), 'end']
+    for drafter in (None, *([Guesser(answer, 5, 0.9)] if len(ids) == 1 else [])):
         ours = Collects()
         decoder = Decoder(drafter=drafter, streamer=ours if where in ('bound', 'both') else None)
         called = (lambda *args, **kw: decoder(*args, **kw)) if where == 'wrapped' else decoder
         same(generate(model, ids, mask, called, **(dict(streamer=ours) if where != 'bound' else {})), answer)
         assert ours.got == theirs.got
 
+
 def test_one_streamer_a_call(llama):
-    with pytest.raises(DecodingError, match='two streamers'): generate(llama, *prompts((5,)), Decoder(streamer=Collects()), streamer=Collects())
+    with pytest.raises(DecodingError, match='two streamers'):
+        generate(llama, *prompts((5,)), Decoder(streamer=Collects()), streamer=Collects())
     decoder, first = Decoder(), Collects()
     generate(llama, *prompts((5,)), decoder, streamer=first)
     n = len(first.got)
-    generate(llama, *prompts((5,)), decoder); assert len(first.got) == n  # nothing is kept from call to call
+    generate(llama, *prompts((5,)), decoder)
+    assert len(first.got) == n  # nothing is kept from call to call
 
-@pytest.mark.parametrize('what,kw', [('use a drafter', lambda m: dict(assistant_model=m)), ('leave synced_gpus out', lambda m: dict(synced_gpus=True)), ('leave use_mtp out', lambda m: dict(use_mtp=True))])
+
+@pytest.mark.parametrize(
+    'what,kw',
+    [
+        ('use a drafter', lambda m: dict(assistant_model=m)),
+        ('leave synced_gpus out', lambda m: dict(synced_gpus=True)),
+        ('leave use_mtp out', lambda m: dict(use_mtp=True)),
+    ],
+)
 def test_what_transformers_keeps_back_is_refused(llama, peft, what, kw):
     for model in (llama, peft):
-        with pytest.raises(DecodingError, match=what): generate(model, *prompts((5,)), Decoder(), **kw(llama))
+        with pytest.raises(DecodingError, match=what):
+            generate(model, *prompts((5,)), Decoder(), **kw(llama))
     generate(llama, *prompts((5,)), Decoder(), synced_gpus=False)
+
 
 def test_somebody_elses_call_is_not_ours(llama):
     "A decoder called directly, inside the generate of another model"
     ids, mask = prompts((5,))
     seen = Collects()
-    inner = lambda model, input_ids, generation_config=None, stopping_criteria=None, **kw: Decoder()(llama, ids, None, stopping_criteria, generation_config)
-    same(generate(toy(), ids, mask, inner, streamer=seen), generate(llama, ids, mask)); assert seen.got == [ids.flatten().tolist()]
+    inner = lambda model, input_ids, generation_config=None, stopping_criteria=None, **kw: Decoder()(
+        llama, ids, None, stopping_criteria, generation_config
+    )
+    same(generate(toy(), ids, mask, inner, streamer=seen), generate(llama, ids, mask))
+    assert seen.got == [ids.flatten().tolist()]
+
 
 def test_output_has_sequences_and_steps(llama, bank):
     ids, mask = prompts()
-    out = generate(llama, ids, mask, Decoder(CoLD(0.05, 1.), bank=bank), return_dict_in_generate=True)
+    out = generate(llama, ids, mask, Decoder(CoLD(0.05, 1.0), bank=bank), return_dict_in_generate=True)
     assert isinstance(out, Output) and out.scores is None and len(out.steps) == N
-    same(out.sequences, generate(llama, ids, mask, Decoder(CoLD(0.05, 1.), bank=bank)))
+    same(out.sequences, generate(llama, ids, mask, Decoder(CoLD(0.05, 1.0), bank=bank)))
     said = torch.tensor([[t.id for s in out.steps for t in s.tokens[b]] for b in range(3)])
     same(said, out.sequences[:, 7:])
     for s in out.steps:
         for (t,) in s.tokens:
-            assert t.proposer == 'target' and t.logp <= 0 and t.base_logp <= 0 and 1 <= t.plausible <= 97 and s.seconds > 0
+            assert (
+                t.proposer == 'target' and t.logp <= 0 and t.base_logp <= 0 and 1 <= t.plausible <= 97 and s.seconds > 0
+            )
+
 
 def test_records_are_the_models_own_numbers(llama, bank):
     ids, mask = prompts((5,))
-    target = CoLD(0.05, 1.)
+    target = CoLD(0.05, 1.0)
     out = generate(llama, ids, mask, Decoder(target, bank=bank), return_dict_in_generate=True)
-    with torch.no_grad(), bank.attached([0, -1]): e, a = llama(out.sequences.repeat(2, 1)).logits[:, 4:-1]
+    with torch.no_grad(), bank.attached([0, -1]):
+        e, a = llama(out.sequences.repeat(2, 1)).logits[:, 4:-1]
     tokens = [t for s in out.steps for t in s.tokens[0]]
     for t, x, y in zip(tokens, e, a):
-        assert t.logp == pytest.approx(x.log_softmax(-1)[t.id].item(), abs=1e-3) and t.base_logp == pytest.approx(y.log_softmax(-1)[t.id].item(), abs=1e-3)
+        assert t.logp == pytest.approx(x.log_softmax(-1)[t.id].item(), abs=1e-3) and t.base_logp == pytest.approx(
+            y.log_softmax(-1)[t.id].item(), abs=1e-3
+        )
         assert (t.expert_top1, t.plausible) == (x.argmax().item(), target.plausible(x[None]).sum().item())
     assert any(t.id != t.expert_top1 for t in tokens)
+
 
 def test_nothing_is_recorded_unless_asked(llama):
     out = generate(llama, *prompts(), Decoder(record=False), return_dict_in_generate=True)
     assert all(t.logp is None and t.expert_top1 is None for s in out.steps for row in s.tokens for t in row)
     same(out.sequences, generate(llama, *prompts()))
 
+
 def filled(model):
     cache = DynamicCache(config=model.config)
-    with torch.no_grad(): model(prompts()[0][:, :3], past_key_values=cache)
+    with torch.no_grad():
+        model(prompts()[0][:, :3], past_key_values=cache)
     return cache
 
-@pytest.mark.parametrize('error,what,kw', [
-    (DecodingError, 'beam search cannot be combined', lambda m: dict(num_beams=2)),
-    (DecodingError, 'does not return scores', lambda m: dict(output_scores=True, return_dict_in_generate=True)),
-    (DecodingError, 'does not return scores', lambda m: dict(output_logits=True, return_dict_in_generate=True)),
-    (DecodingError, 'does not return scores', lambda m: dict(output_hidden_states=True, return_dict_in_generate=True)),
-    (DecodingError, 'cannot continue from a filled cache', lambda m: dict(past_key_values=filled(m))),
-    (ValueError, 'max_new_tokns', lambda m: dict(max_new_tokns=3)),
-    (ValueError, 'temprature', lambda m: dict(temprature=3)),
-])
+
+@pytest.mark.parametrize(
+    'error,what,kw',
+    [
+        (DecodingError, 'beam search cannot be combined', lambda m: dict(num_beams=2)),
+        (DecodingError, 'does not return scores', lambda m: dict(output_scores=True, return_dict_in_generate=True)),
+        (DecodingError, 'does not return scores', lambda m: dict(output_logits=True, return_dict_in_generate=True)),
+        (
+            DecodingError,
+            'does not return scores',
+            lambda m: dict(output_hidden_states=True, return_dict_in_generate=True),
+        ),
+        (DecodingError, 'cannot continue from a filled cache', lambda m: dict(past_key_values=filled(m))),
+        (ValueError, 'max_new_tokns', lambda m: dict(max_new_tokns=3)),
+        (ValueError, 'temprature', lambda m: dict(temprature=3)),
+    ],
+)
 def test_what_we_cannot_do_is_named(llama, error, what, kw):
-    with pytest.raises(error, match=what): generate(llama, *prompts(), Decoder(), **kw(llama))
+    with pytest.raises(error, match=what):
+        generate(llama, *prompts(), Decoder(), **kw(llama))
+
 
 def test_contrast_needs_an_adapter(llama):
-    with pytest.raises(DecodingError, match='there is no adapter'): generate(llama, *prompts(), Decoder(CoLD()))
+    with pytest.raises(DecodingError, match='there is no adapter'):
+        generate(llama, *prompts(), Decoder(CoLD()))
+
 
 def test_embeddings_as_input_are_named(llama):
-    with pytest.raises(DecodingError): llama.generate(inputs_embeds=torch.zeros(1, 4, 32), custom_generate=Decoder(), max_new_tokens=3)
+    with pytest.raises(DecodingError):
+        llama.generate(inputs_embeds=torch.zeros(1, 4, 32), custom_generate=Decoder(), max_new_tokens=3)
+
 
 def test_transformers_own_guesser_is_named(llama):
-    with pytest.raises((DecodingError, ValueError)): generate(llama, *prompts((5,)), Decoder(), prompt_lookup_num_tokens=3)
+    with pytest.raises((DecodingError, ValueError)):
+        generate(llama, *prompts((5,)), Decoder(), prompt_lookup_num_tokens=3)
+
 
 def test_positions_of_ours_act_or_are_refused(llama):
     ids, mask = prompts((5,))
     positions = dict(position_ids=torch.tensor([[0, 3, 9, 20, 50]]))
     assert not torch.equal(theirs := generate(llama, ids, mask, **positions), generate(llama, ids, mask))
-    try: ours = generate(llama, ids, mask, Decoder(), **positions)
-    except DecodingError: return
+    try:
+        ours = generate(llama, ids, mask, Decoder(), **positions)
+    except DecodingError:
+        return
     same(ours, theirs)
+
 
 # --- the model is left as it was
 
+
 class Breaks(StoppingCriteria):
     "Raises at the third token"
-    def __init__(self, error): self.error, self.calls = error, 0
+
+    def __init__(self, error):
+        self.error, self.calls = error, 0
+
     def __call__(self, ids, scores, **kw):
         self.calls += 1
-        if self.calls == 3: raise self.error
+        if self.calls == 3:
+            raise self.error
         return torch.zeros(len(ids), dtype=torch.bool)
+
 
 @pytest.mark.parametrize('where', ['bank', 'peft'])
 @pytest.mark.parametrize('error', [None, ValueError, KeyboardInterrupt])
 def test_no_trace_in_the_model(llama, bank, peft, where, error):
-    model, decoder = (llama, Decoder(CoLD(0.05, 1.), bank=bank)) if where == 'bank' else (peft, Decoder(CoLD(0.05, 1.)))
+    model, decoder = (
+        (llama, Decoder(CoLD(0.05, 1.0), bank=bank)) if where == 'bank' else (peft, Decoder(CoLD(0.05, 1.0)))
+    )
     before, plain = copy.deepcopy(model.state_dict()), generate(model, *prompts())
     stop = Breaks(error)
-    if error is None: generate(model, *prompts(), decoder)
+    if error is None:
+        generate(model, *prompts(), decoder)
     else:
-        with pytest.raises(error): generate(model, *prompts(), decoder, stopping_criteria=StoppingCriteriaList([stop]))
+        with pytest.raises(error):
+            generate(model, *prompts(), decoder, stopping_criteria=StoppingCriteriaList([stop]))
         assert stop.calls == 3
     assert not [n for n, m in model.named_modules() if 'forward' in m.__dict__]
     after = model.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(after[k].view(torch.int32), before[k].view(torch.int32)) for k in before)
+    assert after.keys() == before.keys() and all(
+        torch.equal(after[k].view(torch.int32), before[k].view(torch.int32)) for k in before
+    )
     same(generate(model, *prompts()), plain)
+
 
 # --- trees: guesses change nothing but the number of passes
 
+
 class Guesser(Drafter):
     "Random trees whose nodes continue the known answer with probability `p`; `n` nodes at most"
-    def __init__(self, answers, first, p=0.7, seed=0, n=9): self.answers, self.first, self.p, self.g, self.n = answers.tolist(), first, p, generator(seed), n
-    def _random(self, n): return int(torch.randint(0, n, (), generator=self.g))
-    def _true(self, b, k): return self.answers[b][k] if k < len(self.answers[b]) else 3 + self._random(90)
+
+    def __init__(self, answers, first, p=0.7, seed=0, n=9):
+        self.answers, self.first, self.p, self.g, self.n = answers.tolist(), first, p, generator(seed), n
+
+    def _random(self, n):
+        return int(torch.randint(0, n, (), generator=self.g))
+
+    def _true(self, b, k):
+        return self.answers[b][k] if k < len(self.answers[b]) else 3 + self._random(90)
+
     def _row(self, b, text):
         tokens, parents, depth = [int(text[-1])], [-1], {0: 0}  # depth of the nodes that are right
         for i in range(1, 1 + self._random(self.n)):
             last, lucky = max(depth), float(torch.rand((), generator=self.g)) < self.p
             parent = last if lucky else self._random(i)
             token = self._true(b, len(text) + depth[parent]) if lucky else 3 + self._random(90)
-            if any(p == parent and t == token for p, t in zip(parents, tokens)): continue  # siblings differ
-            if lucky: depth[len(tokens)] = depth[parent] + 1
-            tokens.append(token); parents.append(min(parent, len(parents)-1))
+            if any(p == parent and t == token for p, t in zip(parents, tokens)):
+                continue  # siblings differ
+            if lucky:
+                depth[len(tokens)] = depth[parent] + 1
+            tokens.append(token)
+            parents.append(min(parent, len(parents) - 1))
         return tokens, parents
+
     def propose(self, state, rows):
         made = [self._row(b, t) for b, t in enumerate(state.text)]
         n = max(len(t) for t, _ in made)
         fill = lambda x, v: torch.tensor([o + [v] * (n - len(o)) for o in x])
         return Tree(fill([t for t, _ in made], 0), fill([p for _, p in made], -2), 'guess')
 
+
 @pytest.fixture(params=['growing', 'static'])
 def rows(request, monkeypatch):
     "Options of the Decoder for each kind of cache; the static one without its compiler"
     monkeypatch.setattr(ops, 'compiles', lambda device=None: True)
-    monkeypatch.setattr(rows_module, '_compiled_step', rows_module._step); monkeypatch.setattr(rows_module, '_compiled_step_hidden', rows_module._step_hidden)
+    monkeypatch.setattr(rows_module, '_compiled_step', rows_module._step)
+    monkeypatch.setattr(rows_module, '_compiled_step_hidden', rows_module._step_hidden)
     return dict(compile=request.param == 'static')
+
 
 def trees_change_nothing(model, bank, ids, mask, target, rows, seed=0, p=0.7, drafter=None, **kw):
     options = dict(max_new_tokens=24, return_dict_in_generate=True) | kw
     plain = generate(model, ids, mask, Decoder(target, bank=bank), **options)
-    fast = generate(model, ids, mask, Decoder(target, drafter or Guesser(plain.sequences, ids.shape[1], p, seed), bank=bank, **rows), **options)
+    fast = generate(
+        model,
+        ids,
+        mask,
+        Decoder(target, drafter or Guesser(plain.sequences, ids.shape[1], p, seed), bank=bank, **rows),
+        **options,
+    )
     same(fast.sequences, plain.sequences)
     return plain, fast
 
+
 @pytest.mark.parametrize('lengths', [(5,), (7, 3, 5)])
-@pytest.mark.parametrize('target', [Plain(), CoLD(0.05, 1.)], ids=str)
+@pytest.mark.parametrize('target', [Plain(), CoLD(0.05, 1.0)], ids=str)
 @pytest.mark.parametrize('p', [0.1, 0.6, 0.95])
 def test_guesses_change_nothing(llama, bank, rows, target, lengths, p):
     for seed in range(3):
         plain, fast = trees_change_nothing(llama, bank, *prompts(lengths, seed), target, rows, seed, p)
         assert len(fast.steps) <= len(plain.steps)
-    if p > 0.5: assert len(fast.steps) < len(plain.steps) - 4
+    if p > 0.5:
+        assert len(fast.steps) < len(plain.steps) - 4
+
 
 @pytest.mark.parametrize('family', ['qwen2', 'qwen3', 'gemma'])
 def test_guesses_change_nothing_in_other_families(family, rows):
     trees_change_nothing(toy(family), None, *prompts(), Plain(), rows)
 
+
 @pytest.mark.parametrize('family', [*WINDOWED, 'qwen2', 'qwen3'])
 def test_guesses_change_nothing_within_a_window(family, rows):
     # layers with a window and layers without one (qwen), a window smaller than the prompts, sequences that accept different lengths
-    model = toy(family, **(dict(use_sliding_window=True, sliding_window=6, max_window_layers=1) if family.startswith('qwen') else {}))
-    for seed in range(2): trees_change_nothing(model, None, *prompts((7, 3, 9), seed), Plain(), rows, seed, .7)
+    model = toy(
+        family,
+        **(dict(use_sliding_window=True, sliding_window=6, max_window_layers=1) if family.startswith('qwen') else {}),
+    )
+    for seed in range(2):
+        trees_change_nothing(model, None, *prompts((7, 3, 9), seed), Plain(), rows, seed, 0.7)
+
 
 def test_guesses_change_nothing_for_any_attention(rows):
     for attention in ('eager', 'sdpa'):  # the eager one adds its mask to the scores, whatever it is
-        model = toy(); model.set_attn_implementation(attention)
+        model = toy()
+        model.set_attn_implementation(attention)
         trees_change_nothing(model, None, *prompts((7, 3, 9)), Plain(), rows)
 
+
 def test_guesses_need_attention_that_reads_a_mask():
-    model = toy(); model.config._attn_implementation = 'flash_attention_2'
-    with pytest.raises(DecodingError, match='load the model with attn_implementation'): rows_module.BatchRunner(model, ('expert',), 1, 9, draft_capacity=4)
+    model = toy()
+    model.config._attn_implementation = 'flash_attention_2'
+    with pytest.raises(DecodingError, match='load the model with attn_implementation'):
+        rows_module.BatchRunner(model, ('expert',), 1, 9, draft_capacity=4)
+
 
 def test_a_text_that_has_ended_takes_no_columns(llama, rows):
     "Sequence 0 is over at once, and a lucky drafter goes on guessing for it: the static cache would be full before the others are done"
     ids, mask = prompts((100, 3))
     kept = []
+
     class Lucky(Guesser):
         def propose(self, state, rows):
             kept.append(rows.valid.sum(-1).tolist())
             return super().propose(state, rows)
+
     plain = generate(llama, ids, mask, Decoder(), max_new_tokens=24, return_dict_in_generate=True)
     end = int(plain.sequences[0, ids.shape[1]])  # the first token that sequence 0 writes
     options = dict(max_new_tokens=24, return_dict_in_generate=True, eos_token_id=end)
     want = generate(llama, ids, mask, Decoder(), **options)
-    fast = generate(llama, ids, mask, Decoder(drafter=Lucky(plain.sequences, ids.shape[1], 1.), **rows), **options)
-    same(fast.sequences, want.sequences); assert len(kept) > 2 and {k[0] for k in kept} == {100}
+    fast = generate(llama, ids, mask, Decoder(drafter=Lucky(plain.sequences, ids.shape[1], 1.0), **rows), **options)
+    same(fast.sequences, want.sequences)
+    assert len(kept) > 2 and {k[0] for k in kept} == {100}
+
 
 def test_records_survive_guesses(llama, bank, rows):
-    plain, fast = trees_change_nothing(llama, bank, *prompts(), CoLD(0.05, 1.), rows)
+    plain, fast = trees_change_nothing(llama, bank, *prompts(), CoLD(0.05, 1.0), rows)
     guessed = 0
     for b in range(3):
         ours, theirs = ([t for s in o.steps for t in s.tokens[b]] for o in (fast, plain))
@@ -436,8 +664,9 @@ def test_records_survive_guesses(llama, bank, rows):
             guessed += x.proposer == 'guess'
     assert guessed > 10
 
+
 @pytest.mark.parametrize('lengths', [(5,), (7, 3, 5)])
-@pytest.mark.parametrize('target', [Plain(), CoLD(0.05, 1.)], ids=str)
+@pytest.mark.parametrize('target', [Plain(), CoLD(0.05, 1.0)], ids=str)
 def test_an_end_inside_an_accepted_run(llama, bank, rows, target, lengths):
     ids, mask = prompts(lengths)
     free, inside = generate(llama, ids, mask, Decoder(target, bank=bank), max_new_tokens=24), 0
@@ -449,12 +678,15 @@ def test_an_end_inside_an_accepted_run(llama, bank, rows, target, lengths):
         inside += sum(t.id in eos and t.proposer == 'guess' for t in last)
     assert inside > 0
 
+
 @pytest.mark.parametrize('n', [1, 2, 5, 11])
 def test_the_length_limit_inside_a_tree(llama, bank, rows, n):
     ids, mask = prompts()
-    longer = generate(llama, ids, mask, Decoder(CoLD(0.05, 1.), bank=bank), max_new_tokens=24)
+    longer = generate(llama, ids, mask, Decoder(CoLD(0.05, 1.0), bank=bank), max_new_tokens=24)
     for seed in range(3):
-        _, fast = trees_change_nothing(llama, bank, ids, mask, CoLD(0.05, 1.), rows, drafter=Guesser(longer, 7, 0.95, seed), max_new_tokens=n)
+        _, fast = trees_change_nothing(
+            llama, bank, ids, mask, CoLD(0.05, 1.0), rows, drafter=Guesser(longer, 7, 0.95, seed), max_new_tokens=n
+        )
         assert fast.sequences.shape[1] == 7 + n
 
 
@@ -463,116 +695,219 @@ def test_a_criterion_across_accepted_tokens(llama, rows, lengths):
     ids, mask = prompts(lengths)
     free, inside = generate(llama, ids, mask, max_new_tokens=24), 0
     for at in range(2, 12, 3):
-        pairs = {tuple(row[ids.shape[1]+at+i:][:2].tolist()) for i, row in enumerate(free)}
-        _, fast = trees_change_nothing(llama, None, ids, mask, Plain(), rows, drafter=Guesser(free, ids.shape[1], 0.95, at), stopping_criteria=StoppingCriteriaList([Pair(pairs)]))
+        pairs = {tuple(row[ids.shape[1] + at + i :][:2].tolist()) for i, row in enumerate(free)}
+        _, fast = trees_change_nothing(
+            llama,
+            None,
+            ids,
+            mask,
+            Plain(),
+            rows,
+            drafter=Guesser(free, ids.shape[1], 0.95, at),
+            stopping_criteria=StoppingCriteriaList([Pair(pairs)]),
+        )
         assert fast.sequences.shape[1] < free.shape[1] or (fast.sequences == 0).any()
-        for b in range(len(ids)): inside += [t.proposer for s in fast.steps for t in s.tokens[b]][-2:] == ['guess', 'guess']
+        for b in range(len(ids)):
+            inside += [t.proposer for s in fast.steps for t in s.tokens[b]][-2:] == ['guess', 'guess']
     assert inside > 0
+
 
 class Counts(StoppingCriteria):
     "Keeps notes for each row and for the batch: row b ends after about five odd or ten even tokens and `b` more, later the more calls there were"
-    def __init__(self): self.seen, self.hits = [], None
+
+    def __init__(self):
+        self.seen, self.hits = [], None
+
     def __call__(self, ids, scores, **kw):
         self.seen.append(ids.tolist())
         self.hits = (torch.zeros(len(ids)) if self.hits is None else self.hits) + 1 + ids[:, -1] % 2
         return self.hits >= 10 + torch.arange(len(ids)) + len(self.seen) // 8
 
+
 @pytest.mark.parametrize('ends', [False, True])
-@pytest.mark.parametrize('target', [Plain(), CoLD(0.05, 1.)], ids=str)
+@pytest.mark.parametrize('target', [Plain(), CoLD(0.05, 1.0)], ids=str)
 @pytest.mark.parametrize('lengths', [(5,), (7, 3, 5)])
 def test_a_criterion_that_keeps_notes(llama, bank, rows, target, lengths, ends):
     "It is called as often as in plain decoding, with the same texts; sequences that are done are padded"
     ids, mask = prompts(lengths)
     free = generate(llama, ids, mask, Decoder(target, bank=bank), max_new_tokens=24)
+
     def run(guesser=None):
         decoder = Decoder(target, guesser, bank=bank, **(rows if guesser else {}))
-        out = generate(llama, ids, mask, decoder, max_new_tokens=24, return_dict_in_generate=True, stopping_criteria=StoppingCriteriaList([stop := Counts()]), eos_token_id=free[0, -20].item() if ends else None)
+        out = generate(
+            llama,
+            ids,
+            mask,
+            decoder,
+            max_new_tokens=24,
+            return_dict_in_generate=True,
+            stopping_criteria=StoppingCriteriaList([stop := Counts()]),
+            eos_token_id=free[0, -20].item() if ends else None,
+        )
         return out, stop.seen
+
     (plain, seen), guessed = run(), 0
     assert plain.sequences.shape[1] < free.shape[1] and (len(ids) == 1 or (plain.sequences[:, 7:] == 0).any())
     for seed in range(3):
-        fast, shown = run(Guesser(free, ids.shape[1], .8, seed))
-        same(fast.sequences, plain.sequences); assert shown == seen
+        fast, shown = run(Guesser(free, ids.shape[1], 0.8, seed))
+        same(fast.sequences, plain.sequences)
+        assert shown == seen
         guessed += sum(t.proposer == 'guess' for s in fast.steps for row in s.tokens for t in row)
     assert ends or guessed > 3
+
 
 def test_criteria_of_transformers_leave_each_text_its_own_pace(llama, tokenizer):
     ids, mask = prompts()
     free = generate(llama, ids, mask, Decoder(), max_new_tokens=24)
-    run = lambda stop: generate(llama, ids, mask, Decoder(drafter=Guesser(free, 7, .7)), max_new_tokens=24, return_dict_in_generate=True, stopping_criteria=StoppingCriteriaList([stop]))
+    run = lambda stop: generate(
+        llama,
+        ids,
+        mask,
+        Decoder(drafter=Guesser(free, 7, 0.7)),
+        max_new_tokens=24,
+        return_dict_in_generate=True,
+        stopping_criteria=StoppingCriteriaList([stop]),
+    )
     own, waits = run(StopStringCriteria(tokenizer, ['<|im_end|>'])), run(Sees())
     same(own.sequences, waits.sequences)
     gains = lambda out: [{len(row) for row in s.tokens if row} for s in out.steps]
     assert max(map(len, gains(own))) > 1 and max(map(len, gains(waits))) == 1 and len(own.steps) < len(waits.steps)
+
 
 def test_the_criterion_of_the_harness(speaker, tokenizer, rows):
     utils = pytest.importorskip('lm_eval.models.utils_hf')
     ids, mask = prompts()
     free = generate(speaker, ids, mask, Decoder(), max_new_tokens=24)
     words = tokenizer.decode(free[0, 12:13]), tokenizer.decode(free[2, 15:16])
-    outs = [generate(speaker, ids, mask, Decoder(drafter=d, **(rows if d else {})), max_new_tokens=24, stopping_criteria=utils.stop_sequences_criteria(tokenizer, [*words], 7, 3))
-            for d in (None, Guesser(free, 7, .8), Guesser(free, 7, .95))]
-    for out in outs[1:]: same(out, outs[0])
+    outs = [
+        generate(
+            speaker,
+            ids,
+            mask,
+            Decoder(drafter=d, **(rows if d else {})),
+            max_new_tokens=24,
+            stopping_criteria=utils.stop_sequences_criteria(tokenizer, [*words], 7, 3),
+        )
+        for d in (None, Guesser(free, 7, 0.8), Guesser(free, 7, 0.95))
+    ]
+    for out in outs[1:]:
+        same(out, outs[0])
 
-@pytest.mark.parametrize('kw', [dict(logits_processor='penalty'), dict(no_repeat_ngram_size=2), dict(min_new_tokens=12, eos_token_id=[5, 8, 37, 20, 61])], ids=str)
+
+@pytest.mark.parametrize(
+    'kw',
+    [
+        dict(logits_processor='penalty'),
+        dict(no_repeat_ngram_size=2),
+        dict(min_new_tokens=12, eos_token_id=[5, 8, 37, 20, 61]),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize('lengths', [(5,), (7, 3, 5)])
-@pytest.mark.parametrize('target', [Plain(), CoLD(0.05, 1.)], ids=str)
+@pytest.mark.parametrize('target', [Plain(), CoLD(0.05, 1.0)], ids=str)
 def test_processors_that_read_the_text(llama, bank, rows, target, lengths, kw):
     ids, mask = prompts(lengths)
-    if 'logits_processor' in kw: kw = dict(logits_processor=LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.8)]))
+    if 'logits_processor' in kw:
+        kw = dict(logits_processor=LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.8)]))
     for seed in range(2):
         plain, fast = trees_change_nothing(llama, bank, ids, mask, target, rows, seed, **kw)
         assert len(fast.steps) < len(plain.steps)
 
+
 def test_dials_for_each_sequence_with_guesses(llama, bank, rows):
     for kw in ({}, dict(logits_processor=LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3)]))):
-        trees_change_nothing(llama, bank, *prompts(), CoLD((0.05, 0.1, 0.3), (1., 0., -0.7)), rows, **kw)
+        trees_change_nothing(llama, bank, *prompts(), CoLD((0.05, 0.1, 0.3), (1.0, 0.0, -0.7)), rows, **kw)
+
 
 ONE_ROW = 'the node-by-node path gives processors one row, so those that know their place in the batch refuse it or take sequence 0'
 
+
 def test_repetition_penalty_of_a_padded_batch_with_guesses(llama, rows):
     trees_change_nothing(llama, None, *prompts(), Plain(), rows, repetition_penalty=1.8)
+
 
 def test_a_grammar_for_each_sequence_with_guesses(llama, rows):
     allowed = [list(range(3, 40)), list(range(40, 70)), list(range(70, 97))]
     trees_change_nothing(llama, None, *prompts(), Plain(), rows, prefix_allowed_tokens_fn=lambda b, text: allowed[b])
 
+
 class DeadEnd:
     "Forbids a token, and everything after it"
+
     before_contrast = True
-    def __init__(self, token): self.token = token
+
+    def __init__(self, token):
+        self.token = token
+
     def __call__(self, text, scores):
         scores = scores.index_fill(-1, torch.tensor(self.token), -torch.inf)
         return scores.masked_fill((text == self.token).any(-1, keepdim=True), -torch.inf)
 
+
 def test_a_guess_into_a_dead_end_is_only_a_wrong_guess(llama):
     class Wrong(Drafter):
-        def propose(self, state, rows): return Tree(torch.tensor([[int(t[-1]), 96] for t in state.text]), torch.tensor([[-1, 0]] * len(state.text)), 'guess')
-    trees_change_nothing(llama, None, *prompts((5,)), Plain(), {}, drafter=Wrong(), logits_processor=LogitsProcessorList([DeadEnd(96)]))
+        def propose(self, state, rows):
+            return Tree(
+                torch.tensor([[int(t[-1]), 96] for t in state.text]), torch.tensor([[-1, 0]] * len(state.text)), 'guess'
+            )
+
+    trees_change_nothing(
+        llama, None, *prompts((5,)), Plain(), {}, drafter=Wrong(), logits_processor=LogitsProcessorList([DeadEnd(96)])
+    )
+
 
 def test_sampled_guesses_follow_the_distribution(llama):
     "Chi-square of the second token, given the first, over runs whose guesses favour one token"
     ids, runs = torch.tensor([[5, 6, 7]]), 1500
-    with torch.no_grad(): p = llama(ids).logits[0, -1].softmax(-1)
+    with torch.no_grad():
+        p = llama(ids).logits[0, -1].softmax(-1)
     first = int(p.argmax())
-    with torch.no_grad(): q = llama(torch.tensor([[5, 6, 7, first]])).logits[0, -1].softmax(-1)
+    with torch.no_grad():
+        q = llama(torch.tensor([[5, 6, 7, first]])).logits[0, -1].softmax(-1)
     expert_top1 = int(q.topk(2).indices[1])
+
     class Favours(Drafter):
-        def propose(self, state, rows): return Tree(torch.stack([torch.tensor([int(t[-1]), expert_top1]) for t in state.text]), torch.tensor([[-1, 0]] * len(state.text)), 'guess')
+        def propose(self, state, rows):
+            return Tree(
+                torch.stack([torch.tensor([int(t[-1]), expert_top1]) for t in state.text]),
+                torch.tensor([[-1, 0]] * len(state.text)),
+                'guess',
+            )
+
     class First:
         "Makes the first token certain"
-        def __call__(self, text, scores): return scores if text.shape[1] > 3 else torch.full_like(scores, -torch.inf).index_fill(-1, torch.tensor(first), 0.)
+
+        def __call__(self, text, scores):
+            return (
+                scores
+                if text.shape[1] > 3
+                else torch.full_like(scores, -torch.inf).index_fill(-1, torch.tensor(first), 0.0)
+            )
+
     batch = ids.repeat(runs, 1)
-    out = generate(llama, batch, torch.ones_like(batch), Decoder(drafter=Favours(), record=False), max_new_tokens=2, do_sample=True, top_k=0, logits_processor=LogitsProcessorList([First()]))
+    out = generate(
+        llama,
+        batch,
+        torch.ones_like(batch),
+        Decoder(drafter=Favours(), record=False),
+        max_new_tokens=2,
+        do_sample=True,
+        top_k=0,
+        logits_processor=LogitsProcessorList([First()]),
+    )
     assert (out[:, 3] == first).all()
     counts, want = torch.bincount(out[:, 4], minlength=97).double(), q.double() * runs
     big = want >= 5
     c, w = (torch.cat([x[big], x[~big].sum()[None]]) for x in (counts, want))
     k = len(c) - 1
-    limit = k * (1 - 2/(9*k) + 3.09 * math.sqrt(2/(9*k)))**3  # 99.9% point, Wilson-Hilferty
-    assert ((c - w)**2 / w).sum() < limit
-    c = c + 0.; shift = 0.1 * c; c = c - shift; c[big.nonzero().flatten().tolist().index(expert_top1)] += shift.sum()
-    assert ((c - w)**2 / w).sum() > limit  # a bug: one guess in ten accepted without being drawn
+    limit = k * (1 - 2 / (9 * k) + 3.09 * math.sqrt(2 / (9 * k))) ** 3  # 99.9% point, Wilson-Hilferty
+    assert ((c - w) ** 2 / w).sum() < limit
+    c = c + 0.0
+    shift = 0.1 * c
+    c = c - shift
+    c[big.nonzero().flatten().tolist().index(expert_top1)] += shift.sum()
+    assert ((c - w) ** 2 / w).sum() > limit  # a bug: one guess in ten accepted without being drawn
+
 
 @pytest.mark.parametrize('lengths', [(200,), (200, 198, 199)])
 def test_guesses_near_the_end_of_a_static_cache(lengths, monkeypatch):
@@ -581,6 +916,7 @@ def test_guesses_near_the_end_of_a_static_cache(lengths, monkeypatch):
     monkeypatch.setattr(rows_module, '_compiled_step', rows_module._step)
     ids, mask = prompts(lengths)
     trees_change_nothing(toy(context=512), None, ids, mask, Plain(), dict(compile=True), max_new_tokens=56)
+
 
 # --- the compiled path
 
@@ -591,47 +927,69 @@ def compiled_is_eager(model, bank, target, lengths, **kw):
     same(generate(model, ids, mask, Decoder(target, bank=bank, compile=True), **kw), want)
     return want
 
+
 @pytest.mark.slow
 def test_no_stale_program(llama, bank, peft, tmp_path, monkeypatch):
     "With and without adapter, another adapter, another model, in any order"
     eager_dynamo(monkeypatch)
     other = AdapterBank(llama, [load_adapter(toy_adapter(llama, tmp_path, seed=9), llama)], ops.lora)
-    cold, said = CoLD(0.05, 1.), []
-    for b, target in ((None, Plain()), (bank, cold), (bank, Plain()), (None, Plain()), (other, cold), (other, Plain()), (bank, cold), (bank, CoLD(0.3, -0.7)), (None, Plain())):
+    cold, said = CoLD(0.05, 1.0), []
+    for b, target in (
+        (None, Plain()),
+        (bank, cold),
+        (bank, Plain()),
+        (None, Plain()),
+        (other, cold),
+        (other, Plain()),
+        (bank, cold),
+        (bank, CoLD(0.3, -0.7)),
+        (None, Plain()),
+    ):
         said.append(compiled_is_eager(llama, b, target, (7, 3)))
-    same(said[0], said[3]); same(said[0], said[8]); same(said[1], said[6])
+    same(said[0], said[3])
+    same(said[0], said[8])
+    same(said[1], said[6])
     assert len({tuple(s.flatten().tolist()) for s in said}) >= 5
     compiled_is_eager(peft, None, cold, (7, 3))
+
 
 def test_a_peft_model_keeps_its_program_until_its_weights_change(peft, monkeypatch):
     "One Decoder, several calls: compiled once; after training, however the weights were written, the new weights count"
     eager_dynamo(monkeypatch)
-    (ids, mask), cold, peft = prompts((7, 3)), CoLD(0.05, 1.), copy.deepcopy(peft)
+    (ids, mask), cold, peft = prompts((7, 3)), CoLD(0.05, 1.0), copy.deepcopy(peft)
     decoder = Decoder(cold, compile=True)
     first = generate(peft, ids, mask, decoder)
     bank, compiled = decoder._last_bank, torch._dynamo.utils.counters['stats']['unique_graphs']
     same(generate(peft, ids, mask, decoder), first)
     assert decoder._last_bank is bank and torch._dynamo.utils.counters['stats']['unique_graphs'] == compiled
     for p in peft.parameters():
-        if p.requires_grad: p.data.mul_(-1.5); break  # `.data` leaves no trace in autograd's version counter
+        if p.requires_grad:
+            p.data.mul_(-1.5)
+            break  # `.data` leaves no trace in autograd's version counter
     changed = generate(peft, ids, mask, decoder)
     same(changed, generate(peft, ids, mask, Decoder(cold)))
     assert decoder._last_bank is not bank
+
 
 @pytest.mark.slow
 def test_many_shapes_in_one_process(monkeypatch):
     eager_dynamo(monkeypatch)
     model = toy(num_hidden_layers=1)
-    for b in range(1, 11): compiled_is_eager(model, None, Plain(), (5,) * b, max_new_tokens=3)
+    for b in range(1, 11):
+        compiled_is_eager(model, None, Plain(), (5,) * b, max_new_tokens=3)
+
 
 @pytest.mark.parametrize('family', WINDOWED)
 def test_the_static_path_keeps_a_window(family, monkeypatch):
     eager_dynamo(monkeypatch)
     compiled_is_eager(toy(family), None, Plain(), (9, 3), max_new_tokens=12)
 
+
 def test_no_compiler_is_named(llama, monkeypatch):
     monkeypatch.setattr(ops, 'compiles', lambda device=None: False)
-    with pytest.raises(DecodingError, match='finds no compiler'): generate(llama, *prompts(), Decoder(compile=True))
+    with pytest.raises(DecodingError, match='finds no compiler'):
+        generate(llama, *prompts(), Decoder(compile=True))
+
 
 @pytest.mark.slow
 @compiled
@@ -640,32 +998,52 @@ def test_compiled_tokens_are_eager_tokens(family, tmp_path):
     torch._dynamo.reset()
     model = toy(family)
     bank = AdapterBank(model, [load_adapter(toy_adapter(model, tmp_path), model)], ops.lora)
-    plain, cold = Plain(), CoLD(0.05, 1.)
-    runs = [(None, plain), (bank, cold), (bank, plain), (None, plain)] if family == 'llama' else [(bank, cold), (None, plain)]  # each new pair costs 15 s
+    plain, cold = Plain(), CoLD(0.05, 1.0)
+    runs = (
+        [(None, plain), (bank, cold), (bank, plain), (None, plain)]
+        if family == 'llama'
+        else [(bank, cold), (None, plain)]
+    )  # each new pair costs 15 s
     said = [compiled_is_eager(model, b, t, (7, 3)) for b, t in runs]
     compiled_is_eager(model, bank, cold, (4, 9))
     assert not torch.equal(said[0], said[1])
 
+
 # --- lm.generate
+
 
 @pytest.fixture(scope='module')
 def lm(speaker, tokenizer, tmp_path_factory):
-    return LM(speaker, tokenizer, load_adapter(toy_adapter(speaker, tmp_path_factory.mktemp('adapter')), speaker), 'toy')
+    return LM(
+        speaker, tokenizer, load_adapter(toy_adapter(speaker, tmp_path_factory.mktemp('adapter')), speaker), 'toy'
+    )
+
 
 MESSAGES = [dict(role='user', content='Say a word.')]
-def said(out, b=0): return [t.id for t in out.tokens[b]]
+
+
+def said(out, b=0):
+    return [t.id for t in out.tokens[b]]
+
 
 def test_prompts_of_every_kind(lm):
     ids = lm.tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
     want = said(lm.generate(ids, max_new_tokens=N))
-    for prompt in ('Say a word.', MESSAGES, torch.tensor(ids), torch.tensor([ids])): assert said(lm.generate(prompt, max_new_tokens=N)) == want
-    assert said(lm.generate('Say a word.', chat=False, max_new_tokens=N)) == said(lm.generate(lm.tokenizer('Say a word.').input_ids, max_new_tokens=N)) != want
-    with bank_of(lm).attached([0]): theirs = generate(lm.model, torch.tensor([ids]), None, eos_token_id=lm.eos_ids)
-    assert theirs[0, len(ids):].tolist() == want
+    for prompt in ('Say a word.', MESSAGES, torch.tensor(ids), torch.tensor([ids])):
+        assert said(lm.generate(prompt, max_new_tokens=N)) == want
+    assert (
+        said(lm.generate('Say a word.', chat=False, max_new_tokens=N))
+        == said(lm.generate(lm.tokenizer('Say a word.').input_ids, max_new_tokens=N))
+        != want
+    )
+    with bank_of(lm).attached([0]):
+        theirs = generate(lm.model, torch.tensor([ids]), None, eos_token_id=lm.eos_ids)
+    assert theirs[0, len(ids) :].tolist() == want
+
 
 def test_a_batch_is_its_prompts(lm):
     batch = [MESSAGES, 'Another, longer prompt than the first one.', [5, 6, 7]]
-    for target in (Plain(), CoLD(0.01, 1.)):
+    for target in (Plain(), CoLD(0.01, 1.0)):
         out = lm.generate(batch, target, max_new_tokens=N)
         assert len(out.texts) == len(out.tokens) == 3 and out.text == out.texts[0]
         for b, prompt in enumerate(batch):
@@ -673,74 +1051,108 @@ def test_a_batch_is_its_prompts(lm):
             assert said(alone) == said(out, b) and alone.text == out.texts[b]
             assert alone.text == lm.tokenizer.decode(said(alone), skip_special_tokens=True)
 
+
 def test_a_full_context_ends_the_answer(lm):
     for n in (5, 60, 63):
-        out = lm.generate(torch.arange(3, 3+n), eos_token_id=96)
+        out = lm.generate(torch.arange(3, 3 + n), eos_token_id=96)
         assert len(out.tokens[0]) == 64 - n
-    with pytest.raises(DecodingError, match='64 tokens but the context holds 64'): lm.generate(torch.arange(3, 67))
+    with pytest.raises(DecodingError, match='64 tokens but the context holds 64'):
+        lm.generate(torch.arange(3, 67))
+
 
 def test_stop_strings_of_text(lm):
     free = lm.generate([5, 6, 7], max_new_tokens=N, eos_token_id=96)
     word = lm.tokenizer.decode(said(free)[4])
     out = lm.generate([5, 6, 7], max_new_tokens=N, stop_strings=[word], eos_token_id=96)
-    assert len(said(out)) <= 5 and word in out.text and said(out) == said(free)[:len(said(out))]
+    assert len(said(out)) <= 5 and word in out.text and said(out) == said(free)[: len(said(out))]
+
 
 def test_streaming(lm, capsys):
     out = lm.generate([5, 6, 7], max_new_tokens=N, stream=True)
     assert capsys.readouterr().out == out.text + '\n'
-    with pytest.raises(DecodingError, match='only one answer can be streamed'): lm.generate([[5, 6], [7, 8]], stream=True)
+    with pytest.raises(DecodingError, match='only one answer can be streamed'):
+        lm.generate([[5, 6], [7, 8]], stream=True)
 
-@pytest.mark.parametrize('target', [Plain(), CoLD(0.01, 1.)], ids=str)
+
+@pytest.mark.parametrize('target', [Plain(), CoLD(0.01, 1.0)], ids=str)
 def test_result_fields(lm, target):
     out = lm.generate([[5, 6, 7], [8, 9]], target, max_new_tokens=N, eos_token_id=96)
-    assert out.tau == 1. and math.isfinite(out.ms_per_token) and out.ms_per_token > 0 and math.isfinite(out.tokens_per_s) and out.tokens_per_s > 0
-    assert out.changed == (0. if target == Plain() else pytest.approx(sum(t.id != t.expert_top1 for r in out.tokens for t in r) / (2*N)))
+    assert (
+        out.tau == 1.0
+        and math.isfinite(out.ms_per_token)
+        and out.ms_per_token > 0
+        and math.isfinite(out.tokens_per_s)
+        and out.tokens_per_s > 0
+    )
+    assert out.changed == (
+        0.0 if target == Plain() else pytest.approx(sum(t.id != t.expert_top1 for r in out.tokens for t in r) / (2 * N))
+    )
     assert str(out) == '\n\n'.join(out.texts)
     assert lm.generate([5, 6], target, max_new_tokens=2, record=False).changed is None
     short = lm.generate([5, 6], target, max_new_tokens=1)
-    assert short.tau == 1. and math.isfinite(short.ms_per_token) and math.isfinite(short.tokens_per_s)
+    assert short.tau == 1.0 and math.isfinite(short.ms_per_token) and math.isfinite(short.tokens_per_s)
+
 
 def test_tau_counts_accepted_guesses(lm):
     answers = torch.tensor([[5, 6, 7] + said(lm.generate([5, 6, 7], max_new_tokens=24, eos_token_id=96))])
     out = lm.generate([5, 6, 7], drafter=Guesser(answers, 3, 0.95), max_new_tokens=24, eos_token_id=96)
     assert out.tau == pytest.approx(23 / (len(out.steps) - 1)) and out.tau > 1.5
 
+
 def test_seeds_of_text(lm):
-    a, b, c = (said(lm.generate([5, 6, 7], do_sample=True, temperature=2., top_k=0, seed=s, max_new_tokens=N)) for s in (1, 1, 2))
+    a, b, c = (
+        said(lm.generate([5, 6, 7], do_sample=True, temperature=2.0, top_k=0, seed=s, max_new_tokens=N))
+        for s in (1, 1, 2)
+    )
     assert a == b != c
 
+
 def test_wishes_of_text_that_are_named(lm):
-    for what, kw in (('does not search beams', dict(num_beams=2)), ('there are two streamers', dict(stream=True, streamer=TextStreamer(lm.tokenizer))), ('give max_new_tokens', dict(max_length=9))):
-        with pytest.raises(DecodingError, match=what): lm.generate('Hello', **kw)
+    for what, kw in (
+        ('does not search beams', dict(num_beams=2)),
+        ('there are two streamers', dict(stream=True, streamer=TextStreamer(lm.tokenizer))),
+        ('give max_new_tokens', dict(max_length=9)),
+    ):
+        with pytest.raises(DecodingError, match=what):
+            lm.generate('Hello', **kw)
+
 
 def test_several_answers_to_each_text(lm):
     "All of them, those of one prompt side by side"
-    how = dict(do_sample=True, temperature=2., top_k=0, max_new_tokens=N, eos_token_id=96)
+    how = dict(do_sample=True, temperature=2.0, top_k=0, max_new_tokens=N, eos_token_id=96)
     out = lm.generate([[5, 6, 7], [8, 9]], num_return_sequences=2, seed=1, **how)
     assert len(out.texts) == len(out.tokens) == 4 and len({tuple(said(out, b)) for b in range(4)}) == 4
     again = lm.generate([[5, 6, 7]] * 2 + [[8, 9]] * 2, seed=1, **how)
     assert [said(out, b) for b in range(4)] == [said(again, b) for b in range(4)]
+
 
 def test_the_embedded_model_is_transformers(tokenizer):
     "The one test on real weights: merged by PEFT and decoded by transformers, against our loop"
     from pathlib import Path
     from peft import PeftModel
     from npu_lora_decoding.decoding.loop import load
-    adapter = Path(__file__).parents[2]/'results'/'adapters'/'king_james'
-    if not adapter.exists(): pytest.skip('results/adapters/king_james is not in this checkout')
+
+    adapter = Path(__file__).parents[2] / 'results' / 'adapters' / 'king_james'
+    if not adapter.exists():
+        pytest.skip('results/adapters/king_james is not in this checkout')
     lm = load(adapter=adapter)
-    verse = [dict(role='system', content='Rewrite the verse in the English of the King James Bible.'), dict(role='user', content='You shall not go up, because I am not with you.')]
+    verse = [
+        dict(role='system', content='Rewrite the verse in the English of the King James Bible.'),
+        dict(role='user', content='You shall not go up, because I am not with you.'),
+    ]
     ours = lm.generate(verse, max_new_tokens=16)
     ids = tokenizer.apply_chat_template(verse, add_generation_prompt=True, return_tensors='pt', return_dict=False)
     peft = PeftModel.from_pretrained(lm.model, adapter).eval()
     theirs = peft.generate(input_ids=ids, max_new_tokens=16, do_sample=False)
-    assert theirs[0, ids.shape[1]:].tolist() == said(ours)
+    assert theirs[0, ids.shape[1] :].tolist() == said(ours)
+
 
 @pytest.mark.parametrize('b,h,g,t,s', [(1, 4, 4, 1, 1), (3, 6, 2, 5, 9), (2, 8, 1, 4, 4)])
 @pytest.mark.parametrize('kind', ['bool', 'added'])
 def test_grouped_attention_is_torchs(b, h, g, t, s, kind):
     q, k, v = torch.randn(b, h, t, 8), torch.randn(b, g, s, 8), torch.randn(b, g, s, 8)
-    see = torch.rand(b, t, s) < .6; see[..., 0] = True
+    see = torch.rand(b, t, s) < 0.6
+    see[..., 0] = True
     mask = see if kind == 'bool' else torch.zeros(b, t, s).masked_fill(~see, torch.finfo(torch.float32).min)
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=see[:, None], enable_gqa=True)
     torch.testing.assert_close(rows_module.grouped_attention(q, k, v, mask), want, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,5 @@
 "The bootstrap's intervals: as wide as 95% are, and as often right"
+
 import math
 import pytest
 import torch
@@ -45,4 +46,4 @@ def test_draws_are_as_many_as_asked(monkeypatch):
 
 def test_what_cannot_be_paired():
     with pytest.raises(DecodingError, match='2 scores .* 3'):
-        paired([1., 2.], [1., 2., 3.])
+        paired([1.0, 2.0], [1.0, 2.0, 3.0])

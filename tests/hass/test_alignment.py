@@ -1,16 +1,27 @@
 "Aligned steps against the decoder's own cache and against the definition, for every family, length and packing"
+
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from npu_lora_decoding.foundations.adapters import toy_model
-from npu_lora_decoding.hass.alignment import aligned_attention, aligned_step, target_mask, own_step_mask, next_inputs, shift
+from npu_lora_decoding.hass.alignment import (
+    aligned_attention,
+    aligned_step,
+    target_mask,
+    own_step_mask,
+    next_inputs,
+    shift,
+)
 from npu_lora_decoding.foundations.devices import generator
 from npu_lora_decoding.hass.head import DraftHead, HEAD_FAMILIES, head_config
 
+
 def toy_head(family='llama', seed=0, dtype=torch.float32, **config):
     head, g = DraftHead(head_config(toy_model(family, **config).config)).requires_grad_(False), generator(seed)
-    for p in head.parameters(): p.copy_(torch.randn(p.shape, generator=g) * p.shape[-1]**-.5)
+    for p in head.parameters():
+        p.copy_(torch.randn(p.shape, generator=g) * p.shape[-1] ** -0.5)
     return head.to(dtype)
+
 
 def literal(q, keys, values, segments):
     "The definition: column c <= i of the same text shows step max(1, j - (i - c))"
@@ -18,18 +29,31 @@ def literal(q, keys, values, segments):
     share = H // keys[0].shape[1]
     for b in range(B):
         for i in range(T):
-            see = [(c, max(1, j - (i - c))) for c in range(i+1) if segments[b, i] == segments[b, c] >= 0]
+            see = [(c, max(1, j - (i - c))) for c in range(i + 1) if segments[b, i] == segments[b, c] >= 0]
             for h in range(H):
-                if see: out[b, h, i] = (torch.stack([keys[s-1][b, h//share, c] for c, s in see]) @ q[b, h, i] * k**-.5).softmax(0) @ torch.stack([values[s-1][b, h//share, c] for c, s in see])
+                if see:
+                    out[b, h, i] = (
+                        torch.stack([keys[s - 1][b, h // share, c] for c, s in see]) @ q[b, h, i] * k**-0.5
+                    ).softmax(0) @ torch.stack([values[s - 1][b, h // share, c] for c, s in see])
     return out
+
 
 # Texts as packed rows: lengths of the texts, the rest of the row is padding
 rows = st.lists(st.integers(1, 6), min_size=0, max_size=3)
 
-def as_segments(lengths, t): return ([i for i, n in enumerate(lengths) for _ in range(n)] + [-1]*t)[:t]
+
+def as_segments(lengths, t):
+    return ([i for i, n in enumerate(lengths) for _ in range(n)] + [-1] * t)[:t]
+
 
 @settings(max_examples=40)
-@given(st.lists(rows, min_size=1, max_size=3), st.integers(1, 9), st.integers(1, 6), st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]), st.integers(0, 10**6))
+@given(
+    st.lists(rows, min_size=1, max_size=3),
+    st.integers(1, 9),
+    st.integers(1, 6),
+    st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]),
+    st.integers(0, 10**6),
+)
 def test_attention_is_the_definition(texts, t, j, heads, seed):
     g, (h, kv), b = generator(seed), heads, len(texts)
     rand = lambda heads: torch.randn(b, heads, t, 4, generator=g, dtype=torch.float64)
@@ -39,23 +63,35 @@ def test_attention_is_the_definition(texts, t, j, heads, seed):
     torch.testing.assert_close(got * real, literal(q, keys, values, segments))
     assert got.isfinite().all()
 
+
 @settings(max_examples=40)
 @given(st.lists(rows, min_size=1, max_size=3), st.integers(1, 9), st.integers(1, 6))
 def test_masks_cover_each_column_once(texts, t, j):
     segments = torch.tensor([as_segments(x, t) for x in texts])
     count = target_mask(segments, j).long()
-    for o in range(j-1):
+    for o in range(j - 1):
         near = own_step_mask(segments, o)
         for i in range(t):
-            if i >= o: count[:, i, i-o] += near[:, i]
-            else: assert not near[:, i].any()
-    assert torch.equal(count, ((segments[:, :, None] == segments[:, None]) & (segments >= 0)[:, None] & torch.ones(t, t).tril().bool()).long())
+            if i >= o:
+                count[:, i, i - o] += near[:, i]
+            else:
+                assert not near[:, i].any()
+    assert torch.equal(
+        count,
+        (
+            (segments[:, :, None] == segments[:, None]) & (segments >= 0)[:, None] & torch.ones(t, t).tril().bool()
+        ).long(),
+    )
+
 
 def test_step_one_is_ordinary_attention():
     head, (e, f) = toy_head(), torch.randn(2, 2, 7, 32)
     segments, positions = torch.zeros(2, 7, dtype=torch.long), torch.arange(7).expand(2, 7)
     want, _ = head(e, f, positions, torch.ones(7, 7, dtype=torch.bool).tril().expand(2, 7, 7))
-    torch.testing.assert_close(aligned_step(head, e, [f], head.rotations(positions), segments), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        aligned_step(head, e, [f], head.rotations(positions), segments), want, rtol=1e-5, atol=1e-5
+    )
+
 
 def steps(head, e, f, segments, positions, n):
     inputs, guesses, rotations = [f], [], head.rotations(positions)
@@ -64,45 +100,58 @@ def steps(head, e, f, segments, positions, n):
         inputs.append(next_inputs(inputs[-1], guesses[-1], segments))
     return guesses
 
+
 def decoded(head, e, f, lengths, n):
     "Draft after prefixes of `lengths` slots, with a cache whose shorter rows have a gap"
     b, row, longest = len(lengths), torch.arange(len(lengths)), int(lengths.max())
     valid = torch.arange(longest) < lengths[:, None]
-    out, past = head(e[:, :longest], f[:, :longest], torch.arange(longest).expand(b, -1), valid[:, None] & torch.ones(longest, longest, dtype=torch.bool).tril())
-    outs = [out[row, lengths-1]]
-    for j in range(n-1):
+    out, past = head(
+        e[:, :longest],
+        f[:, :longest],
+        torch.arange(longest).expand(b, -1),
+        valid[:, None] & torch.ones(longest, longest, dtype=torch.bool).tril(),
+    )
+    outs = [out[row, lengths - 1]]
+    for j in range(n - 1):
         slot, valid = lengths + j, torch.cat([valid, torch.ones(b, 1, dtype=torch.bool)], 1)
         out, past = head(e[row, slot][:, None], outs[-1][:, None], slot[:, None], valid[:, None], past)
         outs.append(out[:, 0])
     return outs
+
 
 @pytest.mark.parametrize('family', HEAD_FAMILIES)
 def test_training_sees_what_decoding_sees(family):
     n, b, t = 5, 3, 11
     head, (e, f) = toy_head(family), torch.randn(2, b, t, 32)
     guesses = steps(head, e, f, torch.zeros(b, t, dtype=torch.long), torch.arange(t).expand(b, t), n)
-    for m in range(1, t-n+2):  # every prefix length, beside two others
-        for lengths in (torch.tensor([m, m, m]), torch.tensor([m, 1, t-n+1])):
+    for m in range(1, t - n + 2):  # every prefix length, beside two others
+        for lengths in (torch.tensor([m, m, m]), torch.tensor([m, 1, t - n + 1])):
             for j, out in enumerate(decoded(head, e, f, lengths, n)):
-                torch.testing.assert_close(out, guesses[j][torch.arange(b), lengths+j-1], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(out, guesses[j][torch.arange(b), lengths + j - 1], rtol=1e-4, atol=1e-5)
+
 
 def test_nothing_of_the_future_counts():
     head, (e, f) = toy_head(), torch.randn(2, 1, 8, 32)
     args = torch.zeros(1, 8, dtype=torch.long), torch.arange(8)[None], 4
     before = steps(head, e, f, *args)
-    e[:, 5:], f[:, 5:] = 9., -9.
-    for a, b in zip(before, steps(head, e, f, *args)): assert torch.equal(a[:, :5], b[:, :5]) and not torch.equal(a[:, 5:], b[:, 5:])
+    e[:, 5:], f[:, 5:] = 9.0, -9.0
+    for a, b in zip(before, steps(head, e, f, *args)):
+        assert torch.equal(a[:, :5], b[:, :5]) and not torch.equal(a[:, 5:], b[:, 5:])
+
 
 def test_padding_changes_nothing_and_stays_finite():
     head, (e, f) = toy_head(), torch.randn(2, 2, 9, 32)
     positions, n = torch.arange(9).expand(2, 9), 4
-    segments = torch.tensor([[0]*9, [-1]*9])
+    segments = torch.tensor([[0] * 9, [-1] * 9])
     both = steps(head, e, f, segments, positions, n)
     alone = steps(head, e[:1], f[:1], segments[:1], positions[:1], n)
-    for x, y in zip(both, alone): torch.testing.assert_close(x[:1], y, rtol=1e-5, atol=1e-5); assert x.isfinite().all()
+    for x, y in zip(both, alone):
+        torch.testing.assert_close(x[:1], y, rtol=1e-5, atol=1e-5)
+        assert x.isfinite().all()
     live = toy_head().requires_grad_()
-    sum(x[0].square().mean() + 0*x[1].sum() for x in steps(live, e, f, segments, positions, n)).backward()
+    sum(x[0].square().mean() + 0 * x[1].sum() for x in steps(live, e, f, segments, positions, n)).backward()
     assert all(p.grad.isfinite().all() for p in live.parameters())
+
 
 def test_inputs_move_one_slot_and_carry_no_gradient():
     inputs, guesses = torch.randn(2, 6, 3), torch.randn(2, 6, 3, requires_grad=True)
@@ -110,15 +159,18 @@ def test_inputs_move_one_slot_and_carry_no_gradient():
     got = next_inputs(inputs, guesses, segments)
     for b in range(2):
         for i in range(6):
-            first = i == 0 or segments[b, i] != segments[b, i-1] or segments[b, i] < 0
-            assert torch.equal(got[b, i], inputs[b, i] if first else guesses[b, i-1])
+            first = i == 0 or segments[b, i] != segments[b, i - 1] or segments[b, i] < 0
+            assert torch.equal(got[b, i], inputs[b, i] if first else guesses[b, i - 1])
     assert not got.requires_grad
+
 
 @pytest.mark.parametrize('by', range(8))
 def test_shift(by):
     x = torch.randn(2, 5, 3)
     got = shift(x, by)
-    for i in range(5): assert torch.equal(got[:, i], x[:, i-by] if i >= by else torch.zeros(2, 3))
+    for i in range(5):
+        assert torch.equal(got[:, i], x[:, i - by] if i >= by else torch.zeros(2, 3))
+
 
 def test_gradients_reach_earlier_keys_and_stop_at_guesses():
     head, (e, f) = toy_head(dtype=torch.float64).requires_grad_(), torch.randn(2, 1, 5, 32, dtype=torch.float64)
@@ -129,35 +181,65 @@ def test_gradients_reach_earlier_keys_and_stop_at_guesses():
     loss().backward()
     assert guess.grad is None
     with torch.no_grad():  # a finite difference, so that nothing of our own is trusted
-        for name in ('fc.weight', 'layers.0.self_attn.k_proj.weight', 'layers.0.self_attn.v_proj.weight', 'layers.0.self_attn.q_proj.weight'):
-            p = head.get_parameter(name); was, at = p.clone(), (3, 5)
+        for name in (
+            'fc.weight',
+            'layers.0.self_attn.k_proj.weight',
+            'layers.0.self_attn.v_proj.weight',
+            'layers.0.self_attn.q_proj.weight',
+        ):
+            p = head.get_parameter(name)
+            was, at = p.clone(), (3, 5)
             ends = []
-            for step in (1e-6, -1e-6): p[at] += step; ends.append(loss()); p.copy_(was)
+            for step in (1e-6, -1e-6):
+                p[at] += step
+                ends.append(loss())
+                p.copy_(was)
             torch.testing.assert_close((ends[0] - ends[1]) / 2e-6, p.grad[at], rtol=1e-4, atol=1e-5)
+
 
 class Largest(TorchDispatchMode):
     "The most numbers that one tensor holds"
+
     most = 0
+
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         out = f(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, torch.Tensor): self.most = max(self.most, x.numel())
+            if isinstance(x, torch.Tensor):
+                self.most = max(self.most, x.numel())
         return out
+
 
 def test_nothing_is_steps_times_t_times_t():
     b, h, t, j = 1, 2, 64, 6
     make = lambda: torch.randn(b, h, t, 4)
-    q, keys, values, segments = make(), [make() for _ in range(j)], [make() for _ in range(j)], torch.zeros(b, t, dtype=torch.long)
-    with Largest() as seen: aligned_attention(q, keys, values, segments)
-    assert t*t*h < seen.most <= h*t*(t + j)
+    q, keys, values, segments = (
+        make(),
+        [make() for _ in range(j)],
+        [make() for _ in range(j)],
+        torch.zeros(b, t, dtype=torch.long),
+    )
+    with Largest() as seen:
+        aligned_attention(q, keys, values, segments)
+    assert t * t * h < seen.most <= h * t * (t + j)
+
 
 def test_bf16_is_near_fp32():
     head, (e, f) = toy_head(), torch.randn(2, 2, 9, 32)
     args = torch.zeros(2, 9, dtype=torch.long), torch.arange(9).expand(2, 9), 3
     for a, b in zip(steps(head, e, f, *args), steps(toy_head(dtype=torch.bfloat16), e.bfloat16(), f.bfloat16(), *args)):
-        assert b.dtype == torch.bfloat16 and (a - b.float()).norm() < .05 * a.norm()  # a few roundings of 2**-8, through three steps
+        assert (
+            b.dtype == torch.bfloat16 and (a - b.float()).norm() < 0.05 * a.norm()
+        )  # a few roundings of 2**-8, through three steps
+
 
 def test_every_tensor_is_made_where_the_others_are():
-    with torch.device('meta'): e, f, segments, positions = torch.empty(2, 5, 32), torch.empty(2, 5, 32), torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5, dtype=torch.long)
+    with torch.device('meta'):
+        e, f, segments, positions = (
+            torch.empty(2, 5, 32),
+            torch.empty(2, 5, 32),
+            torch.zeros(2, 5, dtype=torch.long),
+            torch.zeros(2, 5, dtype=torch.long),
+        )
     out = steps(toy_head().to('meta'), e, f, segments, positions, 3)  # a tensor left on the CPU would be refused
     assert all(x.device.type == 'meta' and x.shape == (2, 5, 32) for x in out)

@@ -1,24 +1,45 @@
 "Distillation losses: every loss against its sum, sizes and dtypes, chunks, places that do not count, and bad objectives"
+
 import dataclasses, json, math
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.foundations.devices import generator
-from npu_lora_decoding.hass.losses import LINEAR, LOSSES, Objective, distill, feature_loss, frequency_topk, losses_for, distill_targets, token_weights
+from npu_lora_decoding.hass.losses import (
+    LINEAR,
+    LOSSES,
+    Objective,
+    distill,
+    feature_loss,
+    frequency_topk,
+    losses_for,
+    distill_targets,
+    token_weights,
+)
 
-EVERY = tuple((name, .5 + i) for i, name in enumerate(losses_for(torch.ones(1))))
+EVERY = tuple((name, 0.5 + i) for i, name in enumerate(losses_for(torch.ones(1))))
+
 
 def logits(seed, t=4, v=11, dtype=torch.float64):
     g = generator(seed)
     return (torch.randn(t, v, generator=g, dtype=torch.float64).mul(2).to(dtype) for _ in range(2))
+
 
 def by_hand(name, q, p, k, w):
     "One position of a loss, in plain Python, from two lists of probabilities"
     top = sorted(range(len(p)), key=lambda i: -p[i])[:k]
     entropy = -sum(x * math.log(x) for x in p)
     partly = -sum(p[i] * math.log(q[i]) for i in top)
-    return dict(soft_ce=-sum(a * math.log(b) for a, b in zip(p, q)), topk=partly, forward_kl=sum(a * math.log(a/b) for a, b in zip(p, q)), reverse_kl=sum(b * math.log(b/a) for a, b in zip(p, q)),
-                total_variation=sum(abs(a-b) for a, b in zip(p, q))/2, weighted_topk=partly * (1 - entropy/math.log(len(p))), frequency_topk=-sum(w[i] * p[i] * math.log(q[i]) for i in top))[name]
+    return dict(
+        soft_ce=-sum(a * math.log(b) for a, b in zip(p, q)),
+        topk=partly,
+        forward_kl=sum(a * math.log(a / b) for a, b in zip(p, q)),
+        reverse_kl=sum(b * math.log(b / a) for a, b in zip(p, q)),
+        total_variation=sum(abs(a - b) for a, b in zip(p, q)) / 2,
+        weighted_topk=partly * (1 - entropy / math.log(len(p))),
+        frequency_topk=-sum(w[i] * p[i] * math.log(q[i]) for i in top),
+    )[name]
+
 
 @pytest.mark.parametrize('name', [n for n, _ in EVERY])
 @pytest.mark.parametrize('k', [1, 3, 11])
@@ -29,63 +50,101 @@ def test_losses_are_their_sums(name, k):
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64))
     assert torch.autograd.gradcheck(lambda x: losses_for(w)[name](x, y, k), z.requires_grad_())
 
+
 @pytest.mark.parametrize('name', [n for n, _ in EVERY])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 def test_losses_are_wide_finite_and_best_at_the_target(name, dtype):
     loss, (z, y) = losses_for(torch.ones(5000))[name], logits(0, 3, 5000, dtype)
     far = z * 100  # probabilities that underflow
     for draft in (z, far, y):
-        x = draft.clone().requires_grad_(); got = loss(x, y, 10); got.sum().backward()
-        assert got.dtype == torch.float32 and got.shape == (3,) and got.isfinite().all() and x.grad.isfinite().all() and x.grad.dtype == dtype
-        torch.testing.assert_close(x.grad.float().sum(-1), torch.zeros(3), rtol=0, atol=.02)  # a constant on all logits changes nothing; half precision rounds 5,000 terms
-    if 'topk' not in name: assert (loss(y, y, 10) <= loss(z, y, 10) + 1e-5).all()
+        x = draft.clone().requires_grad_()
+        got = loss(x, y, 10)
+        got.sum().backward()
+        assert (
+            got.dtype == torch.float32
+            and got.shape == (3,)
+            and got.isfinite().all()
+            and x.grad.isfinite().all()
+            and x.grad.dtype == dtype
+        )
+        torch.testing.assert_close(
+            x.grad.float().sum(-1), torch.zeros(3), rtol=0, atol=0.02
+        )  # a constant on all logits changes nothing; half precision rounds 5,000 terms
+    if 'topk' not in name:
+        assert (loss(y, y, 10) <= loss(z, y, 10) + 1e-5).all()
+
 
 def test_token_weights():
     counts = torch.tensor([1000, 10, 0, 0])
     assert torch.equal(token_weights(counts, 0), torch.ones(4))
     w = token_weights(counts)
     assert (w[1:] >= w[:-1]).all() and w[2] == w[3] and w.isfinite().all()
-    torch.testing.assert_close((w * counts).sum() / counts.sum(), torch.tensor(1.))
+    torch.testing.assert_close((w * counts).sum() / counts.sum(), torch.tensor(1.0))
     for bad in (torch.zeros(3), torch.tensor([1, -1])):
-        with pytest.raises(DecodingError, match='token counts'): token_weights(bad)
-    (z, y) = logits(0)
+        with pytest.raises(DecodingError, match='token counts'):
+            token_weights(bad)
+    z, y = logits(0)
     for rarity in (None, torch.ones(10)):
-        with pytest.raises(DecodingError, match='weight for each token'): frequency_topk(z, y, 3, rarity)
+        with pytest.raises(DecodingError, match='weight for each token'):
+            frequency_topk(z, y, 3, rarity)
+
 
 def plain(guess, feature, keep, head, objective, scale, rarity):
     terms = objective.terms(guess[keep], feature[keep], head, scale, rarity)
     return sum(w * x.mean() for w, x in terms), torch.stack([x.mean() for _, x in terms])
 
+
 def setting(seed, b=2, t=5, d=6, v=11, dtype=torch.float64):
     g = generator(seed)
-    guess, feature, head = (torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype) for shape in ((b, t, d), (b, t, d), (v, d)))
-    keep = torch.rand(b, t, generator=g) < .6; keep[0, 0] = True
-    return guess.requires_grad_(), feature, keep, head, torch.rand(d, generator=g, dtype=torch.float64).to(dtype) + .5, torch.rand(v, generator=g, dtype=torch.float64).to(dtype)
+    guess, feature, head = (
+        torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype) for shape in ((b, t, d), (b, t, d), (v, d))
+    )
+    keep = torch.rand(b, t, generator=g) < 0.6
+    keep[0, 0] = True
+    return (
+        guess.requires_grad_(),
+        feature,
+        keep,
+        head,
+        torch.rand(d, generator=g, dtype=torch.float64).to(dtype) + 0.5,
+        torch.rand(v, generator=g, dtype=torch.float64).to(dtype),
+    )
+
 
 @pytest.mark.parametrize('linear', [False, True])
 @settings(max_examples=40)
 @given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 6), st.integers(1, 8), st.integers(1, 11))
 def test_chunks_change_nothing(linear, seed, b, t, chunk, k):
     guess, feature, keep, head, scale, rarity = setting(seed, b, t)
-    objective = Objective(.7, [(name, w) for name, w in EVERY if name in LINEAR or not linear], k, chunk)  # linear losses have a way of their own
+    objective = Objective(
+        0.7, [(name, w) for name, w in EVERY if name in LINEAR or not linear], k, chunk
+    )  # linear losses have a way of their own
     total, parts = distill(guess, feature, keep, head, objective, scale, rarity)
     want, wanted = plain(guess, feature, keep, head, objective, scale, rarity)
     torch.testing.assert_close((total, parts), (want, wanted))
     torch.testing.assert_close(torch.autograd.grad(2.5 * total, guess)[0], torch.autograd.grad(2.5 * want, guess)[0])
-    told, _ = distill(guess, feature, keep, head, objective, scale, rarity, distill_targets(feature, keep, head, objective, rarity))
+    told, _ = distill(
+        guess, feature, keep, head, objective, scale, rarity, distill_targets(feature, keep, head, objective, rarity)
+    )
     assert torch.equal(told, total)
+
 
 def test_no_place_counts():
     guess, feature, keep, head, *_ = setting(0)
     total, parts = distill(guess, feature, torch.zeros_like(keep), head, Objective(k=4))
     assert total == 0 and not parts.any() and not torch.autograd.grad(total, guess)[0].any()
 
+
 def test_places_that_do_not_count_may_hold_anything():
     guess, feature, keep, head, scale, rarity = setting(1)
-    run = lambda g, f: torch.autograd.grad(distill(g, f, keep, head, Objective(tokens=EVERY, k=4), scale, rarity)[0], g)[0]
+    run = lambda g, f: torch.autograd.grad(
+        distill(g, f, keep, head, Objective(tokens=EVERY, k=4), scale, rarity)[0], g
+    )[0]
     want = run(guess, feature)
-    with torch.no_grad(): dirty, odd = torch.where(keep[..., None], guess, torch.nan), torch.where(keep[..., None], feature, torch.inf)
+    with torch.no_grad():
+        dirty, odd = torch.where(keep[..., None], guess, torch.nan), torch.where(keep[..., None], feature, torch.inf)
     assert torch.equal(run(dirty.requires_grad_(), odd), want) and not want[~keep].any()
+
 
 def test_only_guesses_have_a_gradient():
     guess, feature, keep, head, scale, _ = setting(2)
@@ -93,53 +152,88 @@ def test_only_guesses_have_a_gradient():
     total, parts = distill(guess, feature, keep, head, Objective(k=4), scale)
     total.backward()
     assert guess.grad is not None and feature.grad is None and head.grad is None and not parts.requires_grad
-    with torch.no_grad(): assert torch.equal(distill(guess, feature, keep, head, Objective(k=4), scale)[0], total)
+    with torch.no_grad():
+        assert torch.equal(distill(guess, feature, keep, head, Objective(k=4), scale)[0], total)
+
 
 def test_without_gradient_none_is_computed(monkeypatch):
     guess, feature, keep, head, scale, _ = setting(2)
     monkeypatch.setattr(torch.autograd, 'grad', None)
     assert distill(guess.detach(), feature, keep, head, Objective(k=4), scale)[0].isfinite()
 
+
 def test_second_derivative_is_refused():
     guess, feature, keep, head, *_ = setting(0)
-    grad, = torch.autograd.grad(distill(guess, feature, keep, head, Objective(k=4))[0], guess, create_graph=True)
-    with pytest.raises(RuntimeError): grad.sum().backward()
+    (grad,) = torch.autograd.grad(distill(guess, feature, keep, head, Objective(k=4))[0], guess, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
 
 def test_half_precision():
     guess, feature, keep, head, scale, rarity = setting(3, dtype=torch.bfloat16)
     wide = [x.detach().double() if x.is_floating_point() else x for x in (guess, feature, keep, head)]
     total, _ = distill(guess, feature, keep, head, Objective(k=4))
-    torch.testing.assert_close(total.double(), distill(*wide, Objective(k=4))[0], rtol=2e-2, atol=2e-2)  # bf16 logits of size 3: steps of 2**-7
+    torch.testing.assert_close(
+        total.double(), distill(*wide, Objective(k=4))[0], rtol=2e-2, atol=2e-2
+    )  # bf16 logits of size 3: steps of 2**-7
     assert total.dtype == torch.float32 and torch.autograd.grad(total, guess)[0].dtype == torch.bfloat16
+
 
 def test_rows_of_a_draft_vocabulary():
     guess, feature, keep, head, *_ = setting(4)
     ids = torch.tensor([7, 2, 9, 4])
-    total, _ = distill(guess, feature, keep, head[ids], Objective(feature=0., tokens=(('soft_ce', 1.),), k=4))
+    total, _ = distill(guess, feature, keep, head[ids], Objective(feature=0.0, tokens=(('soft_ce', 1.0),), k=4))
     z, y = (guess @ head[ids].T)[keep], (feature @ head[ids].T)[keep]
     torch.testing.assert_close(total, LOSSES['soft_ce'](z, y).mean())
 
-@pytest.mark.parametrize('bad,message', [(dict(tokens=(('kl', 1.),)), "no loss 'kl': use one of soft_ce"), (dict(k=0), 'k is 0'), (dict(k=2.), 'k is 2.0'), (dict(chunk=0), 'chunk is 0'), (dict(feature=-.1), 'at least 0'),
-    (dict(tokens=(('topk', -1.),)), 'at least 0'), (dict(tokens=(('topk', float('nan')),)), 'at least 0'), (dict(tokens=(('topk', float('inf')),)), 'at least 0'), (dict(feature=0., tokens=(('topk', 0.),)), 'above 0'), (dict(feature=0, tokens=()), 'above 0')])
+
+@pytest.mark.parametrize(
+    'bad,message',
+    [
+        (dict(tokens=(('kl', 1.0),)), "no loss 'kl': use one of soft_ce"),
+        (dict(k=0), 'k is 0'),
+        (dict(k=2.0), 'k is 2.0'),
+        (dict(chunk=0), 'chunk is 0'),
+        (dict(feature=-0.1), 'at least 0'),
+        (dict(tokens=(('topk', -1.0),)), 'at least 0'),
+        (dict(tokens=(('topk', float('nan')),)), 'at least 0'),
+        (dict(tokens=(('topk', float('inf')),)), 'at least 0'),
+        (dict(feature=0.0, tokens=(('topk', 0.0),)), 'above 0'),
+        (dict(feature=0, tokens=()), 'above 0'),
+    ],
+)
 def test_bad_objectives(bad, message):
-    with pytest.raises(DecodingError, match=message): Objective(**bad)
+    with pytest.raises(DecodingError, match=message):
+        Objective(**bad)
+
 
 def test_objective_survives_a_file():
     objective = Objective(tokens=EVERY, k=3)
     assert Objective(**json.loads(json.dumps(dataclasses.asdict(objective)))) == objective and hash(objective)
 
+
 @pytest.mark.parametrize('change', ['guess', 'keep', 'head', 'mask', 'k', 'rarity'])
 def test_shapes_that_do_not_fit(change):
     guess, feature, keep, head, *_ = setting(0)
-    objective = Objective(k=12 if change == 'k' else 4, tokens=(('frequency_topk', 1.),) if change == 'rarity' else (('topk', 1.),))
-    if change == 'guess': guess = guess[:, 1:]
-    if change == 'keep': keep = keep[:, 1:]
-    if change == 'head': head = head[:, 1:]
-    if change == 'mask': keep = keep.long()
-    with pytest.raises(DecodingError, match={'k': 'k is 12', 'rarity': 'weight for each token'}.get(change, 'do not fit')): distill(guess, feature, keep, head, objective)
+    objective = Objective(
+        k=12 if change == 'k' else 4, tokens=(('frequency_topk', 1.0),) if change == 'rarity' else (('topk', 1.0),)
+    )
+    if change == 'guess':
+        guess = guess[:, 1:]
+    if change == 'keep':
+        keep = keep[:, 1:]
+    if change == 'head':
+        head = head[:, 1:]
+    if change == 'mask':
+        keep = keep.long()
+    with pytest.raises(
+        DecodingError, match={'k': 'k is 12', 'rarity': 'weight for each token'}.get(change, 'do not fit')
+    ):
+        distill(guess, feature, keep, head, objective)
+
 
 def test_scale_counts_differences_in_spreads():
     a, b = torch.randn(4, 6), torch.randn(4, 6)
-    torch.testing.assert_close(feature_loss(a * 7, b * 7, 7.), feature_loss(a, b))
+    torch.testing.assert_close(feature_loss(a * 7, b * 7, 7.0), feature_loss(a, b))
     assert feature_loss(a, a).eq(0).all()
     torch.testing.assert_close(feature_loss(a, a + 3), torch.full((4,), 2.5))  # |3| - 1/2, mean over the width

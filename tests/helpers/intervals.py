@@ -1,4 +1,5 @@
 "Scores whose intervals are known: those of a normal distribution"
+
 import math
 import torch
 from npu_lora_decoding.foundations.devices import generator
@@ -11,4 +12,4 @@ WIDTH = 1.96  # Of 95%, in standard errors: an interval of 90% has 1.645, one of
 
 def is_95(low, high, mean, error):
     "Whether both ends are as far from the mean as those of 95%, but for the noise of resampling"
-    return all(math.isclose(end, WIDTH * error, rel_tol=.08) for end in (mean - low, high - mean))
+    return all(math.isclose(end, WIDTH * error, rel_tol=0.08) for end in (mean - low, high - mean))

@@ -1,4 +1,5 @@
 "Toys and checks of the decoding loop that several tests share"
+
 import math, npu_lora_decoding.decoding.runner as rows_module, pytest, torch
 from dataclasses import dataclass
 from itertools import product
@@ -16,45 +17,64 @@ from transformers import StoppingCriteria
 
 N = 10
 
+
 def generate(model, ids, mask, decoder=None, seed=0, **kw):
     "Call transformers' generate, with or without our loop, from one state of the global generator"
     kw = dict(max_new_tokens=N, do_sample=False, eos_token_id=None, pad_token_id=0) | kw
-    if decoder is not None: kw['custom_generate'] = decoder
+    if decoder is not None:
+        kw['custom_generate'] = decoder
     torch.manual_seed(seed)
     return model.generate(input_ids=ids, attention_mask=mask, **kw)
 
-def same(a, b): assert a.shape == b.shape and torch.equal(a, b), f'\n{a}\n{b}'
+
+def same(a, b):
+    assert a.shape == b.shape and torch.equal(a, b), f'\n{a}\n{b}'
+
 
 class EndsOn(StoppingCriteria):
     "Ends a sequence after any of these tokens"
-    def __init__(self, tokens): self.tokens, self.calls = torch.tensor(tokens), 0
+
+    def __init__(self, tokens):
+        self.tokens, self.calls = torch.tensor(tokens), 0
+
     def __call__(self, ids, scores, **kw):
         self.calls += 1
         return torch.isin(ids[:, -1], self.tokens)
 
+
 class Pair(StoppingCriteria):
     "Ends a sequence whose last two tokens are one of these pairs"
-    def __init__(self, pairs): self.pairs = pairs
-    def __call__(self, ids, scores, **kw): return torch.tensor([tuple(r[-2:].tolist()) in self.pairs for r in ids])
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __call__(self, ids, scores, **kw):
+        return torch.tensor([tuple(r[-2:].tolist()) in self.pairs for r in ids])
+
 
 def eager_dynamo(monkeypatch):
     "torch.compile's tracing and guards without its slow code generation"
     torch._dynamo.reset()
     monkeypatch.setattr(ops, 'compiles', lambda device=None: True)
     monkeypatch.setattr(
-        rows_module, '_compiled_step', torch.compile(rows_module._step, dynamic=False, fullgraph=True, backend='eager'))
+        rows_module, '_compiled_step', torch.compile(rows_module._step, dynamic=False, fullgraph=True, backend='eager')
+    )
 
-PLAIN, COLD = Plain(), CoLD(0.05, 1.)
+
+PLAIN, COLD = Plain(), CoLD(0.05, 1.0)
+
 
 @dataclass
 class Toy:
     "A target that mostly goes by its last token, so that a head which knows that is often right and sometimes wrong"
-    model:object
-    head:DraftHead
-    folder:object
-    bank:AdapterBank
 
-def calm_model(family='llama', by=.07, **config):
+    model: object
+    head: DraftHead
+    folder: object
+    bank: AdapterBank
+
+
+def calm_model(family='llama', by=0.07, **config):
     "A toy that mostly goes by its last token"
     model = toy_model(family, **config)
     for l in model.model.layers:
@@ -62,34 +82,51 @@ def calm_model(family='llama', by=.07, **config):
         l.mlp.down_proj.weight.mul_(by)
     return model
 
-def knowing_head(model, vocab=None, noise=1.):
+
+def knowing_head(model, vocab=None, noise=1.0):
     "A head that knows what a calm model goes by, more or less"
     head, g = DraftHead(head_config(model.config)).requires_grad_(False), generator(0)
-    for p in head.parameters(): p.copy_(torch.randn(p.shape, generator=g) * p.shape[-1]**-.5)
-    head.fc.weight.mul_(.2 * noise)
+    for p in head.parameters():
+        p.copy_(torch.randn(p.shape, generator=g) * p.shape[-1] ** -0.5)
+    head.fc.weight.mul_(0.2 * noise)
     head.fc.weight[:, :32] += 3 * torch.eye(32)
-    head.layers[0].self_attn.o_proj.weight.mul_(.1 * noise)
-    head.layers[0].mlp.down_proj.weight.mul_(.1 * noise)
-    for p in head.parameters(): p.copy_(p.bfloat16())  # what the file can hold
-    if vocab is not None: head.vocab = torch.tensor(vocab)
+    head.layers[0].self_attn.o_proj.weight.mul_(0.1 * noise)
+    head.layers[0].mlp.down_proj.weight.mul_(0.1 * noise)
+    for p in head.parameters():
+        p.copy_(p.bfloat16())  # what the file can hold
+    if vocab is not None:
+        head.vocab = torch.tensor(vocab)
     return head
+
 
 def toy(tmp, family='llama', v=23, context=256, seed=0, vocab=None):
     model = calm_model(family, vocab=v, context=context, seed=seed)
     head = knowing_head(model, vocab)
-    bank = AdapterBank(model, [load_adapter(toy_adapter(model, tmp/'adapter', lora_alpha=1), model)], ops.lora)
-    return Toy(model, head, save_head(head, tmp/'head', model), bank)
+    bank = AdapterBank(model, [load_adapter(toy_adapter(model, tmp / 'adapter', lora_alpha=1), model)], ops.lora)
+    return Toy(model, head, save_head(head, tmp / 'head', model), bank)
+
 
 class Uncompiled(CompiledDraft):
-    def __init__(self, program): self.device, self._run, self._seen = program.embed.device, program.eval(), set()
+    def __init__(self, program):
+        self.device, self._run, self._seen = program.embed.device, program.eval(), set()
 
-def guessed(out): return sum(x.proposer != 'target' for s in out.steps for r in s.tokens for x in r)
+
+def guessed(out):
+    return sum(x.proposer != 'target' for s in out.steps for r in s.tokens for x in r)
+
 
 class Collects:
     "A streamer that keeps what it is given"
-    def __init__(self): self.got = []
-    def put(self, x): self.got.append(x.flatten().tolist())
-    def end(self): self.got.append('end')
+
+    def __init__(self):
+        self.got = []
+
+    def put(self, x):
+        self.got.append(x.flatten().tolist())
+
+    def end(self):
+        self.got.append('end')
+
 
 def exact(t, target, prompt, n, process=lambda texts, scores: scores):
     "Probability of each continuation of `n` tokens `(v,) * n`; `process` is what is done to the scores before the draw"
@@ -97,13 +134,17 @@ def exact(t, target, prompt, n, process=lambda texts, scores: scores):
     for k in range(n):
         texts = torch.tensor([[*prompt, *c] for c in product(range(v), repeat=k)])
         with torch.no_grad():
-            if target == PLAIN: scores = t.model(texts).logits[:, -1]
+            if target == PLAIN:
+                scores = t.model(texts).logits[:, -1]
             else:
-                with t.bank.attached([0] * len(texts)): e = t.model(texts).logits[:, -1]
-                with t.bank.attached([-1] * len(texts)): a = t.model(texts).logits[:, -1]
+                with t.bank.attached([0] * len(texts)):
+                    e = t.model(texts).logits[:, -1]
+                with t.bank.attached([-1] * len(texts)):
+                    a = t.model(texts).logits[:, -1]
                 scores = target.combine(e, a)
         p = p[..., None] * process(texts, scores).double().softmax(-1).view(*[v] * k, v)
     return p
+
 
 def chi_square(counts, p, runs):
     "The statistic, and its 99.99% point (Wilson-Hilferty); cells with few expected runs are taken together"
@@ -113,14 +154,16 @@ def chi_square(counts, p, runs):
     c, w = (torch.cat([x[big], x[~big].sum()[None]]) for x in (counts, want))
     c, w = (c, w) if w[-1] >= 5 else (c[:-1], w[:-1])
     k = len(c) - 1
-    return float(((c - w)**2 / w).sum()), k * (1 - 2/(9*k) + 3.72 * math.sqrt(2/(9*k)))**3
+    return float(((c - w) ** 2 / w).sum()), k * (1 - 2 / (9 * k) + 3.72 * math.sqrt(2 / (9 * k))) ** 3
+
 
 @pytest.fixture(scope='module')
 def small(tmp_path_factory):
     t = toy(tmp_path_factory.mktemp('small'), v=4)
-    t.model.lm_head.weight.mul_(.25)  # more than one token is likely
+    t.model.lm_head.weight.mul_(0.25)  # more than one token is likely
     save_head(t.head, t.folder, t.model)  # the fingerprint of the model as it is now
     return t
+
 
 def sampled(t, target, drafter, runs, n=3, batch=250, process=lambda texts, scores: scores, rows={}, **kw):
     "Counts of the continuations of one prompt, their probabilities, and how many tokens were guessed"
@@ -131,9 +174,13 @@ def sampled(t, target, drafter, runs, n=3, batch=250, process=lambda texts, scor
     ids = torch.tensor([prompt]).repeat(batch, 1)
     for i in range(runs // batch):
         out = generate(
-            t.model, ids, torch.ones_like(ids),
-            Decoder(target, drafter, bank=None if target == PLAIN else t.bank, record=False, **rows), seed=i,
-            **dict(max_new_tokens=n, do_sample=True, top_k=0, return_dict_in_generate=True) | kw)
+            t.model,
+            ids,
+            torch.ones_like(ids),
+            Decoder(target, drafter, bank=None if target == PLAIN else t.bank, record=False, **rows),
+            seed=i,
+            **dict(max_new_tokens=n, do_sample=True, top_k=0, return_dict_in_generate=True) | kw,
+        )
         code = (out.sequences[:, 3:] * v ** torch.arange(n - 1, -1, -1)).sum(-1)
         counts, hits = counts + torch.bincount(code, minlength=v**n), hits + guessed(out)
     return counts, exact(t, target, prompt, n, process), hits

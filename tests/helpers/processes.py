@@ -1,4 +1,5 @@
 "Where processes that a test starts import from"
+
 import os
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 "Toys that several tests share: a tokenizer of characters, and a model that has one"
+
 import string
 from dataclasses import replace
 from tokenizers import Tokenizer
@@ -9,18 +10,34 @@ from npu_lora_decoding.foundations.adapters import toy_model
 from npu_lora_decoding.decoding.loop import LM
 from npu_lora_decoding.foundations.tasks import Item
 
+
 def toy_tokenizer(extra=0):
     "One token a character; 76 tokens, and `extra` unused ones"
     names = [
-        '<pad>', '<s>', '</s>', '<unk>', *string.ascii_letters, *string.digits, *' .,:;!?-+=',
-        *(f'<extra {i}>' for i in range(extra))]
+        '<pad>',
+        '<s>',
+        '</s>',
+        '<unk>',
+        *string.ascii_letters,
+        *string.digits,
+        *' .,:;!?-+=',
+        *(f'<extra {i}>' for i in range(extra)),
+    ]
     tok = Tokenizer(WordLevel({c: i for i, c in enumerate(names)}, unk_token='<unk>'))
     tok.pre_tokenizer = Split('', 'isolated')
     return PreTrainedTokenizerFast(
-        tokenizer_object=tok, pad_token='<pad>', bos_token='<s>', eos_token='</s>', unk_token='<unk>',
-        padding_side='left')
+        tokenizer_object=tok,
+        pad_token='<pad>',
+        bos_token='<s>',
+        eos_token='</s>',
+        unk_token='<unk>',
+        padding_side='left',
+    )
 
-def toy_lm(family='llama', **config): return LM(toy_model(family, **config), toy_tokenizer(), name='toy')
+
+def toy_lm(family='llama', **config):
+    return LM(toy_model(family, **config), toy_tokenizer(), name='toy')
+
 
 def toy_folder(folder, model=None, tokenizer=None):
     "A model folder as save_pretrained writes it"
@@ -28,4 +45,6 @@ def toy_folder(folder, model=None, tokenizer=None):
     (tokenizer or toy_tokenizer()).save_pretrained(folder)
     return folder
 
-def toy_items(n=24): return [Item(f'say {i} words', 'a' * (1 + i % 5) + str(i)) for i in range(n)]
+
+def toy_items(n=24):
+    return [Item(f'say {i} words', 'a' * (1 + i % 5) + str(i)) for i in range(n)]

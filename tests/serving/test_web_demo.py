@@ -1,4 +1,5 @@
 "The page: switches become arguments, steps become HTML, a text can be left in the middle; and once, where gradio and a Chromium are installed, all of it in a real browser"
+
 import importlib.util, threading
 import pytest, torch
 from helpers.browser import Browser, chromium, wait_for
@@ -16,34 +17,62 @@ from helpers.toys import toy_lm
 
 HOSTILE = '</span><script>document.title="bad"</script><img src=x onerror="document.title=\'bad\'">${document.title="bad"}{{value}}\x1b\u202e'
 PROMPT = 'say it again'
-STEADY = {(False, False): None, (False, True): PromptLookup(adaptive=False)}  # how much an adaptive one guesses depends on clocks
+STEADY = {
+    (False, False): None,
+    (False, True): PromptLookup(adaptive=False),
+}  # how much an adaptive one guesses depends on clocks
+
 
 def forgetful_lm(folder=None):
     "A model whose next token depends on the last one only, so that its text must go round in circles, where copies are right"
     lm = toy_lm()
     with torch.no_grad():
-        for l in lm.model.model.layers: l.self_attn.o_proj.weight.zero_(); l.mlp.down_proj.weight.zero_()
+        for l in lm.model.model.layers:
+            l.self_attn.o_proj.weight.zero_()
+            l.mlp.down_proj.weight.zero_()
     lm.model.generation_config.eos_token_id = 96
-    if folder: lm.adapter = load_adapter(toy_adapter(lm.model, folder/'adapter', target_modules=['down_proj']), lm.model)
+    if folder:
+        lm.adapter = load_adapter(toy_adapter(lm.model, folder / 'adapter', target_modules=['down_proj']), lm.model)
     return lm
 
-def told(writer, choice, made=STEADY): return list(P.answer(writer, made, PROMPT, '', choice))
+
+def told(writer, choice, made=STEADY):
+    return list(P.answer(writer, made, PROMPT, '', choice))
+
 
 # --- without a browser
 
-@pytest.mark.parametrize('choice,target,kind', [(P.Choice(), Plain(), type(None)), (P.Choice(lookup=True), Plain(), PromptLookup), (P.Choice(True, .3, .7), CoLD(.3, .7), type(None)), (P.Choice(True, head=True), CoLD(.1, .1), HASS), (P.Choice(head=True, lookup=True), Plain(), JointDrafter)])
+
+@pytest.mark.parametrize(
+    'choice,target,kind',
+    [
+        (P.Choice(), Plain(), type(None)),
+        (P.Choice(lookup=True), Plain(), PromptLookup),
+        (P.Choice(True, 0.3, 0.7), CoLD(0.3, 0.7), type(None)),
+        (P.Choice(True, head=True), CoLD(0.1, 0.1), HASS),
+        (P.Choice(head=True, lookup=True), Plain(), JointDrafter),
+    ],
+)
 def test_switches_are_arguments(choice, target, kind):
     got = P.arguments(choice, P.guessers('a folder'))
-    assert got['target'] == target and type(got['drafter']) is kind and got['memory'] is None and got['max_new_tokens'] == 128
+    assert (
+        got['target'] == target
+        and type(got['drafter']) is kind
+        and got['memory'] is None
+        and got['max_new_tokens'] == 128
+    )
+
 
 def test_one_guesser_for_the_whole_page():
     made = P.guessers('a folder')
     assert made[True, True].drafters == (made[True, False], made[False, True])
 
-@pytest.mark.parametrize('window', [64, 256., 1024])
+
+@pytest.mark.parametrize('window', [64, 256.0, 1024])
 def test_a_memory_fits_into_its_window(window):
     memory = P.arguments(P.Choice(memory=True, window=window), P.guessers())['memory']
     assert memory.window == window and memory.chunk == window // 4 and isinstance(memory.chunk, int)
+
 
 def test_an_instruction_comes_first():
     lm = toy_lm()
@@ -51,54 +80,101 @@ def test_an_instruction_comes_first():
     lm.tokenizer.chat_template = 'any'
     assert P.question(lm, 'a', 'b') == [dict(role='system', content='b'), dict(role='user', content='a')]
 
+
 def test_the_answer_grows_in_the_colours_of_its_proposers():
     lm = forgetful_lm()
     pages = told(P.Writer(lm), P.Choice(lookup=True, new_tokens=60))
     out = lm.generate(PROMPT, drafter=STEADY[False, True], max_new_tokens=60)
-    assert 'lookup' in {t.proposer for t in out.tokens[0]} and pages[-1].startswith(proposer_html(out)) and COLOURS['lookup'] in pages[-1] and COLOURS['lookup'] not in pages[0]
-    assert len(pages) == len(out.steps) + 1 and [p.count('title="') for p in pages] == sorted(p.count('title="') for p in pages)
+    assert (
+        'lookup' in {t.proposer for t in out.tokens[0]}
+        and pages[-1].startswith(proposer_html(out))
+        and COLOURS['lookup'] in pages[-1]
+        and COLOURS['lookup'] not in pages[0]
+    )
+    assert len(pages) == len(out.steps) + 1 and [p.count('title="') for p in pages] == sorted(
+        p.count('title="') for p in pages
+    )
+
 
 def test_what_a_model_says_stays_text():
-    lm = toy_lm(); lm.tokenizer.decode = lambda ids, **_: HOSTILE
+    lm = toy_lm()
+    lm.tokenizer.decode = lambda ids, **_: HOSTILE
     for changed in (False, True):
         whole = list(P.answer(P.Writer(lm), P.guessers(), PROMPT, '', P.Choice(new_tokens=3), changed))[-1]
-        assert '<script' not in whole and '<img' not in whole and '&lt;script&gt;' in whole and not {'\x1b', '\u202e'} & set(whole)
+        assert (
+            '<script' not in whole
+            and '<img' not in whole
+            and '&lt;script&gt;' in whole
+            and not {'\x1b', '\u202e'} & set(whole)
+        )
+
 
 def test_a_text_that_nobody_reads_ends_with_its_next_step():
-    lm = forgetful_lm(); writer, seen, gate, generate = P.Writer(lm), [], threading.Event(), lm.generate
-    lm.generate = lambda *a, stream, **k: generate(*a, stream=lambda s: (stream(s), seen.append(s), gate.wait(60)), **k)  # waits after the first step
-    text = P.answer(writer, STEADY, PROMPT, '', P.Choice(new_tokens=50)); next(text)
-    writer.over.set(); gate.set(); text.close()
+    lm = forgetful_lm()
+    writer, seen, gate, generate = P.Writer(lm), [], threading.Event(), lm.generate
+    lm.generate = lambda *a, stream, **k: generate(
+        *a, stream=lambda s: (stream(s), seen.append(s), gate.wait(60)), **k
+    )  # waits after the first step
+    text = P.answer(writer, STEADY, PROMPT, '', P.Choice(new_tokens=50))
+    next(text)
+    writer.over.set()
+    gate.set()
+    text.close()
     assert len(seen) == 1 and not writer.thread.is_alive()
-    gate.clear(); text = P.answer(writer, STEADY, PROMPT, '', P.Choice(new_tokens=50)); next(text); over = writer.over
-    threading.Timer(.2, gate.set).start(); text.close()
+    gate.clear()
+    text = P.answer(writer, STEADY, PROMPT, '', P.Choice(new_tokens=50))
+    next(text)
+    over = writer.over
+    threading.Timer(0.2, gate.set).start()
+    text.close()
     assert over.is_set() and len(seen) == 2
 
+
 def test_leaving_in_the_middle_frees_the_model():
-    lm = forgetful_lm(); writer = P.Writer(lm)
+    lm = forgetful_lm()
+    writer = P.Writer(lm)
     for _ in range(2):
-        text = P.answer(writer, P.guessers(), PROMPT, '', P.Choice(new_tokens=1000)); next(text); text.close()
+        text = P.answer(writer, P.guessers(), PROMPT, '', P.Choice(new_tokens=1000))
+        next(text)
+        text.close()
         assert not writer.thread.is_alive()
-    unread = writer(PROMPT, max_new_tokens=1000); next(unread)  # nobody closes it
+    unread = writer(PROMPT, max_new_tokens=1000)
+    next(unread)  # nobody closes it
     assert told(writer, P.Choice(new_tokens=9))[-1].startswith(proposer_html(lm.generate(PROMPT, max_new_tokens=9)))
-    unread.close(); assert not [t for t in threading.enumerate() if '_write' in t.name]
+    unread.close()
+    assert not [t for t in threading.enumerate() if '_write' in t.name]
+
 
 def test_mistakes_are_sentences_and_defects_are_raised(monkeypatch):
-    lm = toy_lm(); writer = P.Writer(lm)
-    assert told(writer, P.Choice(head=True)) == ['<p class="refused">this model has no draft head here: start the page with --head FOLDER, or switch the head off.</p>']
+    lm = toy_lm()
+    writer = P.Writer(lm)
+    assert told(writer, P.Choice(head=True)) == [
+        '<p class="refused">this model has no draft head here: start the page with --head FOLDER, or switch the head off.</p>'
+    ]
     assert 'there is no adapter' in told(writer, P.Choice(contrast=True))[-1]
     monkeypatch.setattr(lm.model, 'forward', lambda *a, **k: 1 / 0)
-    with pytest.raises(ZeroDivisionError): told(writer, P.Choice())
+    with pytest.raises(ZeroDivisionError):
+        told(writer, P.Choice())
+
 
 def test_without_gradio_one_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setattr(P.importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(DecodingError, match=r"gradio, which is not installed: pip install 'npu_lora_decoding\[page\]'"): run(['page', '--model', '/no/such'])
+    with pytest.raises(DecodingError, match=r"gradio, which is not installed: pip install 'npu_lora_decoding\[page\]'"):
+        run(['page', '--model', '/no/such'])
+
 
 # --- in a browser
 
-needs_gradio = pytest.mark.skipif(importlib.util.find_spec('gradio') is None, reason="gradio is not installed: pip install 'npu_lora_decoding[page]'")
-needs_chromium = pytest.mark.skipif(chromium() is None, reason='no Chromium is installed (Debian: apt install chromium)')
-needs_websocket = pytest.mark.skipif(importlib.util.find_spec('websocket') is None, reason='websocket-client is not installed')
+needs_gradio = pytest.mark.skipif(
+    importlib.util.find_spec('gradio') is None, reason="gradio is not installed: pip install 'npu_lora_decoding[page]'"
+)
+needs_chromium = pytest.mark.skipif(
+    chromium() is None, reason='no Chromium is installed (Debian: apt install chromium)'
+)
+needs_websocket = pytest.mark.skipif(
+    importlib.util.find_spec('websocket') is None, reason='websocket-client is not installed'
+)
+
 
 @pytest.fixture
 def shown(tmp_path, monkeypatch):
@@ -107,42 +183,81 @@ def shown(tmp_path, monkeypatch):
     first, decode = lm.generate(PROMPT, max_new_tokens=1).tokens[0][0].id, lm.tokenizer.decode
     lm.tokenizer.decode = lambda ids, **kw: HOSTILE if list(ids) == [first] else decode(ids, **kw)
     monkeypatch.setattr(P, 'guessers', lambda head: STEADY)
-    page = P.build(lm); url = P.serve(page, 0)
+    page = P.build(lm)
+    url = P.serve(page, 0)
     try:
         browser = Browser(tmp_path)
-        try: browser.open(url); yield lm, url, browser
-        finally: browser.close()
-    finally: page.close()
+        try:
+            browser.open(url)
+            yield lm, url, browser
+        finally:
+            browser.close()
+    finally:
+        page.close()
 
-def spans(browser): return browser.js('[...document.querySelectorAll("#answer span")].map(e => [e.title, e.style.backgroundColor, e.textContent])') or []
-def rgb(hexed): return 'rgb({}, {}, {})'.format(*(int(hexed[i:i+2], 16) for i in (1, 3, 5)))
+
+def spans(browser):
+    return (
+        browser.js(
+            '[...document.querySelectorAll("#answer span")].map(e => [e.title, e.style.backgroundColor, e.textContent])'
+        )
+        or []
+    )
+
+
+def rgb(hexed):
+    return 'rgb({}, {}, {})'.format(*(int(hexed[i : i + 2], 16) for i in (1, 3, 5)))
+
 
 @needs_gradio
 @needs_chromium
 @needs_websocket
 def test_a_reader_types_presses_and_switches(shown, tmp_path):
     lm, url, browser = shown
+
     def press_and_wait(tokens):
-        browser.click('#go'); wait_for(lambda: f'{tokens} tokens in' in (browser.js('document.querySelector("#answer").textContent') or ''), f'an answer of {tokens} tokens')
+        browser.click('#go')
+        wait_for(
+            lambda: f'{tokens} tokens in' in (browser.js('document.querySelector("#answer").textContent') or ''),
+            f'an answer of {tokens} tokens',
+        )
         return [(who, colour, text) for who, colour, text in spans(browser)][:tokens]
-    browser.type('#prompt textarea', PROMPT); browser.type('#new-tokens input[type=number]', '64')
+
+    browser.type('#prompt textarea', PROMPT)
+    browser.type('#new-tokens input[type=number]', '64')
     browser.click('#prompt textarea')  # leaves the number
     plain = press_and_wait(64)
     assert {(who, colour) for who, colour, _ in plain} == {('target', rgb(COLOURS['target']))}
-    assert plain[0][2].startswith('</span><script>') and '${document.title="bad"}{{value}}' in plain[0][2]  # text, not markup
-    assert browser.js('document.title') == 'npu_lora_decoding' and browser.js('document.querySelectorAll("#answer script, #answer img").length') == 0
+    assert (
+        plain[0][2].startswith('</span><script>') and '${document.title="bad"}{{value}}' in plain[0][2]
+    )  # text, not markup
+    assert (
+        browser.js('document.title') == 'npu_lora_decoding'
+        and browser.js('document.querySelectorAll("#answer script, #answer img").length') == 0
+    )
     browser.click('#lookup input')
     browser.js('document.querySelector("#answer .facts").remove()')  # what comes is new
     copied = press_and_wait(64)
     want = lm.generate(PROMPT, drafter=STEADY[False, True], max_new_tokens=64)
-    assert [(who, colour) for who, colour, _ in copied] == [(t.proposer, rgb(COLOURS[t.proposer])) for t in want.tokens[0]] and [t for *_, t in copied] == [t for *_, t in plain]
-    browser.click('#contrast input'); browser.js('document.querySelector("#answer .facts").remove()')
-    assert [t for *_, t in press_and_wait(64)] and len(lm.generate(PROMPT, CoLD(.1, .1), STEADY[False, True], max_new_tokens=64).tokens[0]) == 64
-    browser.type('#prompt textarea', ' '); browser.click('#go')
-    wait_for(lambda: 'there is no prompt: type one.' in (browser.js('document.querySelector("#answer .refused")?.textContent') or ''), 'the refusal')
-    browser.picture(tmp_path/'page.png')
+    assert [(who, colour) for who, colour, _ in copied] == [
+        (t.proposer, rgb(COLOURS[t.proposer])) for t in want.tokens[0]
+    ] and [t for *_, t in copied] == [t for *_, t in plain]
+    browser.click('#contrast input')
+    browser.js('document.querySelector("#answer .facts").remove()')
+    assert [t for *_, t in press_and_wait(64)] and len(
+        lm.generate(PROMPT, CoLD(0.1, 0.1), STEADY[False, True], max_new_tokens=64).tokens[0]
+    ) == 64
+    browser.type('#prompt textarea', ' ')
+    browser.click('#go')
+    wait_for(
+        lambda: 'there is no prompt: type one.'
+        in (browser.js('document.querySelector("#answer .refused")?.textContent') or ''),
+        'the refusal',
+    )
+    browser.picture(tmp_path / 'page.png')
     elsewhere = [u for u in browser.asked if not u.startswith((url, url.replace('http', 'ws'), 'data:', 'blob:'))]
     assert elsewhere == [] and len(browser.asked) > 5 and [s for s in browser.said if 'Content Security' in s] == []
+
 
 @needs_gradio
 @needs_chromium
@@ -152,6 +267,8 @@ def test_the_page_is_for_this_computer_and_loads_nothing_from_elsewhere(shown):
     lm, url, browser = shown
     browser.find('#go')
     assert url.startswith('http://127.0.0.1:')
-    browser.js('new Promise(done => { const i = new Image(); i.onerror = i.onload = () => done(1); i.src = "http://example.invalid/x.png" })')
+    browser.js(
+        'new Promise(done => { const i = new Image(); i.onerror = i.onload = () => done(1); i.src = "http://example.invalid/x.png" })'
+    )
     browser.call('Runtime.evaluate', expression='1')
     assert any('Content Security Policy' in s and 'example.invalid' in s for s in browser.said)

@@ -1,4 +1,5 @@
 "README, the pages and the chapters' lists: made from notebooks by tools/make_pages.py, and every link of theirs leads somewhere"
+
 import ast
 import builtins
 import json
@@ -36,9 +37,17 @@ def page(*cells, **options):
 
 # --- A notebook as Markdown
 
+
 def test_text_code_and_outputs_are_kept():
-    cells = [text(['# Title\n', '\n', 'Words']), code('1+1', shown(text_plain=['2'])), code("print('a')", stream('a\n'))]
-    assert page(*cells) == "# Title\n\nWords\n\n```python\n1+1\n```\n\n```\n2\n```\n\n```python\nprint('a')\n```\n\n```\na\n```\n"
+    cells = [
+        text(['# Title\n', '\n', 'Words']),
+        code('1+1', shown(text_plain=['2'])),
+        code("print('a')", stream('a\n')),
+    ]
+    assert (
+        page(*cells)
+        == "# Title\n\nWords\n\n```python\n1+1\n```\n\n```\n2\n```\n\n```python\nprint('a')\n```\n\n```\na\n```\n"
+    )
 
 
 def test_directives_are_obeyed_and_not_shown():
@@ -52,7 +61,9 @@ def test_directives_are_obeyed_and_not_shown():
 def test_code_is_folded_only_where_it_is_asked_for():
     folded = code('#| code-fold: true\nplot()')
     assert '<details' not in page(folded)
-    assert page(folded, fold=True).startswith('<details class="code" markdown="1"><summary>Code</summary>\n\n```python\nplot()')
+    assert page(folded, fold=True).startswith(
+        '<details class="code" markdown="1"><summary>Code</summary>\n\n```python\nplot()'
+    )
     assert '<details' not in page(code('#| code-fold: false\nplot()'), fold=True)
 
 
@@ -87,15 +98,22 @@ def test_heading():
 
 # --- Links and lists, in a small repository
 
+
 @pytest.fixture
 def root(tmp_path):
     for folder in ('nbs/2_cold', 'nbs/pages', 'docs/pages'):
-        (tmp_path/folder).mkdir(parents=True)
-    write(tmp_path/'nbs/2_cold/01_rule.ipynb', text('# The rule\n> One | two'), code('#| default_exp cold.rule'))
-    write(tmp_path/'nbs/2_cold/02_more.ipynb', text('# More\n> Uses `2_cold/01_rule`'))
-    (tmp_path/'nbs/2_cold/README.md').write_text('# CoLD\n> Contrast\n')
-    write(tmp_path/'nbs/index.ipynb', text('# Name\nSee [the rule](2_cold/01_rule.ipynb#a), [results](pages/results.ipynb), `2_cold/01_rule`.'))
-    write(tmp_path/'nbs/pages/results.ipynb', text('# Results\n[home](../index.ipynb), [limits](../../docs/pages/limits.md), [x](https://a.b)'))
+        (tmp_path / folder).mkdir(parents=True)
+    write(tmp_path / 'nbs/2_cold/01_rule.ipynb', text('# The rule\n> One | two'), code('#| default_exp cold.rule'))
+    write(tmp_path / 'nbs/2_cold/02_more.ipynb', text('# More\n> Uses `2_cold/01_rule`'))
+    (tmp_path / 'nbs/2_cold/README.md').write_text('# CoLD\n> Contrast\n')
+    write(
+        tmp_path / 'nbs/index.ipynb',
+        text('# Name\nSee [the rule](2_cold/01_rule.ipynb#a), [results](pages/results.ipynb), `2_cold/01_rule`.'),
+    )
+    write(
+        tmp_path / 'nbs/pages/results.ipynb',
+        text('# Results\n[home](../index.ipynb), [limits](../../docs/pages/limits.md), [x](https://a.b)'),
+    )
     return tmp_path
 
 
@@ -104,45 +122,47 @@ def write(path, *cells):
 
 
 def test_links_lead_from_the_page(root):
-    readme = page_md(root/'nbs/index.ipynb', root)
+    readme = page_md(root / 'nbs/index.ipynb', root)
     rule = 'nbs/2_cold/01_rule.ipynb'
-    assert readme == f'# Name\nSee [the rule]({rule}#a), [results](docs/pages/results.md), [`2_cold/01_rule`]({rule}).\n'
-    results = page_md(root/'nbs/pages/results.ipynb', root)
+    assert (
+        readme == f'# Name\nSee [the rule]({rule}#a), [results](docs/pages/results.md), [`2_cold/01_rule`]({rule}).\n'
+    )
+    results = page_md(root / 'nbs/pages/results.ipynb', root)
     assert results.splitlines()[1] == '<!-- Made by `make readme` from nbs/pages/results.ipynb: edit that notebook. -->'
     assert results.endswith('[home](../../README.md), [limits](limits.md), [x](https://a.b)\n')
 
 
 def test_only_notebooks_that_exist_become_links(root):
-    source, target = root/'nbs/index.ipynb', root/'README.md'
+    source, target = root / 'nbs/index.ipynb', root / 'README.md'
     for same in ('`2_cold/09_none`', '[`2_cold/01_rule`](https://a.b)', '``2_cold/01_rule``', '[a](#b)'):
         assert turned(same, source, target, root) == same
 
 
 def test_a_chapter_lists_its_notebooks(root):
-    made = chapter_md(root/'nbs/2_cold', root)
+    made = chapter_md(root / 'nbs/2_cold', root)
     assert made.startswith(f'# CoLD\n> Contrast\n\n{LIST}\n\n| notebook')
     assert '| [01_rule](01_rule.ipynb) | `cold.rule` | **The rule.** One \\| two |' in made
     assert '| [02_more](02_more.ipynb) |  | **More.** Uses [`2_cold/01_rule`](01_rule.ipynb) |' in made
-    (root/'nbs/2_cold/README.md').write_text(made)
-    assert chapter_md(root/'nbs/2_cold', root) == made
-    (root/'nbs/2_cold/README.md').unlink()
+    (root / 'nbs/2_cold/README.md').write_text(made)
+    assert chapter_md(root / 'nbs/2_cold', root) == made
+    (root / 'nbs/2_cold/README.md').unlink()
     with pytest.raises(SystemExit, match='nbs/2_cold/README.md is missing'):
-        chapter_md(root/'nbs/2_cold', root)
+        chapter_md(root / 'nbs/2_cold', root)
 
 
 def test_a_long_readme_and_a_stored_error_are_refused(root):
-    write(root/'nbs/pages/results.ipynb', code('x', dict(output_type='error')))
+    write(root / 'nbs/pages/results.ipynb', code('x', dict(output_type='error')))
     with pytest.raises(SystemExit, match='nbs/pages/results.ipynb: a cell stores an error'):
         pages(root)
-    write(root/'nbs/pages/results.ipynb', text('# Results'))
-    write(root/'nbs/index.ipynb', text('# Name\n' + 'word ' * 2000))
+    write(root / 'nbs/pages/results.ipynb', text('# Results'))
+    write(root / 'nbs/index.ipynb', text('# Name\n' + 'word ' * 2000))
     with pytest.raises(SystemExit, match='more than 8192'):
         pages(root)
 
 
 def test_a_difference_is_shown(root):
     made = pages(root)
-    path = root/'README.md'
+    path = root / 'README.md'
     assert difference(path, made[path])
     path.write_text(made[path])
     assert difference(path, made[path]) == []
@@ -151,10 +171,21 @@ def test_a_difference_is_shown(root):
 
 # --- This repository
 
+
 def written():
     "Return the pages that people read in the repository's own file view"
-    found = [ROOT/name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'docs/README.md', 'kernels/README.md', 'results/README.md')]
-    return [*found, *sorted((ROOT/'docs'/'pages').glob('*.md')), *sorted((ROOT/'nbs').glob('*/README.md'))]
+    found = [
+        ROOT / name
+        for name in (
+            'README.md',
+            'CONTRIBUTING.md',
+            'CHANGELOG.md',
+            'docs/README.md',
+            'kernels/README.md',
+            'results/README.md',
+        )
+    ]
+    return [*found, *sorted((ROOT / 'docs' / 'pages').glob('*.md')), *sorted((ROOT / 'nbs').glob('*/README.md'))]
 
 
 def anchors(path):
@@ -171,7 +202,7 @@ def lost_links(path):
         where, _, anchor = address.partition('#')
         if re.match(r'[a-z]+:', address):
             continue
-        target = (path.parent/unquote(where)).resolve() if where else path
+        target = (path.parent / unquote(where)).resolve() if where else path
         if not target.exists() or (anchor and target.suffix == '.md' and anchor not in anchors(target)):
             yield address
 
@@ -182,8 +213,8 @@ def test_every_link_leads_somewhere(path):
 
 
 def test_every_page_is_in_the_list_of_pages():
-    listed = (ROOT/'docs'/'README.md').read_text(encoding='utf-8')
-    for path in (ROOT/'docs'/'pages').glob('*.md'):
+    listed = (ROOT / 'docs' / 'README.md').read_text(encoding='utf-8')
+    for path in (ROOT / 'docs' / 'pages').glob('*.md'):
         assert f'(pages/{path.name})' in listed
 
 
@@ -195,14 +226,15 @@ def test_pages_are_what_the_notebooks_make():
 def test_every_notebook_named_in_prose_exists():
     for path in written():
         for name in re.findall(r'`(\d_\w+/\w+)`', path.read_text(encoding='utf-8')):
-            assert (make_pages.ROOT/'nbs'/f'{name}.ipynb').exists(), f'{path.name}: {name}'
+            assert (make_pages.ROOT / 'nbs' / f'{name}.ipynb').exists(), f'{path.name}: {name}'
 
 
 # --- README's example
 
+
 def example():
     "Return README's complete example, and the output that it shows"
-    readme = (ROOT/'README.md').read_text(encoding='utf-8')
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
     found = re.search(r'(?ms)^## In Python\n.*?^```python\n(.*?)^```\n+^```\n(.*?)^```', readme)
     return found[1], found[2]
 
@@ -210,7 +242,7 @@ def example():
 @pytest.mark.slow
 def test_the_example_runs_as_it_stands(tmp_path):
     source, output = example()
-    script = tmp_path/'example.py'
+    script = tmp_path / 'example.py'
     script.write_text(source, encoding='utf-8')
     options = dict(cwd=tmp_path, env=os.environ | {'PYTHONPATH': f'{ROOT}:{ROOT/"kernels"}', 'OMP_NUM_THREADS': '1'})
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, **options)

@@ -3,6 +3,7 @@
 A family's module holds `CASES: list[Case]`, `MUTANTS: list[tuple[str, str]]` (text in a kernel's source, its replacement: a bug that some case must catch) and, if it likes, `random_case(draw) -> Case`, where
 `draw` draws from a hypothesis strategy.
 """
+
 import functools, importlib
 from dataclasses import dataclass
 from typing import Callable
@@ -11,9 +12,11 @@ from . import compare
 
 FAMILIES = 'lora', 'cold', 'commit', 'distill'
 
+
 @dataclass(frozen=True)
 class Case:
     "One configuration of one host function, with the torch function it must agree with"
+
     family: str
     name: str  # the configuration in words: 'shrink r=16 d=577'
     host: Callable  # function of npu_lora_kernels
@@ -32,10 +35,12 @@ class Case:
         "Raise `compare.Mismatch` unless `host` (the case's own) gives what the reference gives"
         compare.check(self, dtype, host)
 
+
 @functools.lru_cache(None)
 def family(name):
     "Return the module of a family"
     return importlib.import_module(f'{__name__}.{name}')
+
 
 def find(name, case):
     "Return the case called `case` of family `name`"
