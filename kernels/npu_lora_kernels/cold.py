@@ -3,18 +3,22 @@
 Plausible:  e_i >= T,  T = log(alpha) + max(e)
 Score:      s_i = e_i + beta * (e_i - max(a_i, floor)),  floor = the least a_i above -inf;  -inf where not plausible
 
-Stage 1 reads every part of the vocabulary once. It does not know T, only the part's maximum so far, so it scores a superset of the plausible set and keeps the best candidate.
-Nothing plausible in the part scores higher: a candidate that proves plausible is the part's best token, one that does not is a bound. Stage 2 takes the best of the candidates
-that stand, and looks again only at parts whose candidate fell and whose bound leaves room for a better token, or for the same score at a lower index.
+Stage 1 reads every part of the vocabulary once. It does not know T, only the part's maximum so far, so it scores a superset
+of the plausible set and keeps the best candidate. Nothing plausible in the part scores higher: a candidate that proves
+plausible is the part's best token, one that does not is a bound. Stage 2 takes the best of the candidates that stand, and
+looks again only at parts whose candidate fell and whose bound leaves room for a better token, or for the same score at a
+lower index.
 """
-import torch, triton
+import torch
+import triton
 import triton.language as tl
 from .checks import check_tensor, require
 from .launch import launch
 from .targets import target_of
 
 INF = tl.constexpr(float('inf'))
-VARYING = ['tiles', 'alpha_stride', 'beta_stride', 'parts']  # with the batch: a specialisation for each would compile in the middle of decoding
+# What varies with the batch: a specialisation for each would compile in the middle of decoding
+VARYING = ['tiles', 'alpha_stride', 'beta_stride', 'parts']
 
 @triton.jit
 def _load(x, ks, stop):
@@ -25,7 +29,8 @@ def _load(x, ks, stop):
 def _row(top, floor, log_alpha, parts, PARTS: tl.constexpr):
     "Return a row's threshold, its floor and whether the maxima of both of its logits are finite"
     ps = tl.arange(0, PARTS)
-    e_top, a_floor = tl.max(tl.load(top + ps, mask=ps < parts, other=-INF), 0), tl.min(tl.load(floor + ps, mask=ps < parts, other=INF), 0)
+    e_top = tl.max(tl.load(top + ps, mask=ps < parts, other=-INF), 0)
+    a_floor = tl.min(tl.load(floor + ps, mask=ps < parts, other=INF), 0)
     return tl.load(log_alpha) + e_top, a_floor, (e_top > -INF) & (a_floor > -INF) & (a_floor < INF)
 
 @triton.jit
@@ -34,18 +39,23 @@ def _score(e, a, threshold, floor, beta):
     return tl.where(e >= threshold, e + beta * (e - tl.where(a > floor, a, floor)), -INF)
 
 @triton.jit(do_not_specialize=VARYING)
-def cold_candidates_kernel(top, floor, score, expert, token, tiles, e, a, log_alpha, beta, alpha_stride, beta_stride, v, parts, part, BLOCK: tl.constexpr):
+def cold_candidates_kernel(top, floor, score, expert, token, tiles, e, a, log_alpha, beta, alpha_stride, beta_stride, v,
+                           parts, part, BLOCK: tl.constexpr):
     "One tile: maximum of e, floor of a and best candidate in one part of one row"
     lanes = tl.arange(0, BLOCK)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        row, k0 = tile // parts, tile % parts * part
+        row = tile // parts
+        k0 = tile % parts * part
         stop = tl.minimum(k0 + part, v)
-        log_alpha_row, beta_row = tl.load(log_alpha + row * alpha_stride), tl.load(beta + row * beta_stride)
+        log_alpha_row = tl.load(log_alpha + row * alpha_stride)
+        beta_row = tl.load(beta + row * beta_stride)
         e_top = -INF
         a_floor = tl.full((BLOCK,), INF, tl.float32)
-        best, best_k = tl.full((BLOCK,), -INF, tl.float32), tl.zeros((BLOCK,), tl.int32)
+        best = tl.full((BLOCK,), -INF, tl.float32)
+        best_k = tl.zeros((BLOCK,), tl.int32)
         for k in range(k0, stop, BLOCK):
-            e_k, a_k = _load(e + row * v, k + lanes, stop), _load(a + row * v, k + lanes, stop)
+            e_k = _load(e + row * v, k + lanes, stop)
+            a_k = _load(a + row * v, k + lanes, stop)
             e_max = tl.max(e_k, 0)
             e_top = tl.where(e_max > e_top, e_max, e_top)
             finite = a_k > -INF
@@ -55,7 +65,8 @@ def cold_candidates_kernel(top, floor, score, expert, token, tiles, e, a, log_al
             # no score without the row's floor: a bound that nothing passes
             s = tl.where(finite, e_k + beta_row * (e_k - a_k), INF)
             better = (e_k >= log_alpha_row + e_top) & (s > best)
-            best, best_k = tl.where(better, s, best), tl.where(better, k, best_k)
+            best = tl.where(better, s, best)
+            best_k = tl.where(better, k, best_k)
         s = tl.max(best, 0)
         i = tl.min(tl.where(best == s, best_k + lanes, v - 1), 0)
         tl.store(top + tile, e_top)
@@ -65,23 +76,31 @@ def cold_candidates_kernel(top, floor, score, expert, token, tiles, e, a, log_al
         tl.store(token + tile, i)
 
 @triton.jit(do_not_specialize=VARYING)
-def cold_select_kernel(out, top, floor, score, expert, token, tiles, e, a, log_alpha, beta, alpha_stride, beta_stride, v, parts, part, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def cold_select_kernel(out, top, floor, score, expert, token, tiles, e, a, log_alpha, beta, alpha_stride, beta_stride, v,
+                       parts, part, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     "One tile: the token of one row"
-    lanes, ps = tl.arange(0, BLOCK), tl.arange(0, PARTS)
+    lanes = tl.arange(0, BLOCK)
+    ps = tl.arange(0, PARTS)
     for row in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        at, on, beta_row = row * parts + ps, ps < parts, tl.load(beta + row * beta_stride)
-        threshold, a_floor, sound = _row(top + row * parts, floor + row * parts, log_alpha + row * alpha_stride, parts, PARTS)
+        at = row * parts + ps
+        on = ps < parts
+        beta_row = tl.load(beta + row * beta_stride)
+        log_alpha_at = log_alpha + row * alpha_stride
+        threshold, a_floor, sound = _row(top + row * parts, floor + row * parts, log_alpha_at, parts, PARTS)
         bound = tl.load(score + at, mask=on, other=-INF)
         stands = (tl.load(expert + at, mask=on, other=-INF) >= threshold) & (bound < INF)
         best = tl.max(tl.where(stands, bound, -INF), 0)
         i = tl.min(tl.where(stands & (bound == best), tl.load(token + at, mask=on, other=0), v), 0)
-        again = tl.where((tl.load(top + at, mask=on, other=-INF) >= threshold) & (bound >= best), tl.where(stands, 0, 1), 0)
+        room = (tl.load(top + at, mask=on, other=-INF) >= threshold) & (bound >= best)
+        again = tl.where(room, tl.where(stands, 0, 1), 0)
         p = -1
         for _ in range(tl.sum(again, 0)):
             p = tl.min(tl.where((again > 0) & (ps > p), ps, PARTS), 0)
             stop = tl.minimum(p * part + part, v)
             for k in range(p * part, stop, BLOCK):
-                s = _score(_load(e + row * v, k + lanes, stop), _load(a + row * v, k + lanes, stop), threshold, a_floor, beta_row)
+                e_k = _load(e + row * v, k + lanes, stop)
+                a_k = _load(a + row * v, k + lanes, stop)
+                s = _score(e_k, a_k, threshold, a_floor, beta_row)
                 s_k = tl.max(s, 0)
                 i_k = tl.min(tl.where(s == s_k, k + lanes, v), 0)
                 i = tl.where((s_k > best) | ((s_k == best) & (i_k < i)), i_k, i)
@@ -89,15 +108,21 @@ def cold_select_kernel(out, top, floor, score, expert, token, tiles, e, a, log_a
         tl.store(out + row, tl.where(sound, i, -1).to(tl.int64))
 
 @triton.jit(do_not_specialize=VARYING)
-def cold_scores_kernel(out, top, floor, tiles, e, a, log_alpha, beta, alpha_stride, beta_stride, v, parts, part, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def cold_scores_kernel(out, top, floor, tiles, e, a, log_alpha, beta, alpha_stride, beta_stride, v, parts, part,
+                       PARTS: tl.constexpr, BLOCK: tl.constexpr):
     "One tile: the scores of one part of one row"
     lanes = tl.arange(0, BLOCK)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        row, k0 = tile // parts, tile % parts * part
-        stop, beta_row = tl.minimum(k0 + part, v), tl.load(beta + row * beta_stride)
-        threshold, a_floor, sound = _row(top + row * parts, floor + row * parts, log_alpha + row * alpha_stride, parts, PARTS)
+        row = tile // parts
+        k0 = tile % parts * part
+        stop = tl.minimum(k0 + part, v)
+        beta_row = tl.load(beta + row * beta_stride)
+        log_alpha_at = log_alpha + row * alpha_stride
+        threshold, a_floor, sound = _row(top + row * parts, floor + row * parts, log_alpha_at, parts, PARTS)
         for k in range(k0, stop, BLOCK):
-            s = _score(_load(e + row * v, k + lanes, stop), _load(a + row * v, k + lanes, stop), threshold, a_floor, beta_row)
+            e_k = _load(e + row * v, k + lanes, stop)
+            a_k = _load(a + row * v, k + lanes, stop)
+            s = _score(e_k, a_k, threshold, a_floor, beta_row)
             tl.store(out + row * v + k + lanes, tl.where(sound, s, float('nan')), mask=k + lanes < stop)
 
 def _rows(x, e):
@@ -112,31 +137,49 @@ def _check(e, a, alpha, beta):
     for name, x in (('alpha', alpha), ('beta', beta)):
         check_tensor(name, x, (None,) * x.dim(), torch.float32, e.device)
         fits = x.dim() == e.dim() and all(n in (1, rows) for n, rows in zip(x.shape, (*e.shape[:-1], 1)))
-        require(fits or x.numel() == 1, f'{name} has shape {tuple(x.shape)}', 'give it one value, or one for each row of e in shape (..., 1)')
+        require(
+            fits or x.numel() == 1,
+            f'{name} has shape {tuple(x.shape)}',
+            'give it one value, or one for each row of e in shape (..., 1)')
 
 def _candidates(e, a, alpha, beta):
-    "Run stage 1 and return what it found (top, floor, score, expert, token), the other arguments of stage 2 and its constants"
+    "Run stage 1; return what it found (top, floor, score, expert, token), the other arguments of stage 2 and its constants"
     _check(e, a, alpha, beta)
-    target, v = target_of(e.device), e.shape[-1]
-    m, block = e.numel() // v, target.blocks.vocabulary
+    target = target_of(e.device)
+    v = e.shape[-1]
+    m = e.numel() // v
+    block = target.blocks.vocabulary
     part = triton.cdiv(triton.cdiv(v, block), max(1, target.cores // m)) * block
     parts = triton.cdiv(v, part)
-    found = [torch.empty(m, parts, dtype=dtype, device=e.device) for dtype in (*[torch.float32] * 4, torch.int32)]
-    (log_alpha, alpha_stride), (beta, beta_stride) = _rows(alpha.log(), e), _rows(beta, e)
-    rest = e, a, log_alpha, beta, alpha_stride, beta_stride, v, parts, part
-    launch(cold_candidates_kernel, target.programs(m * parts), *found, m * parts, *rest, BLOCK=block)
+    found = {
+        name: torch.empty(m, parts, dtype=torch.int32 if name == 'token' else torch.float32, device=e.device)
+        for name in ('top', 'floor', 'score', 'expert', 'token')
+    }
+    rest = dict(e=e, a=a, v=v, parts=parts, part=part)
+    rest['log_alpha'], rest['alpha_stride'] = _rows(alpha.log(), e)
+    rest['beta'], rest['beta_stride'] = _rows(beta, e)
+    launch(cold_candidates_kernel, target.programs(m * parts), found | rest | dict(tiles=m * parts), BLOCK=block)
     return found, rest, dict(PARTS=triton.next_power_of_2(target.cores), BLOCK=block)
 
 def cold_select(e, a, alpha, beta):
-    "Return the token with the best contrastive score `(...)`, the lowest index among ties, -1 where a row's best logit, of e or of a, is not finite"
+    """Return the token with the best contrastive score `(...)`, the lowest index among ties
+
+    It is -1 where a row's best logit, of e or of a, is not finite.
+    """
     found, rest, constants = _candidates(e, a, alpha, beta)
     out = torch.empty(e.shape[:-1], dtype=torch.int64, device=e.device)
-    launch(cold_select_kernel, target_of(e.device).programs(out.numel()), out, *found, out.numel(), *rest, **constants)
+    arguments = found | rest | dict(out=out, tiles=out.numel())
+    launch(cold_select_kernel, target_of(e.device).programs(out.numel()), arguments, **constants)
     return out
 
 def cold_scores(e, a, alpha, beta):
-    "Return the contrastive scores of every token `(..., v)` in fp32, -inf outside the plausible set, NaN where a row's best logit, of e or of a, is not finite"
-    (top, floor, *_), rest, constants = _candidates(e, a, alpha, beta)
+    """Return the contrastive scores of every token `(..., v)` in fp32, -inf outside the plausible set
+
+    They are NaN where a row's best logit, of e or of a, is not finite.
+    """
+    found, rest, constants = _candidates(e, a, alpha, beta)
     out = torch.empty(e.shape, dtype=torch.float32, device=e.device)
-    launch(cold_scores_kernel, target_of(e.device).programs(top.numel()), out, top, floor, top.numel(), *rest, **constants)
+    tiles = found['top'].numel()
+    arguments = rest | dict(out=out, top=found['top'], floor=found['floor'], tiles=tiles)
+    launch(cold_scores_kernel, target_of(e.device).programs(tiles), arguments, **constants)
     return out

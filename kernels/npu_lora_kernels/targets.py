@@ -1,10 +1,15 @@
 """What a kernel has to know about the device it runs on: cores to fill, memory to fit, block sizes
 
-Ascend 910B: a vector core plans with 192 KB of UB, a cube core with 128 KB of L0C and 512 KB of L1. Double buffering halves what a tile may use, and a tile of fp16 is cast to fp32 beside its copy;
-the budget is therefore 0.8 * (192 KB / 2) / 4 live buffers = 19 KB, a block of about 8,192 fp16 or 4,096 fp32 numbers. Rows of 512 bytes and more are transferred at full speed. The four 910B that are verified
-have the same memories, so one table of blocks serves them; the compiler's own plan for each configuration is in kernels/README.md. CUDA takes nearly the same blocks until somebody measures better ones there.
+Ascend 910B: a vector core plans with 192 KB of UB, a cube core with 128 KB of L0C and 512 KB of L1. Double buffering halves
+what a tile may use, and a tile of fp16 is cast to fp32 beside its copy; the budget is therefore
+0.8 * (192 KB / 2) / 4 live buffers = 19 KB, a block of about 8,192 fp16 or 4,096 fp32 numbers. Rows of 512 bytes and more are
+transferred at full speed. The four 910B that are verified have the same memories, so one table of blocks serves them; the
+compiler's own plan for each configuration is in kernels/README.md. CUDA takes nearly the same blocks until somebody measures
+better ones there.
 """
-import contextlib, functools, threading
+import contextlib
+import functools
+import threading
 from dataclasses import dataclass
 import torch
 
@@ -15,7 +20,8 @@ class Blocks:
     width: int = 512  # Columns of a LoRA tile: rank * width numbers live in UB as fp16 and as fp32
     tokens: int = 64  # Rows of a cube tile: 64 x 128 fp32 is a quarter of L0C
     tile_width: int = 128  # Columns of a cube tile
-    vocabulary: int = 2048  # Tokens of one step over a row of logits: the compiler plans 158 KB of UB for a selection, and refuses 4,096
+    # Tokens of one step over a row of logits: the compiler plans 158 KB of UB for a selection, and refuses 4,096
+    vocabulary: int = 2048
     heads: int = 16  # KV heads whose path one program moves: 16 x 128 numbers are 4 KB of fp16
 
 @dataclass(frozen=True)
@@ -32,20 +38,25 @@ class Target:
 
     def programs(self, tiles, cube=False):
         "Return the grid for `tiles` tiles of work"
-        return (max(1, min(tiles, self.cube_cores if cube else self.cores) if self.persistent else tiles),)
+        most = self.cube_cores if cube else self.cores
+        return (max(1, min(tiles, most) if self.persistent else tiles),)
 
-ASCEND = {t.name: t for t in (Target('Ascend910B1', 48, 24), Target('Ascend910B3', 40, 20), Target('Ascend910B4', 40, 20), Target('Ascend910_9382', 48, 24))}
+# Name -> vector cores, cube cores
+_CORES = {'Ascend910B1': (48, 24), 'Ascend910B3': (40, 20), 'Ascend910B4': (40, 20), 'Ascend910_9382': (48, 24)}
+ASCEND = {name: Target(name, *cores) for name, cores in _CORES.items()}
 
 def gpu(name, processors):
     "Return the target for a GPU: one program a tile, memory left to its compiler"
-    return Target(name, processors, processors, persistent=False, ub=0, l0c=0, l1=0, blocks=Blocks(tile_width=64))  # fp32 tiles of 128 columns want more shared memory than small GPUs have
+    blocks = Blocks(tile_width=64)  # fp32 tiles of 128 columns want more shared memory than small GPUs have
+    return Target(name, processors, processors, persistent=False, ub=0, l0c=0, l1=0, blocks=blocks)
 
 _local = threading.local()
 
 @contextlib.contextmanager
 def using(target):
     "Plan every launch of the block for `target`, wherever the tensors lie"
-    before, _local.target = getattr(_local, 'target', None), target
+    before = getattr(_local, 'target', None)
+    _local.target = target
     try: yield target
     finally: _local.target = before
 
@@ -56,7 +67,8 @@ def target_of(device):
 
 @functools.lru_cache(None)
 def _target_of(kind, index):
-    if kind == 'cuda': return gpu(torch.cuda.get_device_name(index), torch.cuda.get_device_properties(index).multi_processor_count)
+    if kind == 'cuda':
+        return gpu(torch.cuda.get_device_name(index), torch.cuda.get_device_properties(index).multi_processor_count)
     if kind == 'npu': return _npu_target(index)
     return ASCEND['Ascend910B3']  # the interpreter on a CPU plays the middle one
 

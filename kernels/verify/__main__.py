@@ -1,6 +1,15 @@
-"""Verify the kernels as far as it goes without an NPU: `python -m verify [--write] [family ...]`; the exit code is 1 when anything failed"""
+"""Verify the kernels as far as it goes without an NPU: `python -m verify [--write] [family ...]`
 
-import argparse, collections, json, multiprocessing, os, subprocess, sys
+The exit code is 1 when anything failed.
+"""
+
+import argparse
+import collections
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 import torch
@@ -16,46 +25,34 @@ def say(*words):
 
 def tests(file, **environment):
     "Run a file of tests in its own process and return its failures"
-    done = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'pytest',
-            '-q',
-            '-p',
-            'no:cacheprovider',
-            '--tb=short',
-            '--disable-warnings',
-            HERE / file,
-        ],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
+    options = ['-q', '-p', 'no:cacheprovider', '--tb=short', '--disable-warnings']
+    command = [sys.executable, '-m', 'pytest', *options, HERE / file]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     about = ' '.join([file, *environment.values()])
     say('tests', about, done.stdout if done.returncode else done.stdout.splitlines()[-1])
     return [f'{about}: see above'] if done.returncode else []
 
 
 def all_tests(chosen):
-    "Test whole decodes, the harness, what the kernels refuse, how work is cut, and every family under the interpreter, as many at a time as there are cores"
+    """Run every file of tests, as many at a time as there are cores
+
+    They test whole decodes, the harness, what the kernels refuse, how work is cut, and each family under the interpreter.
+    """
+
+    def interpret(name):
+        return tests('test_interpreter.py', TRITON_INTERPRET='1', VERIFY_FAMILIES=name)
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         whole = pool.map(tests, ['test_decode.py', 'test_harness.py', 'test_arguments.py', 'test_plans.py'])
-        interpreted = pool.map(
-            lambda name: tests('test_interpreter.py', TRITON_INTERPRET='1', VERIFY_FAMILIES=name), chosen
-        )
+        interpreted = pool.map(interpret, chosen)
         return [f for found in [*whole, *interpreted] for f in found]
 
 
 def cuda():
     "Return what verify/cuda.py found: how many configurations of each kernel compile for CUDA, or a failure"
     path = f'{HERE}/.venv/cuda:{os.environ["PYTHONPATH"]}'
-    done = subprocess.run(
-        [sys.executable, '-m', 'verify.cuda'],
-        env=os.environ | dict(PYTHONPATH=path, TRITON_CACHE_DIR=f'{HERE}/.venv/cuda/cache'),
-        capture_output=True,
-        text=True,
-    )
+    environment = os.environ | dict(PYTHONPATH=path, TRITON_CACHE_DIR=f'{HERE}/.venv/cuda/cache')
+    done = subprocess.run([sys.executable, '-m', 'verify.cuda'], env=environment, capture_output=True, text=True)
     say('cuda', done.stdout.strip() or done.stderr)
     return json.loads(done.stdout) if done.returncode == 0 else None
 
@@ -72,10 +69,10 @@ def verify(chosen):
     failures = all_tests(chosen)
     cases = [(name, c.name, dtype) for name in chosen for c in family(name).CASES for dtype in c.dtypes]
     mutants = [(name, i) for name in chosen for i in range(len(family(name).MUTANTS))]
-    failures += [
-        f'{name}: two cases are called {case!r}' for (name, case, _), n in collections.Counter(cases).items() if n > 1
-    ]
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context('spawn'), torch.set_num_threads, (1,)) as pool:
+    often = [case for case, n in collections.Counter(cases).items() if n > 1]
+    failures += [f'{name}: two cases are called {case!r}' for name, case, _ in often]
+    context = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(os.cpu_count(), context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         findings = list(progress(pool, examine.examine, cases))
         failures += [f for finding in findings for f in finding.failures]
         failures += [f for found in progress(pool, examine.overflows, [(name,) for name in chosen]) for f in found]
@@ -85,11 +82,8 @@ def verify(chosen):
 
 def main():
     parser = argparse.ArgumentParser(prog='verify', description=__doc__)
-    parser.add_argument(
-        '--write',
-        action='store_true',
-        help='write the report into kernels/README.md, instead of comparing it with the one there',
-    )
+    write = 'write the report into kernels/README.md, instead of comparing it with the one there'
+    parser.add_argument('--write', action='store_true', help=write)
     parser.add_argument('families', nargs='*', help=f'only these (then there is no report): {", ".join(FAMILIES)}')
     options = parser.parse_args()
     findings, mutants, failures = verify(options.families or FAMILIES)

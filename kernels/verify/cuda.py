@@ -1,10 +1,13 @@
-"""Compile every configuration of every kernel for CUDA with the original Triton, offline: `python -m verify.cuda` with that Triton in front of the path prints how many configurations of each kernel became machine code
+"""Compile every configuration of every kernel for CUDA with the original Triton, offline
 
-This shows that one source serves both. Nothing is run: that takes a device (`nld doctor --kernels --device cuda`).
+`python -m verify.cuda`, with that Triton in front of the path, prints how many configurations of each kernel became machine
+code. This shows that one source serves both. Nothing is run: that takes a device (`nld doctor --kernels --device cuda`).
 """
 
-import collections, json
-import torch, triton
+import collections
+import json
+import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource
 from npu_lora_kernels.cases import FAMILIES, family
@@ -25,7 +28,11 @@ def kind(a):
     "Return the type of a launch's argument; a list is a table of addresses"
     if isinstance(a, torch.Tensor):
         return TYPES[a.dtype]
-    return '*i64' if isinstance(a, list) else 'fp32' if isinstance(a, float) else 'i32' if abs(a) < 2**31 else 'i64'
+    if isinstance(a, list):
+        return '*i64'
+    if isinstance(a, float):
+        return 'fp32'
+    return 'i32' if abs(a) < 2**31 else 'i64'
 
 
 def configurations():
@@ -33,9 +40,8 @@ def configurations():
     found = {}
 
     def take(kernel, grid, args, constants):
-        found.setdefault(
-            (kernel.fn.__name__, *map(kind, args), *constants.items()), (kernel, list(map(kind, args)), constants)
-        )
+        types = list(map(kind, args))
+        found.setdefault((kernel.fn.__name__, *types, *constants.items()), (kernel, types, constants))
 
     for case in [c for name in FAMILIES for c in family(name).CASES]:
         for dtype in case.dtypes:
@@ -48,17 +54,13 @@ def compiles(kernel, types, constants):
     "Return whether a kernel becomes machine code; a compiler's error is the caller's to see"
     free = [p.name for p in kernel.params if not p.is_constexpr]
     signature = dict(zip(free, types)) | dict.fromkeys(constants, 'constexpr')
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()},
-        attrs={},
-    )
-    return bool(triton.compile(source, target=GPUTarget('cuda', CAPABILITY, 32), options=_OPTIONS['cuda']).asm['cubin'])
+    values = {(kernel.arg_names.index(k),): v for k, v in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs={})
+    compiled = triton.compile(source, target=GPUTarget('cuda', CAPABILITY, 32), options=_OPTIONS['cuda'])
+    return bool(compiled.asm['cubin'])
 
 
 if __name__ == '__main__':
-    counts = collections.Counter(
-        kernel.fn.__name__ for kernel, *rest in configurations().values() if compiles(kernel, *rest)
-    )
+    every = configurations().values()
+    counts = collections.Counter(kernel.fn.__name__ for kernel, *rest in every if compiles(kernel, *rest))
     print(json.dumps(dict(triton=triton.__version__, target=f'sm_{CAPABILITY}', counts=counts)))

@@ -1,6 +1,8 @@
 """Lower one launch to Ascend linalg MLIR, the input of bishengir-compile: offline, without CANN, torch_npu or a device"""
 
-import functools, re, subprocess
+import functools
+import re
+import subprocess
 from dataclasses import dataclass
 from triton._C.libtriton import ir
 from triton.backends.ascend import compiler as ascend
@@ -47,6 +49,7 @@ def lower(kernel, args, constants):
 
 
 def _hashable(signature, constants, attributes):
+    "Return what `specialise` found as a key of the cache"
     return tuple(signature.items()), tuple(constants.items()), _Attributes(attributes)
 
 
@@ -64,7 +67,11 @@ class _Attributes:
 
 
 def _to_linalg(ttir, meta, options, tries=3):
-    "Return linalg MLIR; the tool died of a segmentation fault once in many thousand calls, and not again on the same input: a death by signal, and nothing else, is tried again"
+    """Return linalg MLIR
+
+    The tool died of a segmentation fault once in many thousand calls, and not again on the same input: a death by signal, and
+    nothing else, is tried again.
+    """
     for left in reversed(range(tries)):
         try:
             return ascend.ttir_to_linalg(ttir, meta, options, named_ops=True)
@@ -75,13 +82,15 @@ def _to_linalg(ttir, meta, options, tries=3):
 
 @functools.lru_cache(None)
 def _lower(kernel, signature, constants, attributes):
-    options, backend, context = _backend().parse_options({}), _backend(), ir.context()
+    backend = _backend()
+    options = backend.parse_options({})
+    context = ir.context()
     ir.load_dialects(context)
     source = ASTSource(fn=kernel, signature=dict(signature), constants=dict(constants), attrs=attributes.value)
     module = source.make_ir(options, backend.get_codegen_implementation(), backend.get_module_map(), context)
     meta = {'hash': 'unused', 'target': backend.target, **options.__dict__}
-    text, meta = ascend._parse_linalg_metadata(_to_linalg(ascend.make_ttir(module, meta, options), meta, options), meta)
+    linalg = _to_linalg(ascend.make_ttir(module, meta, options), meta, options)
+    text, meta = ascend._parse_linalg_metadata(linalg, meta)
     fixed = dict(constants)
-    return Lowered(
-        meta['kernel_name'], meta['mix_mode'], tuple((k, t) for k, t in signature if k not in fixed), constants, text
-    )
+    passed = tuple((k, t) for k, t in signature if k not in fixed)
+    return Lowered(meta['kernel_name'], meta['mix_mode'], passed, constants, text)

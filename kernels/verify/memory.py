@@ -1,14 +1,19 @@
 """The memory of the executed kernels: global memory that knows its tensors byte by byte, and on-chip memory that starts as NaN
 
-Every load and store passes `touch`. On-chip addresses pass through. In global memory a shadow byte says which tensor a byte belongs to (0: none) and whether it was read or written: so bytes moved
-are counted exactly, and an access outside of the arguments is reported with its tensor and redirected to a sink instead of crashing the process.
+Every load and store passes `touch`. On-chip addresses pass through. In global memory a shadow byte says which tensor a byte
+belongs to (0: none) and whether it was read or written: so bytes moved are counted exactly, and an access outside of the
+arguments is reported with its tensor and redirected to a sink instead of crashing the process.
 """
 
-import ctypes, mmap
+import ctypes
+import mmap
 import torch
 
 FIELDS = 'chip chip_size used gm gm_size shadow read written read_once written_once bad bad_write sink'.split()
-READ, WRITTEN, TENSOR = 128, 64, 63  # a shadow byte: two flags and the tensor's number
+# A shadow byte: two flags and the tensor's number
+READ = 128
+WRITTEN = 64
+TENSOR = 63
 GAP = 4096  # bytes between tensors: an access that far outside still tells which one was meant
 
 
@@ -117,23 +122,26 @@ class Memory:
     "Global and on-chip memory of one simulated device"
 
     def __init__(self, gm=1 << 30, chip=1 << 30):
-        self.sizes, self.regions = (gm, chip), [_region(n) for n in (gm, gm, chip, 64)]
+        self.sizes = (gm, chip)
+        self.regions = [_region(n) for n in (gm, gm, chip, 64)]
         self.gm, self.shadow, self.chip, self.sink = (address for _, address in self.regions)
 
     def place(self, tensors):
         "Copy the tensors' storages into global memory, mark the arguments' bytes as theirs, return an address for each tensor"
-        storages, end = {}, GAP
+        storages = {}
+        end = GAP
         for s in {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors}.values():
-            storages[s.data_ptr()], end = end, (end + s.nbytes() + 2 * GAP - 1) // GAP * GAP
+            storages[s.data_ptr()] = end
+            end = (end + s.nbytes() + 2 * GAP - 1) // GAP * GAP
             if end > self.sizes[0]:
                 raise MemoryError(f'{end} bytes of tensors, global memory has {self.sizes[0]}')
             ctypes.memmove(self.gm + storages[s.data_ptr()], s.data_ptr(), s.nbytes())
         ctypes.memset(self.shadow, 0, end)
-        self.end, self.tensors, self.starts = (
-            end,
-            tensors,
-            [storages[x.untyped_storage().data_ptr()] + x.storage_offset() * x.element_size() for x in tensors],
-        )
+        self.end = end
+        self.tensors = tensors
+        self.starts = [
+            storages[x.untyped_storage().data_ptr()] + x.storage_offset() * x.element_size() for x in tensors
+        ]
         for number, (x, start) in enumerate(zip(tensors, self.starts)):
             ctypes.memset(self.shadow + start, number % TENSOR + 1, _span(x))  # a number comes again only far away
         return [self.gm + start for start in self.starts]
@@ -154,14 +162,9 @@ class Memory:
 
     def attach(self, state):
         "Let compiled code use this memory, all counters at zero"
-        fields = dict.fromkeys(FIELDS, 0) | dict(
-            chip=self.chip,
-            chip_size=self.sizes[1],
-            gm=self.gm,
-            gm_size=self.sizes[0],
-            shadow=self.shadow,
-            sink=self.sink,
-        )
+        gm_size, chip_size = self.sizes
+        places = dict(chip=self.chip, gm=self.gm, shadow=self.shadow, sink=self.sink)
+        fields = dict.fromkeys(FIELDS, 0) | places | dict(chip_size=chip_size, gm_size=gm_size)
         for name, value in fields.items():
             setattr(state, name, value)
         ctypes.memset(self.sink, 255, 64)
@@ -172,7 +175,7 @@ class Memory:
         if not 0 <= at < self.sizes[0]:
             return 'far outside of its arguments'
         ends = [start + _span(x) for x, start in zip(self.tensors, self.starts)]
-        bytes_away, name = min(
-            (start - at if at < start else at - end + 1, n) for start, end, n in zip(self.starts, ends, names)
-        )
-        return f'{bytes_away} bytes {"before" if at < self.starts[names.index(name)] else "behind"} {name}'
+        spans = zip(self.starts, ends, names)
+        away, name = min((start - at if at < start else at - end + 1, n) for start, end, n in spans)
+        side = 'before' if at < self.starts[names.index(name)] else 'behind'
+        return f'{away} bytes {side} {name}'

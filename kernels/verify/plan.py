@@ -1,15 +1,19 @@
-"""Compile lowered text with Huawei's bishengir-compile as far as it goes without CANN: fusion, cube/vector split, memory plan, synchronisation
+"""Compile lowered text with Huawei's bishengir-compile as far as it goes without CANN
 
-The last step needs `hivmc`, which only CANN has, so the exit code is a failure even when everything before it passed. What counts is the file written after planning and synchronisation.
+That is fusion, cube/vector split, memory plan and synchronisation. The last step needs `hivmc`, which only CANN has, so the
+exit code is a failure even when everything before it passed. What counts is the file written after planning and
+synchronisation.
 """
 
-import subprocess, tempfile
+import subprocess
+import tempfile
 from pathlib import Path
 import ascendnpuir
 
 COMPILE = Path(ascendnpuir.__file__).parent / 'bin/bishengir-compile'
 ARCHS = 'Ascend910B1', 'Ascend910B3', 'Ascend910B4', 'Ascend910_9382'
-PASSES = '''--enable-auto-multi-buffer=True --enable-auto-bind-sub-block=True --enable-hfusion-compile=true --enable-hivm-compile=true --enable-triton-kernel-compile=true'''
+PASSES = '''--enable-auto-multi-buffer=True --enable-auto-bind-sub-block=True --enable-hfusion-compile=true
+    --enable-hivm-compile=true --enable-triton-kernel-compile=true'''
 
 
 class PlanError(RuntimeError):
@@ -21,19 +25,8 @@ def plan(text, arch):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         (folder / 'kernel.mlir').write_text(text)
-        done = subprocess.run(
-            [
-                COMPILE,
-                folder / 'kernel.mlir',
-                f'--target={arch}',
-                *PASSES.split(),
-                f'--save-temps={folder}',
-                '-o',
-                folder / 'kernel.o',
-            ],
-            capture_output=True,
-            text=True,
-        )
+        options = [f'--target={arch}', *PASSES.split(), f'--save-temps={folder}', '-o', folder / 'kernel.o']
+        done = subprocess.run([COMPILE, folder / 'kernel.mlir', *options], capture_output=True, text=True)
         return planned(folder, done.stdout + done.stderr)
 
 
@@ -48,5 +41,7 @@ def planned(folder, log):
 def complaint(log):
     "Return the line of `log` that says what is wrong, without the file's name"
     lines = [line for line in log.splitlines() if 'hivmc' not in line]
-    told = [line for word in ('overflow, requires', 'error:') for line in lines if word in line]
-    return told[0].partition('error: ')[2] or told[0] if told else 'no HIVM file and no error message'
+    errors = [line for word in ('overflow, requires', 'error:') for line in lines if word in line]
+    if not errors:
+        return 'no HIVM file and no error message'
+    return errors[0].partition('error: ')[2] or errors[0]

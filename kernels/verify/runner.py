@@ -1,6 +1,8 @@
 """Take a host function's launches: lower each, run its programs on x86 in both orders, record what it moved"""
 
-import functools, itertools, math
+import functools
+import itertools
+import math
 from dataclasses import dataclass
 import torch
 from npu_lora_kernels.launch import running
@@ -35,12 +37,12 @@ class Recorder:
     "Lower every launch and run none: enough to plan memory"
 
     def __init__(self):
-        self.kernels, self.launches = {}, []
+        self.kernels = {}
+        self.launches = []
 
     def __call__(self, kernel, grid, args, constants):
-        args = [
-            torch.zeros(len(a), dtype=torch.int64) if isinstance(a, list) else a for a in args
-        ]  # a table of addresses
+        # a list becomes a table of addresses
+        args = [torch.zeros(len(a), dtype=torch.int64) if isinstance(a, list) else a for a in args]
         lowered = lower(kernel, args, constants)
         self.kernels.setdefault(lowered.name, (kernel, args, constants))
         self.launches.append(Launch(lowered, grid, (), 0))
@@ -51,7 +53,8 @@ class Runner(Recorder):
 
     def __call__(self, kernel, grid, args, constants):
         super().__call__(kernel, grid, args, constants)
-        lowered, passed = self.launches[-1].lowered, dict(zip(kernel.arg_names, args))
+        lowered = self.launches[-1].lowered
+        passed = dict(zip([name for name in kernel.arg_names if name not in constants], args))
         arguments = {name: passed[name] for name, _ in lowered.signature}
         grid = (*grid, 1, 1)[:3]
         moved, distinct, forward = run(lowered, grid, arguments)
@@ -63,7 +66,8 @@ class Runner(Recorder):
 
 def run(lowered, grid, arguments, backwards=False):
     "Run every program of `grid` on copies of the arguments; return (bytes moved by each program, distinct bytes, the memory afterwards)"
-    compiled, tensors = program(lowered), _tensors(arguments)
+    compiled = program(lowered)
+    tensors = _tensors(arguments)
     addresses = dict(zip(tensors, memory().place(list(tensors.values()))))
     for k, a in arguments.items():
         if isinstance(a, list):
@@ -71,10 +75,9 @@ def run(lowered, grid, arguments, backwards=False):
     values = [(addresses[k], tensors[k].numel()) if k in tensors else a for k, a in arguments.items()]
     memory().attach(compiled.state)
     indices = list(itertools.product(*map(range, grid)))
-    moved = tuple(
-        _run_one(compiled, lowered, values, grid, i, list(tensors))
-        for i in (reversed(indices) if backwards else indices)
-    )
+    order = reversed(indices) if backwards else indices
+    names = list(tensors)
+    moved = tuple(_run_one(compiled, lowered, values, grid=grid, index=i, names=names) for i in order)
     return moved, compiled.state.read_once + compiled.state.written_once, memory().contents()
 
 
@@ -82,24 +85,21 @@ def _tensors(arguments):
     "Return every tensor by name; a list of tensors, and then the table of their addresses that the kernel is given"
     tables = {k: a for k, a in arguments.items() if isinstance(a, list)}
     tensors = {k: a for k, a in arguments.items() if isinstance(a, torch.Tensor)}
-    return (
-        tensors
-        | {f'{k}[{i}]': x for k, a in tables.items() for i, x in enumerate(a)}
-        | {k: torch.zeros(len(a), dtype=torch.int64) for k, a in tables.items()}
-    )
+    members = {f'{k}[{i}]': x for k, a in tables.items() for i, x in enumerate(a)}
+    return tensors | members | {k: torch.zeros(len(a), dtype=torch.int64) for k, a in tables.items()}
 
 
-def _run_one(compiled, lowered, values, grid, index, names):
+def _run_one(compiled, lowered, values, *, grid, index, names):
     "Run one program and return the bytes it moved"
     state = compiled.state
-    before, state.used = state.read + state.written, 0
+    before = state.read + state.written
+    state.used = 0
     compiled(values, grid, index)
     if state.used == state.chip_size:
         raise ExecutionError(f'{lowered}: program {index} allocates more than {state.chip_size} bytes')
     if state.bad:
-        raise IllegalAccess(
-            f'{lowered}: program {index} {"writes" if state.bad_write else "reads"} {memory().where(state.bad, names)}'
-        )
+        does = 'writes' if state.bad_write else 'reads'
+        raise IllegalAccess(f'{lowered}: program {index} {does} {memory().where(state.bad, names)}')
     return state.read + state.written - before
 
 

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Builds kernels/verify/.venv with all that `run` needs: its own environment, because triton-ascend takes the place of triton. `run` calls it; `bash setup.sh` works too.
+# Builds kernels/verify/.venv with all that `run` needs: its own environment, because triton-ascend takes the place of triton.
+# `run` calls it; `bash setup.sh` works too.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 fail() { echo "setup: $*" >&2; exit 1; }
 
-# The compilers come as wheels for 3.11 and its neighbours, tried with 3.11. Each candidate is run: a pyenv shim exists without a Python behind it.
+# The compilers come as wheels for 3.11 and its neighbours, tried with 3.11. Each candidate is run: a pyenv shim exists without
+# a Python behind it.
 find_python() {
     local p
     for p in "${PYTHON:-python3.11}" ${PYTHON:-python3}; do

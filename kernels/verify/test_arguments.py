@@ -1,6 +1,7 @@
 """What a kernel cannot take is refused with one sentence that names the remedy, before anything is launched"""
 
-import pytest, torch
+import pytest
+import torch
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_kernels import cold, commit, distill, lora
 from npu_lora_kernels.launch import running
@@ -10,39 +11,30 @@ def never(*_):
     raise AssertionError('a kernel was launched')
 
 
-def refused(host, args, said):
-    with running(never), pytest.raises(DecodingError, match=said):
+def refused(host, args, message):
+    with running(never), pytest.raises(DecodingError, match=message):
         host(*args)
 
 
+def int32(*shape):
+    return torch.zeros(*shape, dtype=torch.int32)
+
+
+ADAPTERS = dict(ranks=int32(1, 3) + 4, ids=torch.tensor([0, -1]))
+
+
 def shrink(**changed):
-    args = dict(
-        x=torch.randn(2, 1, 8),
-        A=torch.randn(1, 3, 4, 8),
-        scale=torch.ones(1, 3),
-        ranks=torch.full((1, 3), 4, dtype=torch.int32),
-        ids=torch.tensor([0, -1]),
-        parts=1,
-    )
+    args = dict(x=torch.randn(2, 1, 8), A=torch.randn(1, 3, 4, 8), scale=torch.ones(1, 3), **ADAPTERS, parts=1)
     return list((args | changed).values())
 
 
 def expand(**changed):
-    args = dict(
-        y=[torch.randn(2, 1, 6)],
-        h=torch.randn(1, 2, 1, 1, 4),
-        B=[torch.randn(3, 4, 6)],
-        ranks=torch.full((1, 3), 4, dtype=torch.int32),
-        ids=torch.tensor([0, -1]),
-    )
+    args = dict(y=[torch.randn(2, 1, 6)], h=torch.randn(1, 2, 1, 1, 4), B=[torch.randn(3, 4, 6)], **ADAPTERS)
     return list((args | changed).values())
 
 
-int32 = lambda *shape: torch.zeros(*shape, dtype=torch.int32)
-
-
 @pytest.mark.parametrize(
-    'changed, said',
+    'changed, message',
     [
         (dict(x=torch.randn(2, 1, 8).half()), 'A is float32: convert it to float16'),
         (dict(x=torch.randn(2, 1, 8).double()), 'x is float64: convert it to float16 or bfloat16 or float32'),
@@ -63,12 +55,12 @@ int32 = lambda *shape: torch.zeros(*shape, dtype=torch.int32)
         (dict(parts=17), 'parts is 17'),
     ],
 )
-def test_shrink(changed, said):
-    refused(lora.lora_shrink, shrink(**changed), said)
+def test_shrink(changed, message):
+    refused(lora.lora_shrink, shrink(**changed), message)
 
 
 @pytest.mark.parametrize(
-    'changed, said',
+    'changed, message',
     [
         (dict(y=[torch.randn(2, 1, 6).half()]), r'B\[0\] is float32: convert it to float16'),
         (dict(h=torch.randn(1, 2, 1, 1, 4).half()), 'h is float16: convert it to float32'),
@@ -85,25 +77,23 @@ def test_shrink(changed, said):
         (dict(h=torch.randn(17, 2, 1, 1, 4)), 'h has 17 parts'),
     ],
 )
-def test_expand(changed, said):
-    refused(lora.lora_expand, expand(**changed), said)
+def test_expand(changed, message):
+    refused(lora.lora_expand, expand(**changed), message)
 
 
 def test_expand_of_two_dtypes():
-    y, B = [torch.randn(2, 1, 6), torch.randn(2, 1, 6).half()], [torch.randn(3, 4, 6)] * 2
-    refused(
-        lora.lora_expand,
-        [y, torch.randn(1, 2, 1, 2, 4), B, torch.full((2, 3), 4, dtype=torch.int32), torch.tensor([0, -1])],
-        'y.1. is torch.float16, y.0. is torch.float32',
-    )
+    y = [torch.randn(2, 1, 6), torch.randn(2, 1, 6).half()]
+    args = [y, torch.randn(1, 2, 1, 2, 4), [torch.randn(3, 4, 6)] * 2, int32(2, 3) + 4, torch.tensor([0, -1])]
+    refused(lora.lora_expand, args, 'y.1. is torch.float16, y.0. is torch.float32')
 
 
-e, one = torch.randn(2, 9), torch.ones(2, 1)
+e = torch.randn(2, 9)
+one = torch.ones(2, 1)
 
 
 @pytest.mark.parametrize('host', [cold.cold_select, cold.cold_scores])
 @pytest.mark.parametrize(
-    'args, said',
+    'args, message',
     [
         ((e, e.half(), one, one), 'a is float16: convert it to float32'),
         ((e, torch.randn(2, 8), one, one), 'a has shape'),
@@ -113,15 +103,17 @@ e, one = torch.randn(2, 9), torch.ones(2, 1)
         ((e[:0], e[:0], one[:0], one[:0]), 'e holds 0 logits'),
     ],
 )
-def test_cold(host, args, said):
-    refused(host, args, said)
+def test_cold(host, args, message):
+    refused(host, args, message)
 
 
-planes, order, count = [torch.randn(2, 3, 9, 4)], torch.tensor([[0, 2], [0, 1]]), torch.tensor([2, 1])
+planes = [torch.randn(2, 3, 9, 4)]
+order = torch.tensor([[0, 2], [0, 1]])
+count = torch.tensor([2, 1])
 
 
 @pytest.mark.parametrize(
-    'args, said',
+    'args, message',
     [
         (([], order, count, 3), 'planes is empty'),
         (([torch.randn(2, 3, 4)], order, count, 3), 'give it shape'),
@@ -135,12 +127,12 @@ planes, order, count = [torch.randn(2, 3, 9, 4)], torch.tensor([[0, 2], [0, 1]])
         ((planes, order, count, -1), 'start is -1'),
     ],
 )
-def test_commit(args, said):
-    refused(commit.kv_commit, args, said)
+def test_commit(args, message):
+    refused(commit.kv_commit, args, message)
 
 
 @pytest.mark.parametrize(
-    'args, said',
+    'args, message',
     [
         ((e, torch.randn(2, 8), 3), 'target has shape'),
         ((e, e, 0), 'k is 0 for a vocabulary of 9'),
@@ -150,5 +142,5 @@ def test_commit(args, said):
         ((e.double(), e.double(), 3), 'draft is float64'),
     ],
 )
-def test_topk_loss(args, said):
-    refused(distill.topk_loss_forward, args, said)
+def test_topk_loss(args, message):
+    refused(distill.topk_loss_forward, args, message)

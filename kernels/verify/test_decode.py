@@ -4,7 +4,8 @@ SmolLM2-135M with its King James adapter, alone; and a random toy model for what
 """
 
 import collections
-import pytest, torch
+import pytest
+import torch
 import npu_lora_kernels
 from npu_lora_decoding.foundations import ops
 from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter, toy_model
@@ -26,26 +27,32 @@ PROMPT = [
 ]
 
 
-class Guesses(Drafter):
-    "A drafter with a tree of four nodes: one guess is right every other step, and its sibling is wrong"
+class KnownAnswers(Drafter):
+    "A drafter with a tree of four nodes: one draft token is right every other step, and its sibling is wrong"
 
     def __init__(self, answers):
-        self.answers, self.steps = answers, 0
+        self.answers = answers
+        self.steps = 0
 
     def propose(self, state, rows):
         self.steps += 1
-        after = [a[len(text) : len(text) + 2].tolist() + [0, 0] for a, text in zip(self.answers, state.text)]
-        tokens = [
-            [int(text[-1]), 96, right if self.steps % 2 else 95, then]
-            for text, (right, then, *_) in zip(state.text, after)
-        ]
-        return Tree(torch.tensor(tokens), torch.tensor([[-1, 0, 0, 2]] * len(tokens)), 'guess')
+        return Tree(
+            torch.tensor([self.nodes(*o) for o in zip(self.answers, state.text)]),
+            torch.tensor([[-1, 0, 0, 2]] * len(state.text)),
+            'known',
+        )
+
+    def nodes(self, answer, text):
+        "Return the tokens of one sequence's tree"
+        right, then, *_ = answer[len(text) : len(text) + 2].tolist() + [0, 0]
+        return [int(text[-1]), 96, right if self.steps % 2 else 95, then]
 
 
 @pytest.fixture(scope='module')
 def launches():
     "Serve all operators on the CPU by kernels whose launches are lowered and executed; count the launches"
-    library, taken = torch.library.Library('npu_lora', 'IMPL'), collections.Counter()
+    library = torch.library.Library('npu_lora', 'IMPL')
+    taken = collections.Counter()
 
     def served(name, host):
         def call(*args):
@@ -80,34 +87,28 @@ def smollm2(folder):
 
 
 def decode(model, bank, ids, mask, target, drafter=None):
+    options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
     return model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=12,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        custom_generate=Decoder(target, drafter, bank=bank),
+        input_ids=ids, attention_mask=mask, custom_generate=Decoder(target, drafter, bank=bank), **options
     )
 
 
-@pytest.mark.parametrize(
-    'target, trees',
-    [(Plain(), False), (CoLD(0.1, 0.5), False), (CoLD(0.1, 0.5), True)],
-    ids=['greedy', 'CoLD', 'CoLD over trees'],
-)
+WAYS = {'greedy': (Plain(), False), 'CoLD': (CoLD(0.1, 0.5), False), 'CoLD over trees': (CoLD(0.1, 0.5), True)}
+
+
+@pytest.mark.parametrize('target, trees', WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize('make', [toy, smollm2])
 def test_tokens_do_not_change(launches, tmp_path, make, target, trees):
     model, bank, ids, mask = make(tmp_path)
     with ops.references():
         wanted = decode(model, bank, ids, mask, target)
     launches.clear()
-    got = decode(model, bank, ids, mask, target, Guesses(wanted) if trees else None)
+    got = decode(model, bank, ids, mask, target, drafter=KnownAnswers(wanted) if trees else None)
     assert torch.equal(got, wanted)
-    used = (
-        {'lora_shrink_kernel', 'lora_expand_kernel'}
-        | ({'cold_candidates_kernel'} if 'base' in target.roles else set())
-        | ({'kv_commit_kernel'} if trees else set())
-    )
+    used = {'lora_shrink_kernel', 'lora_expand_kernel'}
+    if 'base' in target.roles:
+        used.add('cold_candidates_kernel')
+    if trees:
+        used.add('kv_commit_kernel')
     assert used <= set(launches), f'only {dict(launches)} were launched'
     assert make is toy or 'lora_shrink_tile_kernel' in launches, 'a prompt of 16 tokens and more goes to the cube'

@@ -1,7 +1,9 @@
 """The harness itself can fail: planted faults in small kernels, each of which it must report"""
 
 import subprocess
-import pytest, torch, triton
+import pytest
+import torch
+import triton
 import triton.language as tl
 from npu_lora_kernels.launch import launch
 from npu_lora_kernels.cases import compare
@@ -42,23 +44,23 @@ def double_kernel(y, x, big, d, BLOCK: tl.constexpr):
     tl.store(y + at, tl.load(x + at, mask=at < d, other=0) + big, mask=at < d)
 
 
+def scale(y, x, factor=2.0, extra=0):
+    "Write `factor * x` into `y`, and `extra` elements after it"
+    arguments = dict(y=y, x=x, d=x.numel(), factor=factor, extra=extra)
+    launch(scale_kernel, (triton.cdiv(x.numel(), 64),), arguments, BLOCK=64)
+
+
 def scaled(x, factor=2.0, extra=0):
     y = torch.empty_like(x)
-    launch(scale_kernel, (triton.cdiv(x.numel(), 64),), y, x, x.numel(), factor, extra, BLOCK=64)
+    scale(y, x, factor, extra)
     return y
 
 
-def case(host, reference, dtypes=(torch.float16, torch.bfloat16, torch.float32), mutates=(), tolerance=None, d=150):
-    return Case(
-        'harness',
-        host.__name__,
-        host,
-        reference,
-        lambda dtype, generator: (torch.randn(d, generator=generator).to(dtype),),
-        dtypes,
-        tolerance,
-        mutates,
-    )
+def case(host, reference, mutates=(), tolerance=None):
+    def make(dtype, generator):
+        return (torch.randn(150, generator=generator).to(dtype),)
+
+    return Case('harness', host.__name__, host, reference, make, mutates=mutates, tolerance=tolerance)
 
 
 def run(case, dtype=torch.float32, runner=None):
@@ -120,7 +122,7 @@ def test_inside_a_storage_but_outside_an_argument():
 def test_before_is_reported():
     def host(x):
         y = torch.empty_like(x)
-        launch(shift_kernel, (3,), y, x, x.numel(), 1, BLOCK=64)
+        launch(shift_kernel, (3,), dict(y=y, x=x, d=x.numel(), back=1), BLOCK=64)
         return y
 
     with pytest.raises(IllegalAccess, match='4 bytes before x'):
@@ -130,7 +132,7 @@ def test_before_is_reported():
 def test_on_chip_memory_starts_as_nan():
     def host(x):
         y = torch.empty_like(x)
-        launch(partial_kernel, (1,), y, x, x.numel(), BLOCK=256)
+        launch(partial_kernel, (1,), dict(y=y, x=x, d=x.numel()), BLOCK=256)
         return y
 
     run(
@@ -145,7 +147,7 @@ def test_what_a_kernel_leaves_out_is_nan():
 
 def test_order_of_programs_must_not_matter():
     def host(x):
-        launch(chain_kernel, (8,), x, x.numel())
+        launch(chain_kernel, (8,), dict(y=x, d=x.numel()))
         return x
 
     with pytest.raises(OrderMatters):
@@ -156,8 +158,8 @@ def test_wide_integers_and_views():
     "An integer beyond 32 bits is passed as 64, and a view keeps its offset"
 
     def host(x):
-        y, ids = torch.empty(60, dtype=torch.int64), torch.arange(100)[40:]
-        launch(double_kernel, (1,), y, ids, 1 << 40, 60, BLOCK=64)
+        y = torch.empty(60, dtype=torch.int64)
+        launch(double_kernel, (1,), dict(y=y, x=torch.arange(100)[40:], big=1 << 40, d=60), BLOCK=64)
         return y
 
     run(case(host, lambda x: torch.arange(40, 100) + (1 << 40)))
@@ -226,8 +228,8 @@ def test_a_changed_input_is_reported():
 def test_an_input_that_a_kernel_writes_is_reported():
     def host(x):
         y = torch.empty_like(x)
-        launch(scale_kernel, (3,), y, x, x.numel(), 2.0, 0, BLOCK=64)
-        launch(scale_kernel, (3,), x, y, x.numel(), 2.0, 0, BLOCK=64)
+        scale(y, x)
+        scale(x, y)
         return y
 
     with pytest.raises(compare.Mismatch, match='argument 0 was changed'):

@@ -4,7 +4,9 @@ fp16 and fp32 only: the interpreter keeps bf16 as integers, so that arithmetic o
 """
 
 import os
-import hypothesis, pytest, torch
+import hypothesis
+import pytest
+import torch
 from hypothesis import strategies
 from triton.language import standard
 from triton.triton_patch.language import standard as ascend
@@ -22,8 +24,10 @@ CASES = [
     if d in DTYPES
 ]
 
-# The interpreter takes a whole block at once only for the reductions that it knows by name, and triton-ascend's maximum and minimum have others
-standard._elementwise_max, standard._elementwise_min = ascend._elementwise_max_default, ascend._elementwise_min
+# The interpreter takes a whole block at once only for the reductions that it knows by name, and triton-ascend's maximum and
+# minimum have others
+standard._elementwise_max = ascend._elementwise_max_default
+standard._elementwise_min = ascend._elementwise_min
 
 
 @pytest.fixture(autouse=True, scope='module')

@@ -1,10 +1,11 @@
 """What is verified: the cases and the planted bugs of each family of kernels
 
-A family's module holds `CASES: list[Case]`, `MUTANTS: list[tuple[str, str]]` (text in a kernel's source, its replacement: a bug that some case must catch) and, if it likes, `random_case(draw) -> Case`, where
-`draw` draws from a hypothesis strategy.
+A family's module holds `CASES: list[Case]`, `MUTANTS: list[tuple[str, str]]` (text in a kernel's source, its replacement: a
+bug that some case must catch) and, if it likes, `random_case(draw) -> Case`, where `draw` draws from a hypothesis strategy.
 """
 
-import functools, importlib
+import functools
+import importlib
 from dataclasses import dataclass
 from typing import Callable
 import torch

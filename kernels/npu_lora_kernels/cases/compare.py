@@ -11,7 +11,8 @@ class Mismatch(AssertionError):
 @contextlib.contextmanager
 def poisoned():
     "Fill what `torch.empty` returns inside the block with NaN or the largest integer"
-    before, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
@@ -44,15 +45,15 @@ def check(case, dtype, host=None):
     got = outcome(host or case.host, case.arguments(dtype), case.mutates)
     if not wanted or len(got) != len(wanted):
         raise Mismatch(f'{len(got)} results, the reference gives {len(wanted)}')
+    tolerance = case.tolerance and case.tolerance[dtype]
     for i, (g, w) in enumerate(zip(got, wanted)):
-        _compare(f'result {i}', g, w, case.tolerance and case.tolerance[dtype])
+        _compare(f'result {i}', g, w, tolerance)
 
 
 def _compare(name, got, wanted, tolerance):
     if (got.dtype, got.shape) != (wanted.dtype, wanted.shape):
-        raise Mismatch(
-            f'{name} is {got.dtype} {tuple(got.shape)}, the reference gives {wanted.dtype} {tuple(wanted.shape)}'
-        )
+        reference = f'the reference gives {wanted.dtype} {tuple(wanted.shape)}'
+        raise Mismatch(f'{name} is {got.dtype} {tuple(got.shape)}, {reference}')
     same = _bits(got) == _bits(wanted)
     if wanted.is_floating_point() and tolerance:
         same |= got.isnan() & wanted.isnan()
@@ -60,11 +61,12 @@ def _compare(name, got, wanted, tolerance):
     if same.all():
         return
     at = tuple((~same).nonzero()[0].tolist())
-    raise Mismatch(
-        f'{name}: {(~same).sum()} of {same.numel()} differ, first at {at}: {got[at].item()!r}, the reference gives {wanted[at].item()!r}'
-    )
+    first = f'first at {at}: {got[at].item()!r}, the reference gives {wanted[at].item()!r}'
+    raise Mismatch(f'{name}: {(~same).sum()} of {same.numel()} differ, {first}')
 
 
 def _bits(x):
     "Return `x` as integers, because -0. == 0. and NaN != NaN"
-    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]) if x.is_floating_point() else x
+    if not x.is_floating_point():
+        return x
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
