@@ -1,33 +1,42 @@
-"""What a training step of a draft head costs: vocabularies, alignment steps, drawn steps, remembered targets
+"""What a training step of a draft head costs: vocabularies, alignment steps, sampled steps, cached targets
 
 python results/scripts/head_cost.py OUT.json   (nothing else should run on the machine)
 """
 
-import sys, tempfile
+import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
-from npu_lora_decoding.hass.chat_data import encode_all, read_conversations
-from npu_lora_decoding.foundations.timing import time_interleaved
-from npu_lora_decoding.hass.features import OnlineFeatures, draft_vocabulary
-from npu_lora_decoding.evaluation.benchmark import environment
 from npu_lora_decoding.decoding.loop import load
+from npu_lora_decoding.evaluation.benchmark import environment
 from npu_lora_decoding.foundations.files import save_rows
+from npu_lora_decoding.foundations.timing import time_interleaved
+from npu_lora_decoding.hass.chat_data import encode_all, read_conversations
 from npu_lora_decoding.hass.config import RECIPES, HeadTraining
+from npu_lora_decoding.hass.features import OnlineFeatures, draft_vocabulary
 from npu_lora_decoding.hass.train import start_run
 from npu_lora_decoding.hass.training_step import train_step
 
+TEXTS = Path(__file__).parent.parent / 'heads' / 'conversations'
+CONVERSATIONS = 96
+BATCHES = 2
+ROUNDS = 3
 BASE = HeadTraining(steps=1000, tokens=4096, vocab=8192, start='random')
-CASES = {  # the first is what the others are compared with
+
+
+def one_step(step):
+    "Return the settings that train one of three alignment steps alone"
+    weights = tuple(float(step == i) for i in range(3))
+    return replace(BASE, cache_targets=True, sample_one_step=True, step_weights=weights)
+
+
+# The first is what the others are compared with; the names are those of the committed file
+CASES = {
     'n = 3, 8,192 tokens': BASE,
     'n = 3, all 49,152 tokens': replace(BASE, vocab=0),
     'n = 3, 8,192 tokens, remembered': replace(BASE, cache_targets=True),
     'n = 3, all 49,152 tokens, remembered': replace(BASE, vocab=0, cache_targets=True),
-    **{
-        f'step {j+1} of 3 alone, 8,192 tokens, remembered': replace(
-            BASE, cache_targets=True, sample_one_step=True, step_weights=tuple(float(i == j) for i in range(3))
-        )
-        for j in range(3)
-    },
+    **{f'step {step + 1} of 3 alone, 8,192 tokens, remembered': one_step(step) for step in range(3)},
     'n = 1, 8,192 tokens': replace(BASE, **RECIPES['topk']),
     'n = 1, 8,192 tokens, remembered': replace(BASE, **RECIPES['topk'], cache_targets=True),
 }
@@ -44,33 +53,29 @@ class Kept(OnlineFeatures):
         return [self.rows[i] for i in numbers]
 
 
-def updates(run, count):
-    "Make the updates of `count` different batches, always the same ones"
-    for step in range(count):
+def updates(run):
+    "Make the updates of a few different batches, always the same ones"
+    for step in range(BATCHES):
         train_step(run, step)
 
 
-def main(out, conversations=96, count=2, rounds=3):
+def main(out):
     lm = load(dtype='bf16')
-    examples, _ = encode_all(
-        lm, read_conversations(Path(__file__).parent.parent / 'heads/conversations')[:conversations]
-    )
-    store, v = Kept(lm, examples), lm.model.config.vocab_size
-    ids, counts, _ = draft_vocabulary(examples, BASE.vocab, v)
-    runs = {
-        name: start_run(lm, store, tempfile.mkdtemp(), c, vocab=(ids, counts) if c.vocab else None)
-        for name, c in CASES.items()
-    }
-    for run in runs.values():
-        updates(run, count)  # fills the memory, where there is one
-    times = time_interleaved({name: (lambda run=run: updates(run, count)) for name, run in runs.items()}, rounds)
+    examples, _ = encode_all(lm, read_conversations(TEXTS)[:CONVERSATIONS])
+    store = Kept(lm, examples)
+    ids, counts, _ = draft_vocabulary(examples, BASE.vocab, lm.model.config.vocab_size)
+    runs = {}
+    for name, settings in CASES.items():
+        vocab = (ids, counts) if settings.vocab else None
+        runs[name] = start_run(lm, store, tempfile.mkdtemp(), settings, vocab=vocab)
+        updates(runs[name])  # fills the cache of targets, where there is one
+    times = time_interleaved({name: (lambda run=run: updates(run)) for name, run in runs.items()}, ROUNDS)
     first = times[next(iter(CASES))].median
-    rows = [
-        dict(method='head cost', case=name, step_to_first=t.median / first, spread=(t.low / first, t.high / first))
-        for name, t in times.items()
-    ]
-    for r in rows:
-        print(r, flush=True)
+    rows = []
+    for name, time in times.items():
+        spread = (time.low / first, time.high / first)
+        rows.append(dict(method='head cost', case=name, step_to_first=time.median / first, spread=spread))
+        print(rows[-1], flush=True)
     save_rows(rows + [environment()], out)
 
 

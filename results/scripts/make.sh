@@ -333,7 +333,8 @@ recipes() {
     local recipe
     answers
     for recipe in hass eagle2 align topk; do
-        $nld train-head $job --name compare/$recipe --recipe $recipe --steps 300 --eval-every 100 --cache-targets --conversations 5632 $steps
+        $nld train-head $job --name compare/$recipe --recipe $recipe --steps 300 --eval-every 100 --cache-targets \
+            --conversations 5632 $steps
     done
     for recipe in eagle2 topk align hass; do
         grep chain_5 $job/compare/$recipe/log.jsonl | sed "s/^{/{\"head\": \"$recipe\", /"

@@ -1,20 +1,23 @@
 """What changes to Temp-LoRA are worth: each variant reads the same development text, chunk by chunk
 
-python results/scripts/memory_ablation.py TEXT OUT.json [TOKENS] [VARIANT,...]   (a variant that OUT.json holds already is left out)
+python results/scripts/memory_ablation.py TEXT OUT.json [TOKENS] [VARIANT,...]   (variants that OUT.json holds are left out)
 """
 
-import json, math, random, sys
+import json
+import math
+import random
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 import torch
-from npu_lora_decoding.temp_lora.cache_reuse import Reader
-from npu_lora_decoding.foundations.timing import stopwatch
-from npu_lora_decoding.evaluation.benchmark import environment
 from npu_lora_decoding.decoding.loop import load
+from npu_lora_decoding.evaluation.benchmark import environment
 from npu_lora_decoding.foundations.files import save_rows
-from npu_lora_decoding.temp_lora.perplexity import document_ids, read_text
-from npu_lora_decoding.temp_lora.generation import TempLoRA
+from npu_lora_decoding.foundations.timing import stopwatch
 from npu_lora_decoding.temp_lora.adapter import learn, temporary
+from npu_lora_decoding.temp_lora.cache_reuse import Reader
+from npu_lora_decoding.temp_lora.generation import TempLoRA
+from npu_lora_decoding.temp_lora.perplexity import document_ids, read_text
 
 CHOSEN = TempLoRA(chunk=1024, window=1536, train_context=128, epochs=1, lr=1e-3, dropout=0.0)
 
@@ -23,10 +26,13 @@ class Learner:
     "Learns every chunk after it was scored"
 
     def __init__(self, phi, text):
-        self.phi, self.text, self.s = phi, text, phi.settings
+        self.phi = phi
+        self.text = text
+        self.settings = phi.settings
 
     def chunk(self, start):
-        learn(self.phi, self.text[max(0, start - self.s.train_context) : start + self.s.chunk], self.s.chunk)
+        s = self.settings
+        learn(self.phi, self.text[max(0, start - s.train_context) : start + s.chunk], s.chunk)
 
     def __call__(self, start, losses):
         self.chunk(start)
@@ -40,7 +46,8 @@ class Gated(Learner):
         self.seen = []
 
     def __call__(self, start, losses):
-        recent, loss = self.seen[-8:], losses.mean().item()
+        recent = self.seen[-8:]
+        loss = losses.mean().item()
         self.seen.append(loss)
         if not recent or loss >= sum(recent) / len(recent):
             self.chunk(start)
@@ -67,7 +74,8 @@ class Replayed(Learner):
     def __call__(self, start, losses):
         self.chunk(start)
         if start:
-            self.chunk(self.draw.randrange(start // self.s.chunk) * self.s.chunk)
+            older = self.draw.randrange(start // self.settings.chunk)
+            self.chunk(older * self.settings.chunk)
 
 
 class Delayed(Learner):
@@ -103,9 +111,11 @@ VARIANTS = {
 
 def read(lm, text, settings, learner):
     "Return the loss of every chunk, and the seconds of reading and of learning"
-    losses, read_s, learn_s = [], 0.0, 0.0
+    losses = []
+    read_s = learn_s = 0.0
     with temporary(lm.model, settings) as phi:
-        reader, learner = Reader(lm.model, settings), learner(phi, text)
+        reader = Reader(lm.model, settings)
+        learner = learner(phi, text)
         for start in range(0, len(text) - settings.chunk + 1, settings.chunk):
             with stopwatch(text.device) as clock, phi.bank.attached([0]):
                 found = reader.losses(text, start, start + settings.chunk, phi.version)
@@ -113,36 +123,28 @@ def read(lm, text, settings, learner):
             with stopwatch(text.device) as clock:
                 if settings.epochs:
                     learner(start, found)
-            losses.append(found.mean().item())
             learn_s += clock['s']
+            losses.append(found.mean().item())
     return losses, read_s, learn_s
 
 
 def main(path, out, tokens=65536, only=None):
-    lm, rows = load(dtype='bf16'), []
+    lm = load(dtype='bf16')
+    rows = []
     if Path(out).exists():
-        rows = [r for r in json.loads(Path(out).read_text()) if 'variant' in r]
+        rows = [row for row in json.loads(Path(out).read_text()) if 'variant' in row]
     text = document_ids(lm, read_text(path))[: int(tokens)]
     for name in only.split(',') if only else VARIANTS:
-        if any(r['variant'] == name for r in rows):
+        if any(row['variant'] == name for row in rows):
             continue
         settings, learner = VARIANTS[name]
         losses, read_s, learn_s = read(lm, text, settings, learner)
-        rows.append(
-            dict(
-                method='memory ablation',
-                variant=name,
-                text=Path(path).name,
-                tokens=len(text),
-                perplexity=math.exp(sum(losses) / len(losses)),
-                losses=losses,
-                read_s=read_s,
-                learn_s=learn_s,
-                settings=asdict(settings),
-            )
-        )
+        perplexity = math.exp(sum(losses) / len(losses))
+        about = dict(method='memory ablation', variant=name, text=Path(path).name, tokens=len(text))
+        found = dict(perplexity=perplexity, losses=losses, read_s=read_s, learn_s=learn_s)
+        rows.append(about | found | dict(settings=asdict(settings)))
         print(
-            f'{name:<22} perplexity {rows[-1]["perplexity"]:.3f}  learning {learn_s / (read_s + learn_s):.0%} of the time',
+            f'{name:<22} perplexity {perplexity:.3f}  learning {learn_s / (read_s + learn_s):.0%} of the time',
             flush=True,
         )
         save_rows(rows + [environment()], out)

@@ -1,28 +1,38 @@
-"""How much faster decoding gets with trees of each size, as measured and as the cost curve predicts, and where the time of a step goes
+"""How much faster decoding gets with trees of each size, measured and predicted by the cost curve, and where the time of a step goes
 
 python results/scripts/tree_size.py OUT.json   (nothing else should run on the machine)
 """
 
-import statistics, sys
+import statistics
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from npu_lora_decoding.hass.acceptance import Text, measure_acceptance
+import torch
+from npu_lora_decoding.decoding.loop import Result, load
+from npu_lora_decoding.decoding.runner import CompiledRunner
+from npu_lora_decoding.evaluation.benchmark import environment
+from npu_lora_decoding.foundations.files import save_rows
+from npu_lora_decoding.foundations.models import encode_one
+from npu_lora_decoding.foundations.tasks import read_jsonl
 from npu_lora_decoding.foundations.timing import stopwatch
-from npu_lora_decoding.hass.head import draft_rows, target_weights
+from npu_lora_decoding.hass.acceptance import Text, measure_acceptance
 from npu_lora_decoding.hass.checkpoint import load_head
 from npu_lora_decoding.hass.features import target_features
-from npu_lora_decoding.evaluation.benchmark import environment
-from npu_lora_decoding.foundations.models import encode_one
-from npu_lora_decoding.decoding.loop import load
-from npu_lora_decoding.foundations.files import save_rows
-from npu_lora_decoding.decoding.runner import CompiledRunner
+from npu_lora_decoding.hass.head import draft_rows, target_weights
 from npu_lora_decoding.speculation.adaptive import pass_seconds
 from npu_lora_decoding.speculation.head_drafter import HASS
-from npu_lora_decoding.foundations.tasks import read_jsonl
 
-import torch
+HEADS = Path(__file__).parent.parent / 'heads'
+HEAD = HEADS / 'smollm2-135m'
+SIZES = (2, 4, 8, 16, 32)
+DEPTH = 5
+TOP_K = 8
+QUESTIONS = 6
+NEW_TOKENS = 64
+ROUNDS = 3
 
-HEADS, SIZES = Path(__file__).parent.parent / 'heads', (2, 4, 8, 16, 32)
-DEPTH, TOP_K = 5, 8
+
+# --- One decoding, clocked
 
 
 def clocked(call, times, device):
@@ -38,101 +48,120 @@ def clocked(call, times, device):
 
 
 class Clocked(HASS):
-    "A head whose drafts, and whose target's passes, are timed"
+    "A head whose drafts, and whose target's forward passes, are timed"
 
     def bind(self, rows):
-        guesses, self.drafts, self.passes = super().bind(rows), [], []
-        guesses.propose, rows.forward = clocked(guesses.propose, self.drafts, rows.model.device), clocked(
-            rows.forward, self.passes, rows.model.device
-        )
-        return guesses
+        proposer = super().bind(rows)
+        device = rows.model.device
+        self.drafts = []
+        self.passes = []
+        proposer.propose = clocked(proposer.propose, self.drafts, device)
+        rows.forward = clocked(rows.forward, self.passes, device)
+        return proposer
 
 
-def decode(lm, prompt, n, drafter):
-    "Return what was written, and seconds: a token, and the medians of a whole step, of its pass and of its draft"
-    out = lm.generate(prompt, drafter=drafter, max_new_tokens=n, eos_token_id=None, compile=True, record=False)
-    steps = [s.seconds for s in out.steps[1:]]
-    middle = lambda times: statistics.median(times) if times else None
-    return (
-        out,
-        sum(steps) / (len(out.tokens[0]) - 1),
-        middle(steps),
-        middle(getattr(drafter, 'passes', [])),
-        middle(getattr(drafter, 'drafts', [])),
-    )
+@dataclass
+class Decoded:
+    "A text, and seconds: a token, and the medians of a whole step, of its forward pass and of its draft"
+
+    out: Result
+    token: float
+    step: float
+    target: float | None
+    draft: float | None
+
+
+def median(times):
+    return statistics.median(times) if times else None
+
+
+def decode(lm, prompt, drafter):
+    "Return the text and its times"
+    out = lm.generate(prompt, drafter=drafter, max_new_tokens=NEW_TOKENS, eos_token_id=None, compile=True, record=False)
+    steps = [step.seconds for step in out.steps[1:]]
+    token = sum(steps) / (len(out.tokens[0]) - 1)
+    parts = (median(getattr(drafter, name, [])) for name in ('passes', 'drafts'))
+    return Decoded(out, token, median(steps), *parts)
+
+
+# --- What is predicted
 
 
 def predicted_tau(lm, head, prompts, answers):
-    "Return the tokens a pass of each size, from a replay against the answers"
-    frozen, ids = target_weights(lm.model), [torch.cat([p, torch.tensor(a)]) for p, a in zip(prompts, answers)]
-    texts = [Text(x, len(p), f) for x, p, f in zip(ids, prompts, target_features(lm, ids))]
-    return {
-        n: measure_acceptance(
-            head,
-            frozen.embed,
-            draft_rows(head, frozen),
-            texts,
-            head.vocab,
-            (1,),
-            dict(depth=DEPTH - 1, top_k=TOP_K, nodes=n),
-        )[f'tree {n}'].tau
-        for n in SIZES
-    }
+    "Return the tokens per forward pass of each size, from a replay against the answers"
+    frozen = target_weights(lm.model)
+    ids = [torch.cat([prompt, torch.tensor(answer)]) for prompt, answer in zip(prompts, answers)]
+    features = target_features(lm, ids)
+    texts = [Text(x, len(prompt), f) for x, prompt, f in zip(ids, prompts, features)]
+    found = {}
+    for n in SIZES:
+        tree = dict(depth=DEPTH - 1, top_k=TOP_K, nodes=n)
+        rows = draft_rows(head, frozen)
+        found[n] = measure_acceptance(head, frozen.embed, rows, texts, vocab=head.vocab, chain=(1,), tree=tree)[
+            f'tree {n}'
+        ].tau
+    return found
 
 
-def costs(lm, prompt, n):
-    "Return seconds of a pass of each size, measured as a drafter does it at load"
-    rows = CompiledRunner(
-        lm.model, ('expert',), 1, len(prompt) + n, draft_capacity=max(SIZES), keep_hidden=True, max_draft_depth=DEPTH
+def costs(lm, prompt):
+    "Return seconds of a forward pass of each size, measured as a drafter does it at load"
+    runner = CompiledRunner(
+        lm.model,
+        ('expert',),
+        1,
+        len(prompt) + NEW_TOKENS,
+        draft_capacity=max(SIZES),
+        keep_hidden=True,
+        max_draft_depth=DEPTH,
     )
     with torch.no_grad():
-        rows.prefill(prompt[None], torch.ones_like(prompt)[None])
-        return pass_seconds(rows, (1, *SIZES), rounds=15)
+        runner.prefill(prompt[None], torch.ones_like(prompt)[None])
+        return pass_seconds(runner, (1, *SIZES), rounds=15)
 
 
-def main(out, questions=6, new_tokens=64, rounds=3):
-    lm = load(dtype='bf16')
-    head = load_head(HEADS / 'smollm2-135m', lm.model)
-    prompts = [encode_one(lm, q.prompt) for q in read_jsonl(HEADS / 'questions.jsonl', answer=None)[-questions:]]
-    ways = {1: None} | {
-        n: Clocked(HEADS / 'smollm2-135m', nodes=n, depth=DEPTH, top_k=TOP_K, adaptive=False) for n in SIZES
-    }
-    answers = [[t.id for t in decode(lm, p, new_tokens, None)[0].tokens[0]] for p in prompts]
-    for drafter in ways.values():
-        decode(lm, prompts[0], new_tokens, drafter)  # compiles
-    found = {n: [] for n in ways}
-    for _ in range(rounds):
+# --- Both together
+
+
+def measured(lm, prompts):
+    "Return the decodings of every size, 1 being none, all taking turns"
+    drafters = {n: Clocked(HEAD, nodes=n, depth=DEPTH, top_k=TOP_K, adaptive=False) for n in SIZES}
+    drafters = {1: None} | drafters
+    for drafter in drafters.values():
+        decode(lm, prompts[0], drafter)  # compiles
+    found = {n: [] for n in drafters}
+    for _ in range(ROUNDS):
         for prompt in prompts:
-            for n, drafter in ways.items():
-                found[n].append(decode(lm, prompt, new_tokens, drafter))
-    cost, tau, plain = (
-        costs(lm, prompts[0], new_tokens),
-        predicted_tau(lm, head, prompts, answers),
-        [f[1] for f in found[1]],
+            for n, drafter in drafters.items():
+                found[n].append(decode(lm, prompt, drafter))
+    return found
+
+
+def row(n, found, cost, tau):
+    "Return what is measured and predicted of trees of `n` nodes"
+    step, target, draft = (
+        statistics.median(getattr(one, name) for one in found[n]) for name in ('step', 'target', 'draft')
     )
-    middle = lambda n, k: statistics.median(f[k] for f in found[n])
+    ratios = sorted(plain.token / one.token for plain, one in zip(found[1], found[n]))
+    speed = dict(speedup=statistics.median(ratios), spread=(ratios[0], ratios[-1]))
+    predicted = dict(predicted=tau * cost[1] / (cost[n] + draft), predicted_tau=tau)
+    shares = dict(target=target / step, draft=draft / step, rest=1 - (target + draft) / step)
+    mean_tau = statistics.mean(one.out.tau for one in found[n])
+    rest = dict(tau=mean_tau, cost=cost[n] / cost[1], draft=draft / cost[1], shares=shares)
+    return dict(method='tree size', nodes=n) | speed | predicted | rest
+
+
+def main(out):
+    lm = load(dtype='bf16')
+    head = load_head(HEAD, lm.model)
+    questions = read_jsonl(HEADS / 'questions.jsonl', answer=None)[-QUESTIONS:]
+    prompts = [encode_one(lm, question.prompt) for question in questions]
+    answers = [[token.id for token in decode(lm, prompt, None).out.tokens[0]] for prompt in prompts]
+    found = measured(lm, prompts)
+    cost = costs(lm, prompts[0])
+    taus = predicted_tau(lm, head, prompts, answers)
     rows = []
     for n in SIZES:
-        ratios, step, passed, draft = (
-            sorted(p / f[1] for p, f in zip(plain, found[n])),
-            middle(n, 2),
-            middle(n, 3),
-            middle(n, 4),
-        )
-        rows.append(
-            dict(
-                method='tree size',
-                nodes=n,
-                speedup=statistics.median(ratios),
-                spread=(ratios[0], ratios[-1]),
-                predicted=tau[n] * cost[1] / (cost[n] + draft),
-                tau=statistics.mean(f[0].tau for f in found[n]),
-                predicted_tau=tau[n],
-                cost=cost[n] / cost[1],
-                draft=draft / cost[1],
-                shares=dict(target=passed / step, draft=draft / step, rest=1 - (passed + draft) / step),
-            )
-        )
+        rows.append(row(n, found, cost, taus[n]))
         print(rows[-1], flush=True)
     save_rows(rows + [environment()], out)
 
