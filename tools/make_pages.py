@@ -5,8 +5,8 @@ python tools/make_pages.py --check   write nothing, show what would change, end 
 
 nbs/index.ipynb makes README.md, nbs/pages/NAME.ipynb makes docs/pages/NAME.md, and in the README.md of a chapter everything
 below `LIST` is a table of its notebooks. Nothing is run: outputs are as stored. Links are written from the notebook's folder, so
-that they work in JupyterLab, and turned here so that they work from the page; a notebook named in code, such as `2_cold/01_rule`,
-becomes a link.
+that they work in JupyterLab, and turned here so that they work from the page. A notebook named in code, such as `2_cold/01_rule`,
+becomes a link, in pages that are written by hand too.
 """
 import argparse
 import difflib
@@ -18,13 +18,16 @@ from pathlib import Path
 
 TOOLS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOOLS))
-from notebook_markdown import directives, heading, joined, notebook_md
+from notebook_markdown import directives, heading, joined, notebook_md, outside_code
 
 ROOT = TOOLS.parent
 LIST = '<!-- The table is made by `make readme`: edit the notebooks. -->'
 README_BYTES = 8192  # A stranger reads it in ten minutes
 LINK = re.compile(r'(!?\[[^\]]*\]\()([^)\s#]+)(#[^)\s]*)?\)')
-NOTEBOOK = re.compile(r'(?<![`\[])`((?:\d_\w+|tutorials)/\w+)`(?![`\]])')
+NAME = r'`((?:\d_\w+|tutorials)/\w+)`'  # A notebook named in code
+NOTEBOOK = re.compile(rf'(?<![`\[]){NAME}(?![`\]])')
+LINKED = re.compile(rf'\[{NAME}\]\([^)\s]*\.ipynb\)')
+HANDWRITTEN = ('CONTRIBUTING.md', 'docs/README.md', 'kernels/README.md', 'results/README.md')
 
 
 def fail(why):
@@ -77,6 +80,7 @@ def turned(text, source, page, root=ROOT):
         target = root/'nbs'/f'{match[1]}.ipynb'
         return f'[{match[0]}]({relative(target)})' if target.exists() else match[0]
 
+    text = LINKED.sub(r'`\1`', text)  # a notebook that was renamed gets its link again
     return NOTEBOOK.sub(name, LINK.sub(link, text))
 
 
@@ -127,10 +131,19 @@ def chapter_md(folder, root=ROOT):
     return f'{words}\n\n{LIST}\n\n{table}\n'
 
 
+def handwritten_md(path, root=ROOT):
+    "Return a page that is written by hand, with links on the notebooks that it names"
+    text = path.read_text(encoding='utf-8')
+    return outside_code(text, lambda text: turned(text, path, path, root))
+
+
 def pages(root=ROOT):
-    "Return every page that is made, as a dictionary from its path to its text"
+    "Return every page, as a dictionary from its path to its text"
     made = {page_of(source, root): page_md(source, root) for source in sources(root)}
     made |= {folder/'README.md': chapter_md(folder, root) for folder in chapters(root)}
+    others = [root/name for name in HANDWRITTEN if (root/name).exists()]
+    others += [path for path in sorted((root/'docs'/'pages').glob('*.md')) if path not in made]
+    made |= {path: handwritten_md(path, root) for path in others}
     size = len(made[root/'README.md'].encode())
     if size > README_BYTES:
         fail(f'README.md would have {size} bytes, more than {README_BYTES}: move something to a page.')
@@ -157,7 +170,7 @@ def main():
         else:
             path.write_text(made[path], encoding='utf-8')
     if check and stale:
-        fail(f'{len(stale)} of {len(made)} pages are not what their notebooks make: run make readme.')
+        fail(f'{len(stale)} of {len(made)} pages are not as they are made: run make readme.')
     print(f'pages: {len(made)} pages, {len(stale)} of them {"differ" if check else "written"}')
 
 
