@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'OTHERS', 'proposer_html', 'plot_draft', 'reached', 'plot_
 
 # %% ../../nbs/6_evaluation/09_draft_plots.ipynb #e4b6969c
 from fastcore.xml import Div, to_xml
-from ..foundations.errors import require, visible
+from ..foundations.errors import DecodingError, require, visible
 from ..foundations.pictures import PALETTE
 from ..decoding.loop import LM, Result, Step
 from .plots import safe_decoder, token_box, token_span
@@ -73,12 +73,13 @@ def plot_draft(
 ):  # The axes
     "Draw the tree that a step verified, and the path that was accepted"
     import matplotlib.pyplot as plt
-    is_kept = step.tree is not None and step.accepted is not None
-    require(is_kept, 'the trees of this result were not kept', 'generate with record=True')
-    parents = step.tree.parents[b].tolist()
-    tokens = step.tree.tokens[b].tolist()
+    tree = step.tree
+    if tree is None or step.accepted is None:
+        raise DecodingError('the trees of this result were not kept: generate with record=True.')
+    parents = tree.parents[b].tolist()
+    tokens = tree.tokens[b].tolist()
     accepted = step.accepted[b].tolist()
-    who = step.tree.proposers(b, list(range(len(parents))))
+    who = tree.proposers(b, list(range(len(parents))))
     places = _places(parents)
     leaves = 1 - min(y for _, y in places.values())
     deepest = max(x for x, _ in places.values())

@@ -50,10 +50,10 @@ class _Recorder:
             self.note(part, rows, t, 0 if cache is None else int(cache.get_seq_length()))
         return hook
 
-    def head_hook(self, module, args):
+    def head_hook(self, module, args, kwargs):
         "Record a call of a draft head"
         rows, t = args[0].shape[:2]
-        cache = args[4]
+        cache = kwargs.get('past')
         self.note('draft', rows, t, 0 if cache is None else cache[0].shape[2])
 
 @contextlib.contextmanager
@@ -71,7 +71,7 @@ def watched(
         for part, model in models.items()
         if model is not None
     ]
-    hooks += [head.register_forward_pre_hook(recorder.head_hook) for head in heads]
+    hooks += [head.register_forward_pre_hook(recorder.head_hook, with_kwargs=True) for head in heads]
     try:
         yield recorder.passes
     finally:

@@ -9,8 +9,9 @@ __all__ = ['frontier', 'relative_speed', 'pareto_svg', 'acceptance_svg', 'Looks'
 import importlib.resources, math, string
 from dataclasses import dataclass
 from pathlib import Path
-from fastcore.xml import *
 from fastcore.xml import FT, Safe, ft, to_xml
+from fastcore.xml import B, Dd, Details, Div, Dl, Dt, Figcaption, Figure, H1, H2, Li, P, Small, Span, Style
+from fastcore.xml import Summary, Table, Tbody, Td, Th, Thead, Title, Tr, Ul
 from ..foundations.files import atomic_path
 from ..foundations.statistics import Interval, ENOUGH
 from ..foundations.tasks import Item
@@ -229,7 +230,10 @@ def acceptance_svg(
     longest = max(shares[-1][0] for shares in lines.values())
     axes = _Axes((.5, max(longest, 2) + .5), (0, 1))
     curves = [_curve(axes, name, shares, k) for k, (name, shares) in enumerate(lines.items())]
-    labels = [_Label(_short(name), *shares[-1][:2], f't{k % 6}') for k, (name, shares) in enumerate(lines.items())]
+    labels = []
+    for k, (name, shares) in enumerate(lines.items()):
+        j, share, _ = shares[-1]
+        labels.append(_Label(_short(name), j, share, f't{k % 6}'))
     return _html(_chart(
         axes,
         curves,

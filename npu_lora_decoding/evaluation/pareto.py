@@ -9,6 +9,7 @@ __all__ = ['Point', 'check_same', 'unit_of', 'pareto_points', 'plot_pareto', 'pa
 from collections import namedtuple
 from ..foundations.errors import require
 from ..foundations.statistics import Interval, bootstrap
+from ..foundations.pictures import PALETTE
 from .html_report import frontier, relative_speed
 
 # %% ../../nbs/6_evaluation/11_pareto.ipynb #cf0f1c9f
@@ -65,50 +66,53 @@ def _quality(row):
     return Interval(row['quality'], *row['quality_interval']) if row.get('quality_interval') else None
 
 def _lenders(row, rows):
-    "Return the rows whose speed belongs to a judged row: itself, or those of its method that write one token a pass"
+    "Return the rows whose speed belongs to a judged row: itself, or those of its method that give one token per forward pass"
     if row.get('tokens_per_s'): return [row]
-    return [
-        r
-        for r in rows
-        if r['method'] == row.get('arm', '').partition(':')[0] and r.get('tau') == 1 and not r['peer']
-    ]
+    method = row.get('arm', '').partition(':')[0]
+    return [r for r in rows if r['method'] == method and r.get('tau') == 1 and not r['peer']]
+
+def _is_judged(r):
+    "Return whether a row has a quality, of a method and not of a long text"
+    return 'chunks' not in r and bool(r.get('arm') or r.get('tokens_per_s')) and _quality(r) is not None
+
+def _speeds(files, unit):
+    "Return (row, speed relative to the unit of its file) of every timed row"
+    found = []
+    for rows in files.values():
+        timed = _timed(rows)
+        ref = next((r for r in timed if _name(r) == unit), None)  # none in a file without speeds
+        if ref is not None: found += [(r, relative_speed(r, ref)) for r in timed]
+    return found
+
+def _point(judged, timed, speed):
+    "Return the point of a judged row with the speed of a timed one"
+    if timed is not judged and timed.get('compiled'):
+        return Point(f'{judged["label"]}, compiled', speed, _quality(judged), False)
+    return Point(judged.get('label') or _name(judged), speed, _quality(judged), bool(timed['peer']))
 
 def pareto_points(
     files:dict,  # File name -> rows
 ) -> list:  # `Point`s
     "Return every method that has a quality and a speed; raises `DecodingError` where they cannot share a plot"
-    judged = [
-        r
-        for rows in files.values()
-        for r in rows
-        if 'chunks' not in r and (r.get('arm') or r.get('tokens_per_s')) and _quality(r)
-    ]
+    judged = [r for rows in files.values() for r in rows if _is_judged(r)]
     check_same(judged)
     unit = unit_of(files)
-    timed = []
-    for rows in files.values():
-        one = [r for r in _timed(rows) if _name(r) == unit][:1]  # none in a file without speeds
-        timed += [(r, relative_speed(r, ref)) for ref in one for r in _timed(rows)]
+    timed = _speeds(files, unit)
     silent = len(files) > 1 and any(r.get('task') is None for r in judged)
     require(
         not silent,
-        'a row does not say of which task its score is, so it cannot be joined with other files',
-        'give its file alone, or write it again with this version of `nld compare`',
+        'a row does not name the task of its score, so it cannot be joined with other files',
+        'give its file alone, or measure it again with this version of `nld compare`',
     )
     found = []
     used = {}
     for r in judged:
-        lent = [(t, s) for t, s in timed if any(t is o for o in _lenders(r, [t for t, _ in timed]))]
-        for t, s in lent:
+        lenders = {id(t) for t in _lenders(r, [t for t, _ in timed])}
+        for t, speed in timed:
+            if id(t) not in lenders: continue
             used |= {id(r): r, id(t): t}
-            # the unit, once for every file
-            if _name(t) == unit and t is not r and any(p.label == r['label'] for p in found):
-                continue
-            found.append(
-                Point(r.get('label') or _name(r), s, _quality(r), bool(t['peer']))
-                if t is r or not t.get('compiled')
-                else Point(f'{r["label"]}, compiled', s, _quality(r), False)
-            )
+            is_repeated = _name(t) == unit and t is not r and any(p.label == r['label'] for p in found)
+            if not is_repeated: found.append(_point(r, t, speed))  # the unit would come once for every file
     check_same(list(used.values()))
     require(
         len(found) > 1,
@@ -118,6 +122,31 @@ def pareto_points(
     return found
 
 # %% ../../nbs/6_evaluation/11_pareto.ipynb #2e9680dc
+def _draw_point(ax, point, colour):
+    "Draw a point with both intervals; hollow where it is a third party's"
+    x, left, right = point.speed
+    y, bottom, top = point.quality
+    fill = 'white' if point.peer else colour
+    bars = dict(xerr=[[x - left], [right - x]], yerr=[[y - bottom], [top - y]])
+    ax.errorbar([x], [y], **bars, fmt='o', c=colour, mfc=fill, ms=5, lw=1)
+
+def _draw_label(ax, point, height, colour):
+    "Write a point's name beside the plot, where labels cannot hide points or each other"
+    line = dict(arrowstyle='-', color=PALETTE.third_party, lw=.6, relpos=(0, .5), shrinkB=3)
+    ax.annotate(
+        point.label,
+        (point.speed.mean, point.quality.mean),
+        xytext=(1.04, height),
+        textcoords='axes fraction',
+        va='center',
+        fontsize=8,
+        color=colour,
+        parse_math=False,
+        annotation_clip=False,
+        arrowprops=line,
+        zorder=1,
+    )
+
 def plot_pareto(
     points:list,  # From `pareto_points`
     ax=None,  # matplotlib axes
@@ -127,44 +156,14 @@ def plot_pareto(
     "Draw quality against speed, the frontier, and what lies behind it in grey"
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(7, 3.4), layout='constrained')[1]
-    on = frontier([(p.speed.mean, p.quality.mean) for p in points])
-    ax.plot(
-        [points[i].speed.mean for i in on],
-        [points[i].quality.mean for i in on],
-        '--',
-        c='tab:orange',
-        lw=1,
-        zorder=0,
-    )
-    for k, (i, p) in enumerate(sorted(enumerate(points), key=lambda o: (-o[1].quality.mean, o[1].speed.mean))):
-        (x, l, r) = p.speed
-        (y, b, t) = p.quality
-        colour = 'tab:blue' if i in on else 'darkgrey'
-        ax.errorbar(
-            [x],
-            [y],
-            [[y - b], [t - y]],
-            [[x - l], [r - x]],
-            fmt='o',
-            c=colour,
-            mfc='white' if p.peer else colour,
-            ms=5,
-            lw=1,
-        )
-        # beside the plot, where labels cannot hide points or each other
-        ax.annotate(
-            p.label,
-            (x, y),
-            xytext=(1.04, 0.95 - 0.9 * k / max(len(points) - 1, 1)),
-            textcoords='axes fraction',
-            va='center',
-            fontsize=8,
-            color='black' if i in on else 'grey',
-            parse_math=False,
-            annotation_clip=False,
-            arrowprops=dict(arrowstyle='-', color='lightgrey', lw=0.6, relpos=(0, 0.5), shrinkB=3),
-            zorder=1,
-        )
+    best = [points[i] for i in frontier([(p.speed.mean, p.quality.mean) for p in points])]
+    front = [[p.speed.mean for p in best], [p.quality.mean for p in best]]
+    ax.plot(*front, '--', c=PALETTE.rejected, lw=1, zorder=0)
+    step = .9 / max(len(points) - 1, 1)
+    for k, p in enumerate(sorted(points, key=lambda p: (-p.quality.mean, p.speed.mean))):
+        is_best = any(p is other for other in best)
+        _draw_point(ax, p, PALETTE.expert if is_best else PALETTE.neutral)
+        _draw_label(ax, p, .95 - k * step, 'black' if is_best else PALETTE.neutral)
     ax.set(xlabel=f'speed, times {unit}', ylabel=f'quality{metric and f" ({metric})"}')
     return ax
 

@@ -16,117 +16,101 @@ from .benchmark import BATCHES, speed_ratio
 class Verdict:
     "Whether one idea helps here"
     idea:str  # CoLD, HASS, lookup or Temp-LoRA
-    helps:bool|None  # None: not tried, or measured too little to say
+    helps:bool|None  # None: not tried, or measured too little to tell
     reason:str  # One clause, with the interval
     effect:Interval|None=None  # Gain in score, times as fast, or ratio of perplexities
     method:str|None=None  # The row it rests on
 
-def _range(i, f): return f'{i.mean:{f}} ({i.low:{f}} to {i.high:{f}})'
+def _range(i, form):
+    return f'{i.mean:{form}} ({i.low:{form}} to {i.high:{form}})'
 
+def _verdict(idea, effect, method, change, *, neutral, more_is_better=True):
+    "Return the verdict on an effect that was measured well enough"
+    above = effect.low > neutral
+    below = effect.high < neutral
+    reason = change if above or below else f'{change}, which is not shown to be a gain'
+    return Verdict(idea, above if more_is_better else below, reason, effect, method)
+
+# %% ../../nbs/6_evaluation/06_recommend.ipynb #7cef900e
 def _of_contrast(rows):
-    cold = next((r for n, r in rows.items() if n.startswith('cold') and r.get('scores')), None)
-    greedy = rows.get('greedy', {})
-    if cold is None:
-        return Verdict(
-            'CoLD',
-            None,
-            (
-                'CoLD was not tried'
-                if not any(n.startswith('cold') for n in rows)
-                else 'the answers of CoLD were not scored'
-            ),
-        )
-    if not greedy.get('scores'):
-        return Verdict('CoLD', None, 'CoLD was not compared with greedy')
+    "Return the verdict on CoLD"
+    tried = [r for name, r in rows.items() if name.startswith('cold')]
+    cold = next((r for r in tried if r.get('scores')), None)
+    greedy = rows.get('greedy', {}).get('scores')
+    if not tried: return Verdict('CoLD', None, 'CoLD was not tried')
+    if cold is None: return Verdict('CoLD', None, 'the answers of CoLD were not scored')
+    if not greedy: return Verdict('CoLD', None, 'CoLD was not compared with greedy')
     if cold['items'] < ENOUGH:
-        return Verdict(
-            'CoLD', None, f'{cold["items"]} items are too few to judge CoLD (give at least {ENOUGH})'
-        )
-    gain = paired(cold['scores'], greedy['scores'])
-    metric = cold['metric']
-    change = f'CoLD changes {metric} by {_range(gain, "+.2f")} over greedy'
-    return Verdict(
-        'CoLD',
-        gain.low > 0,
-        change if gain.low > 0 or gain.high < 0 else f'{change}, which is not shown to be a gain',
-        gain,
-        cold['method'],
-    )
+        reason = f'{cold["items"]} items are too few to judge CoLD (give at least {ENOUGH})'
+        return Verdict('CoLD', None, reason)
+    gain = paired(cold['scores'], greedy)
+    change = f'CoLD changes {cold["metric"]} by {_range(gain, "+.2f")} over greedy'
+    return _verdict('CoLD', gain, cold['method'], change, neutral=0)
 
-def _of_guesses(rows, idea, mine):
-    found = [
-        r
-        for n, r in rows.items()
-        if mine(n) and not r['peer'] and r.get('same_as') in rows and r.get('speedup_over') == r['same_as']
-    ]
+# %% ../../nbs/6_evaluation/06_recommend.ipynb #07839981
+def _of_drafting(rows, idea, is_mine):
+    "Return the verdict on the best of several drafting methods, judged on turns that did not choose it"
+    def is_comparable(r): return not r['peer'] and r.get('same_as') in rows and r.get('speedup_over') == r['same_as']
+    found = [r for name, r in rows.items() if is_mine(name) and is_comparable(r)]
     if not found: return Verdict(idea, None, f'{idea} was not tried')
     rounds = len(found[0]['ms_runs'])
     batches = len(found[0]['ms_runs'][0])
     if rounds < 2 or batches < BATCHES:
-        return Verdict(
-            idea,
-            None,
-            f'the clock ran for {rounds} round{"s" * (rounds > 1)} on {batches} batch{"es" * (batches > 1)}, too few to judge {idea} (give at least 2 on {BATCHES})',
-        )
-    part = lambda r, turns: speed_ratio(r['ms_runs'][turns], rows[r['same_as']]['ms_runs'][turns])
-    best = max(found, key=lambda r: part(r, slice(0, 1)).mean)
-    ratio = part(best, slice(1, None))
-    said = f'{best["method"]} is {_range(ratio, ".2f")} times as fast as {best["same_as"]}'
-    return Verdict(
-        idea,
-        ratio.low > 1,
-        said if ratio.low > 1 or ratio.high < 1 else f'{said}, which is not shown to be a gain',
-        ratio,
-        best['method'],
-    )
+        measured = f'{rounds} round{"s" * (rounds > 1)} on {batches} batch{"es" * (batches > 1)}'
+        reason = f'the clock ran for {measured}, too few to judge {idea} (give at least 2 on {BATCHES})'
+        return Verdict(idea, None, reason)
+    def ratio_over(r, turns): return speed_ratio(r['ms_runs'][turns], rows[r['same_as']]['ms_runs'][turns])
+    best = max(found, key=lambda r: ratio_over(r, slice(0, 1)).mean)
+    ratio = ratio_over(best, slice(1, None))
+    change = f'{best["method"]} is {_range(ratio, ".2f")} times as fast as {best["same_as"]}'
+    return _verdict(idea, ratio, best['method'], change, neutral=1)
 
+# %% ../../nbs/6_evaluation/06_recommend.ipynb #39585822
 def _of_memory(rows):
+    "Return the verdict on Temp-LoRA"
     if not ('base' in rows and 'temp_lora' in rows):
         return Verdict('Temp-LoRA', None, 'Temp-LoRA was not tried (it needs a long text)')
-    nats = [[nll / tokens for _, nll, tokens in rows[n]['chunks']] for n in ('temp_lora', 'base')]
-    if len(nats[0]) < ENOUGH:
-        return Verdict(
-            'Temp-LoRA', None, f'{len(nats[0])} chunks are too few to judge Temp-LoRA (give at least {ENOUGH})'
-        )
-    ratio = Interval(*map(math.exp, paired(*nats)))
-    said = f'Temp-LoRA reads the long text at {_range(ratio, ".3f")} times the perplexity'
-    return Verdict(
-        'Temp-LoRA',
-        ratio.high < 1,
-        said if ratio.high < 1 or ratio.low > 1 else f'{said}, which is not shown to be a gain',
-        ratio,
-        'temp_lora',
-    )
+    with_it, without = ([nll / tokens for _, nll, tokens in rows[name]['chunks']] for name in ('temp_lora', 'base'))
+    if len(with_it) < ENOUGH:
+        reason = f'{len(with_it)} chunks are too few to judge Temp-LoRA (give at least {ENOUGH})'
+        return Verdict('Temp-LoRA', None, reason)
+    ratio = Interval(*map(math.exp, paired(with_it, without)))
+    change = f'Temp-LoRA reads the long text at {_range(ratio, ".3f")} times the perplexity'
+    return _verdict('Temp-LoRA', ratio, 'temp_lora', change, neutral=1, more_is_better=False)
 
 def verdicts(
     rows:list,  # From `compare`, and of a long text from `reading_row`
 ) -> list:  # `Verdict`s
     "Return which ideas help here, and which do not, from intervals and ratios only"
-    rows = {r['method']: r for r in rows if r['method'] != 'environment'}
-    copies = _of_guesses(rows, 'lookup', lambda n: 'lookup' in n and 'hass' not in n)
-    return [
-        _of_contrast(rows),
-        _of_guesses(rows, 'HASS', lambda n: 'hass' in n),
-        *([copies] if copies.method else []),
-        _of_memory(rows),
-    ]
+    by_name = {r['method']: r for r in rows if r['method'] != 'environment'}
+    heads = _of_drafting(by_name, 'HASS', lambda name: 'hass' in name)
+    copies = _of_drafting(by_name, 'lookup', lambda name: 'lookup' in name and 'hass' not in name)
+    tried = [heads, copies] if copies.method else [heads]
+    return [_of_contrast(by_name), *tried, _of_memory(by_name)]
+
+# %% ../../nbs/6_evaluation/06_recommend.ipynb #6f32d00e
+def _listed(names):
+    return names[0] if len(names) == 1 else f'{", ".join(names[:-1])} and {names[-1]}'
 
 def recommendation(
     found:list,  # `Verdict`s
 ) -> str:  # One or two sentences
     "Return what to use here, with the reason; it may be nothing"
-    helps, fails, open_ = ([v for v in found if v.helps is x] for x in (True, False, None))
-    guess = sorted((v for v in helps if v.idea in ('HASS', 'lookup')), key=lambda v: -v.effect.mean)
-    use = [v for v in helps if v not in guess[1:]]  # two who guess for one target: the faster
-    if use:
-        first = f'Use {" and ".join(v.idea for v in use)}: {"; ".join(v.reason for v in use)}.'
+    helps = [v for v in found if v.helps is True]
+    fails = [v for v in found if v.helps is False]
+    unjudged = [v for v in found if v.helps is None]
+    drafting = sorted((v for v in helps if v.idea in ('HASS', 'lookup')), key=lambda v: -v.effect.mean)
+    slower = drafting[1:]  # one drafter at a time: the fastest
+    used = [v for v in helps if v not in slower]
+    if used:
+        first = f'Use {_listed([v.idea for v in used])}: {"; ".join(v.reason for v in used)}.'
     elif fails:
-        first = f'Use none of {", ".join(v.idea for v in fails)} here: plain greedy decoding is enough.'
-    else: first = 'Nothing can be recommended yet.'
-    rest = '; '.join(
-        [*(f'{v.reason} too' for v in guess[1:]), *(v.reason for v in fails), *(v.reason for v in open_)]
-    )
-    # a method's name stays as it is written
-    if '_' not in rest.partition(' ')[0]:
-        rest = rest[:1].upper() + rest[1:]
-    return first + (f' {rest}.' if rest else '')
+        what = 'was not' if len(fails) == 1 else 'were not'
+        first = f'Plain greedy decoding is enough here: {_listed([v.idea for v in fails])} {what} shown to help.'
+    else:
+        first = 'Nothing can be recommended yet.'
+    reasons = [f'{v.reason} too' for v in slower] + [v.reason for v in fails + unjudged]
+    rest = '; '.join(reasons)
+    is_method = '_' in rest.partition(' ')[0]  # a method's name is not capitalised
+    if not is_method: rest = rest[:1].upper() + rest[1:]
+    return f'{first} {rest}.' if rest else first

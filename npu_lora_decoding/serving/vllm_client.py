@@ -60,9 +60,9 @@ def generate(
     adapter:str|Path,  # The expert's
     zeros:str|Path,  # Written by `null_adapter`
     refusal:int,  # See `refusal_token`
-    target:CoLD=CoLD(),  # The dials
+    target:CoLD=CoLD(),  # Alpha and beta
     vocab:int|None=None,  # Columns of the logits that are tokens; None: all
-    **options,  # Of vLLM's `SamplingParams`; greedy where no temperature is given; with a `seed`, prompt k draws with seed + k
+    **options,  # Of vLLM's `SamplingParams`; greedy by default; with a `seed`, prompt k draws with seed + k
 ) -> list:  # vLLM's `RequestOutput`, one a prompt
     "Return CoLD's answers; raises `DecodingError` for a pair that could not be contrasted"
     from vllm import SamplingParams
@@ -148,7 +148,7 @@ def probe(
 def server_bodies(
     prompt,  # Text, token ids, or messages
     refusal:int,  # See `refusal_token`
-    target:CoLD=CoLD(),  # The dials
+    target:CoLD=CoLD(),  # Alpha and beta
     vocab:int|None=None,  # Columns of the logits that are tokens; None: all
     models:tuple=('expert', 'base'),  # Names of the adapter and of the one of zeros on the server
     **options,  # Of the API; greedy where no temperature is given

@@ -70,13 +70,15 @@ def read_twin(
 @dataclass
 class PairedRow:
     "A twin in a row"
-    twin:PairRequest  # Which pair, which role, which dials
+    twin:PairRequest  # Which pair, which role, which alpha and beta
     like:object=None  # What both twins must share: prompt and options
     output:list=field(default_factory=list)  # Its tokens so far; the engine appends to this list
 
 class PairRows:
     "Which row of an engine's batch is which twin"
-    def __init__(self): self.seats, self.pairs = {}, {}
+    def __init__(self):
+        self.seats = {}
+        self.pairs = {}
 
     def update(self,
         removed:Sequence=(),  # Rows that were left
@@ -103,7 +105,7 @@ class PairRows:
         if seat is not None: self.seats[row] = seat
 
     def _mismatch(self, rows):
-        "Return why the rows of one name are no pair, or None"
+        "Return why the rows of one name cannot be a pair, or None"
         seats = [self.seats[r] for r in rows]
         if len(rows) == 1:
             return f'its {seats[0].twin.role} is in a step without the other twin'
@@ -111,9 +113,9 @@ class PairRows:
             return f'{len(rows)} requests with the roles {", ".join(s.twin.role for s in seats)} bear its name'
         a, b = seats
         if asdict(a.twin) | dict(role='') != asdict(b.twin) | dict(role=''):
-            return 'its twins have different dials'
+            return 'its twins have different alpha or beta'
         if a.like != b.like: return 'its twins have different prompts or options'
-        return None if a.output == b.output else 'its twins have written different tokens'
+        return None if a.output == b.output else 'its twins have generated different tokens'
 
     def sort(self) -> tuple:
         "Return `(expert's row, base's row)` of every pair, and row -> reason for the rows that cannot be contrasted"
@@ -122,7 +124,7 @@ class PairRows:
         for rows, why in self.pairs.values():
             outputs = [self.seats[r].output for r in rows]
             if why is None and (len(outputs[0]) != len(outputs[1]) or outputs[0][-1:] != outputs[1][-1:]):
-                why = 'its twins have written different tokens'
+                why = 'its twins have generated different tokens'
             if why is not None: lost |= dict.fromkeys(rows, why)
             else:
                 whole.append(tuple(sorted(rows, key=lambda r: self.seats[r].twin.role != 'expert')))
@@ -135,24 +137,24 @@ def contrast(
     logits:torch.Tensor,  # Of all rows of a step `(n, v)`; changed in place
     rows:PairRows,  # Who sits where
 ) -> dict:  # Pair -> why it was refused
-    "Write each pair's contrastive scores into both of its rows; a row that cannot be contrasted can only choose the refusal"
+    "Write each pair's scores into both of its rows; a row that cannot be contrasted can only choose the refusal"
     whole, lost = rows.sort()
     if whole:
         expert, base = _of_pairs(logits, rows, whole)
-        broken = _broken(
-            expert, base, torch.tensor([not rows.seats[i].output for i, _ in whole], device=logits.device)
-        )
+        first = torch.tensor([not rows.seats[i].output for i, _ in whole], device=logits.device)
+        broken = _broken(expert, base, first)
         lost |= {r: why for pair, why in zip(whole, broken) if why for r in pair}
         good = [k for k, why in enumerate(broken) if not why]
         if good:
-            _write_scores(logits, rows, [whole[k] for k in good], expert[good], base[good])
+            pairs = [whole[k] for k in good]
+            _write_scores(logits, rows, pairs, expert=expert[good], base=base[good])
     for r in lost:
         logits[r] = -torch.inf
         logits[r, rows.seats[r].twin.refusal] = 0.
     return {rows.seats[r].twin.pair: why for r, why in lost.items()}
 
 def _of_pairs(logits, rows, whole):
-    "Return the logits of experts and bases `(p, v)`, in fp32, without what is no token"
+    "Return the logits of experts and bases `(p, v)`, in fp32, without columns that are not tokens"
     expert, base = (logits[list(r)].float() for r in zip(*whole))
     for k, (i, _) in enumerate(whole):
         t = rows.seats[i].twin
@@ -163,26 +165,22 @@ def _of_pairs(logits, rows, whole):
 def _broken(expert, base, first):
     "Return for each pair why its logits cannot be contrasted, or None"
     finite = expert.amax(-1).isfinite() & base.amax(-1).isfinite()
-    apart = torch.where(expert == base, 0., expert - base).abs()
-    apart = torch.where(expert.isneginf(), 0.0, apart).amax(-1) > SAME * torch.where(
-        expert.isfinite(), expert, 0.0
-    ).abs().amax(-1)
-    reason = lambda f, d, n: (
-        'its logits are NaN or infinite'
-        if not f
-        else (
-            'both twins have the same logits, as if one adapter served both: give the base twin an adapter of zeros (`nld null-adapter`)'
-            if n and not d
-            else None
-        )
-    )
-    return [reason(*x) for x in zip(finite.tolist(), apart.tolist(), first.tolist())]
+    apart = torch.where(expert == base, 0., expert - base).abs()  # infinities that agree differ by nothing
+    apart = torch.where(expert.isneginf(), 0., apart).amax(-1)
+    size = torch.where(expert.isfinite(), expert, 0.).abs().amax(-1)
+    differ = apart > SAME * size
+    return [_reason(*pair) for pair in zip(finite.tolist(), differ.tolist(), first.tolist())]
+
+def _reason(is_finite, differs, is_first):
+    "Return why one pair cannot be contrasted, or None"
+    if not is_finite: return 'its logits are NaN or infinite'
+    if differs or not is_first: return None
+    return 'both twins have the same logits, as if one adapter served both: give the base twin an adapter of zeros (`nld null-adapter`)'
 
 def _write_scores(logits, rows, whole, expert, base):
     twins = [rows.seats[i].twin for i, _ in whole]
-    scores = (
-        CoLD(tuple(t.alpha for t in twins), tuple(t.beta for t in twins)).combine(expert, base).to(logits.dtype)
-    )
+    target = CoLD(tuple(t.alpha for t in twins), tuple(t.beta for t in twins))  # of each pair its own
+    scores = target.combine(expert, base).to(logits.dtype)
     for r in zip(*whole):
         logits[list(r)] = scores
 
@@ -191,7 +189,9 @@ class WaitingRoom:
     "Requests whose twin has not come yet, and pairs for which there is no room yet"
     def __init__(self,
         patience:float=5.,  # Seconds that a request waits for its twin
-    ): self.patience, self.waiting = patience, {}
+    ):
+        self.patience = patience
+        self.waiting = {}
 
     def __len__(self):
         return sum(len(requests) for requests, _ in self.waiting.values())

@@ -99,7 +99,7 @@ def check_engine(
     context = config.model_config.max_model_len
     require(
         not s.enable_chunked_prefill and not s.long_prefill_token_threshold,
-        'chunked prefill is on, and a half-read prompt cannot be told from a whole one',
+        'chunked prefill is on, and a half-read prompt looks like a whole one',
         'start vLLM with --no-enable-chunked-prefill',
     )
     require(
@@ -121,26 +121,16 @@ def serve_command(
     **options,  # Of `engine_options`
 ) -> str:  # A shell command
     "Return how to serve `target` so that it answers pairs"
-    rank = max(
-        [
-            8,
-            read_adapter_config(adapter)['r'],
-            *(read_adapter_config(adapter).get('rank_pattern') or {}).values(),
-        ]
-    )
+    config = read_adapter_config(adapter)
+    rank = max([8, config['r'], *(config.get('rank_pattern') or {}).values()])
     o = engine_options(**dict(context=2048, rank=rank) | options)
-    flags = ' '.join(
-        f'--{k.replace("_", "-")} {o[k]}'
-        for k in (
-            'max_loras',
-            'max_lora_rank',
-            'max_model_len',
-            'max_num_seqs',
-            'max_num_batched_tokens',
-            'scheduler_cls',
-        )
-    )
-    return f'vllm serve {target} --enable-lora --lora-modules expert={adapter} base={zeros} {flags} --no-enable-chunked-prefill --logits-processors {o["logits_processors"][0]}'
+    names = ('max_loras', 'max_lora_rank', 'max_model_len', 'max_num_seqs', 'max_num_batched_tokens', 'scheduler_cls')
+    parts = [
+        f'vllm serve {target} --enable-lora --lora-modules expert={adapter} base={zeros}',
+        *(f'--{name.replace("_", "-")} {o[name]}' for name in names),
+        f'--no-enable-chunked-prefill --logits-processors {o["logits_processors"][0]}',
+    ]
+    return ' '.join(parts)
 
 # %% ../../nbs/7_serving/04_vllm_plugin.ipynb #bf7ed49a
 _ALIKE = (
@@ -176,7 +166,7 @@ def check_params(
     )
     require(
         twin.refusal in (params.stop_token_ids or ()),
-        f'the refusal {twin.refusal} is no stop token',
+        f'the refusal {twin.refusal} is not a stop token',
         'add it to stop_token_ids, or build both requests with this library',
     )
     require(params.n == 1, f'a twin asks for {params.n} answers', 'send a pair for each answer')

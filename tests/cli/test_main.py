@@ -171,16 +171,18 @@ def test_a_verification_continues(toy, data, tmp_path, monkeypatch):
         verify.check,
     )
 
-    def counted(lm, name, *args):
+    def counted(lm, name, *args, **kwargs):
         if len(made) == 3:
             raise KeyboardInterrupt
         made.append(name)
-        return check(lm, name, *args)
+        return check(lm, name, *args, **kwargs)
 
     monkeypatch.setattr(verify, 'check', counted)
     with pytest.raises(KeyboardInterrupt):
         run(argv)
-    monkeypatch.setattr(verify, 'check', lambda lm, name, *args: made.append(name) or check(lm, name, *args))
+    monkeypatch.setattr(
+        verify, 'check', lambda lm, name, *args, **kwargs: made.append(name) or check(lm, name, *args, **kwargs)
+    )
     run(argv + ['--resume'])
     assert len(made) == len(set(made)) == 8 and [r['check'] for r in json_rows(tmp_path / 'v.json')[:-1]] == made
     run(argv + ['--resume', '--new-tokens', '2'])  # other options: everything anew

@@ -155,8 +155,8 @@ def adapter_on_the_first_row_only(lm, run):
 )
 def test_check_finds_planted_bugs(lm, bug, equal):
     run = methods()['greedy'].build(lm, None)
-    assert not check(lm, 'sound', Plain(), run, run, [batch_of(lm)], 8).differences
-    found = check(lm, 'bug', Plain(), bug(lm, run), run, [batch_of(lm)], 8)
+    assert not check(lm, 'sound', Plain(), run, run, batches=[batch_of(lm)], new_tokens=8).differences
+    found = check(lm, 'bug', Plain(), bug(lm, run), run, batches=[batch_of(lm)], new_tokens=8)
     assert found.equal == equal and len(found.unexplained) == 4 - equal and 'NOT a tie' in str(found)
     assert [d.prompt for d in found.differences] == list(range(4))[-(4 - equal) :]
 

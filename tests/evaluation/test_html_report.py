@@ -186,15 +186,15 @@ def test_what_helps_is_recommended():
     found = verdicts(everything())
     assert [(v.idea, v.helps) for v in found] == [('CoLD', True), ('HASS', True), ('Temp-LoRA', True)]
     said = recommendation(found)
-    assert said.startswith('Use CoLD and HASS and Temp-LoRA: ') and '+2.00' in said and 'hass_tree is 1.60' in said
+    assert said.startswith('Use CoLD, HASS and Temp-LoRA: ') and '+2.00' in said and 'hass_tree is 1.60' in said
     assert said == recommendation(verdicts(everything()))  # intervals are seeded
 
 
 def test_none_is_an_answer():
     said = recommendation(verdicts(everything(0, 0.95, 0)))
     assert (
-        said.startswith('Use none of CoLD, HASS, Temp-LoRA here: plain greedy decoding is enough.')
-        and said.count('not shown') == 2
+        said.startswith('Plain greedy decoding is enough here: CoLD, HASS and Temp-LoRA were not shown to help.')
+        and said.count('not shown') == 3
         and '0.95 (0.95 to 0.95) times as fast' in said
     )
 

@@ -71,7 +71,7 @@ def test_every_way_of_the_benchmark_does_the_same_work():
     torch.manual_seed(0)
     problem = doctor.lora_problem(5, 24, 4, torch.float32, cpu)
     with torch.no_grad():
-        out = {n: f() for n, f in doctor.lora_contestants(*problem).items()}
+        out = {n: f() for n, f in doctor.lora_ways(*problem).items()}
     assert set(out) == {'ours', 'loop', 'gather', 'peft'}
     for y in out.values():
         torch.testing.assert_close(y, out['loop'], rtol=1e-4, atol=1e-4)

@@ -157,7 +157,7 @@ def test_roles_matter():
         ([(0, ('a', 'base'), {})], 'its base is in a step without the other twin'),
         ([(0, ('a', 'base'), {}), (3, ('a', 'base'), {})], '2 requests with the roles base, base'),
         ([(0, ('a', 'expert'), {}), (3, ('a', 'base'), {}), (5, ('a', 'base'), {})], '3 requests with the roles'),
-        ([(0, ('a', 'expert'), {}), (3, ('a', 'base'), dict(beta=0.4))], 'different dials'),
+        ([(0, ('a', 'expert'), {}), (3, ('a', 'base'), dict(beta=0.4))], 'different alpha or beta'),
         ([(0, ('a', 'expert'), {}), (3, ('a', 'base'), dict(like='other'))], 'different prompts or options'),
         ([(0, ('a', 'expert'), dict(output=[5])), (3, ('a', 'base'), dict(output=[6]))], 'different tokens'),
         ([(0, ('a', 'expert'), dict(output=[5])), (3, ('a', 'base'), {})], 'different tokens'),

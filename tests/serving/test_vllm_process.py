@@ -12,7 +12,7 @@ from npu_lora_decoding.evaluation.benchmark import compare, table
 from npu_lora_decoding.decoding.loop import LM, load
 from npu_lora_decoding.foundations.models import encode
 from npu_lora_decoding.foundations.files import json_rows
-from npu_lora_decoding.serving.vllm_process import Engine, find_vllm, merged_folder, vllm_peers
+from npu_lora_decoding.serving.vllm_process import Engine, find_vllm, merged_folder, vllm_methods
 from helpers.toys import toy_folder, toy_items, toy_lm
 
 FAKE = '''
@@ -129,7 +129,7 @@ def lm(folders):
 
 def test_a_contestant_writes_what_the_engine_writes(stand, lm, folders):
     ids, mask = encode(lm, ['one', 'one two'])
-    with vllm_peers(stand.python, lm, ['one', 'one two'], 8) as (known, about):
+    with vllm_methods(stand.python, lm, ['one', 'one two'], 8) as (known, about):
         assert (
             list(known) == ['vllm_greedy', 'vllm_lora', 'vllm_cold']
             and all(m.third_party and m.other_process for m in known.values())
@@ -153,7 +153,7 @@ def test_prompts_travel_without_their_padding(stand, lm, monkeypatch):
         'ask',
         lambda self, **q: asked.append(q) or dict(ids=[[3], [3]], threads=torch.get_num_threads(), vllm='x'),
     )
-    with vllm_peers(stand.python, lm, ['one'], 8) as (known, _):
+    with vllm_methods(stand.python, lm, ['one'], 8) as (known, _):
         known['vllm_greedy'].build(lm, None)(*encode(lm, [[5], [6, 7]]), 1)
     assert asked[-1] == dict(ids=[[5], [6, 7]], n=1, eos=[])
 
@@ -162,7 +162,7 @@ def test_prompts_travel_without_their_padding(stand, lm, monkeypatch):
 def test_settings_of_the_engines(stand_with_torch, lm, folders, monkeypatch):
     monkeypatch.setenv('PYTHONPATH', '/elsewhere')
     monkeypatch.delenv('VLLM_CPU_KVCACHE_SPACE', raising=False)
-    with vllm_peers(stand_with_torch.python, lm, ['one', [5] * 40], 8, 3, CoLD(0.2, 0.3)) as (known, _):
+    with vllm_methods(stand_with_torch.python, lm, ['one', [5] * 40], 8, 3, CoLD(0.2, 0.3)) as (known, _):
         for m in known.values():
             m.build(lm, folders / 'adapter')
         greedy, lora, cold = stand_with_torch.seen()
@@ -198,7 +198,7 @@ def test_settings_of_the_engines(stand_with_torch, lm, folders, monkeypatch):
 @pytest.mark.slow
 def test_keys_and_values_have_room(stand_with_torch, lm, folders):
     lm.model.config.num_hidden_layers = 2**16  # as far as the cache is concerned
-    with vllm_peers(stand_with_torch.python, lm, ['one'], 100) as (known, _):
+    with vllm_methods(stand_with_torch.python, lm, ['one'], 100) as (known, _):
         for name in ('vllm_lora', 'vllm_cold'):
             known[name].build(lm, folders / 'adapter')
     a, b = (int(s['env']['VLLM_CPU_KVCACHE_SPACE']) for s in stand_with_torch.seen())
@@ -207,7 +207,7 @@ def test_keys_and_values_have_room(stand_with_torch, lm, folders):
 
 def test_compare_takes_turns_with_it(stand, lm, folders):
     items = toy_items(2)
-    with vllm_peers(stand.python, lm, items, 6) as (known, about):
+    with vllm_methods(stand.python, lm, items, 6) as (known, about):
         rows = compare(
             lm, folders / 'adapter', items, ['greedy', 'vllm_lora'], new_tokens=6, rounds=2, metric='chrf', others=known
         )
@@ -281,7 +281,7 @@ def test_vllm_needs_its_python(lm, folders, name):
 
 
 def test_unknown_names_and_a_missing_adapter(stand, lm):
-    with vllm_peers(stand.python, lm, ['one'], 4) as (known, _):
+    with vllm_methods(stand.python, lm, ['one'], 4) as (known, _):
         with pytest.raises(DecodingError, match='unknown method .*vllm_lora'):
             compare(lm, None, ['one'], ['vllm_fast'], new_tokens=4, others=known)
         for name in ('vllm_lora', 'vllm_cold'):
@@ -293,9 +293,9 @@ def test_unknown_names_and_a_missing_adapter(stand, lm):
 @pytest.mark.parametrize(
     'script,said',
     [
-        (None, 'is no program'),
-        ('#!/bin/sh\necho Python 3.12\n', 'is no Python:'),
-        ('not a program', 'is no Python that answers'),
+        (None, 'is not a program'),
+        ('#!/bin/sh\necho Python 3.12\n', 'is not a Python:'),
+        ('not a program', 'is not a Python that answers'),
         ('#!/bin/sh\nsleep 60\n', 'is no Python that answers'),
         (f'#!/bin/sh\nexec {sys.executable} "$@"\n', 'has no vLLM'),
     ],
@@ -310,7 +310,7 @@ def test_what_is_no_python_with_vllm(tmp_path, script, said):
 
 
 def test_a_model_from_memory_and_a_rank_beyond_vllms(stand, folders, lm, tmp_path):
-    with vllm_peers(stand.python, lm, ['one'], 4) as (known, _):
+    with vllm_methods(stand.python, lm, ['one'], 4) as (known, _):
         with pytest.raises(DecodingError, match='loaded from no folder'):
             known['vllm_greedy'].build(toy_lm(), None)
         toy_adapter(lm.model, tmp_path / 'big', r=513)
@@ -321,7 +321,7 @@ def test_a_model_from_memory_and_a_rank_beyond_vllms(stand, folders, lm, tmp_pat
 
 
 def test_without_a_python_there_is_nothing():
-    with vllm_peers(None, None, None, 4) as found:
+    with vllm_methods(None, None, None, 4) as found:
         assert found == ({}, {})
 
 
@@ -344,7 +344,7 @@ def test_without_a_python_there_is_nothing():
 def test_an_engine_that_does_not_start(stand, lm, mode, said):
     stand.mode(mode)
     with pytest.raises(DecodingError, match=said):
-        with vllm_peers(stand.python, lm, ['one'], 4, patience=4.0 if 'sleeps' in mode else 60.0) as (known, _):
+        with vllm_methods(stand.python, lm, ['one'], 4, patience=4.0 if 'sleeps' in mode else 60.0) as (known, _):
             known['vllm_greedy'].build(lm, None)
     assert gone(stand)
 
@@ -362,7 +362,7 @@ def test_an_engine_that_does_not_start(stand, lm, mode, said):
 def test_an_engine_that_fails_in_the_middle(stand, lm, mode, said):
     stand.mode(mode)
     with pytest.raises(DecodingError, match=said) as e:
-        with vllm_peers(stand.python, lm, ['one'], 4, patience=8.0) as (known, _):
+        with vllm_methods(stand.python, lm, ['one'], 4, patience=8.0) as (known, _):
             known['vllm_greedy'].build(lm, None)(*encode(lm, ['one']), 4)
     assert gone(stand) and '\n' not in str(e.value) and '\x1b' not in str(e.value)
 
@@ -374,7 +374,7 @@ def test_an_engine_that_fails_in_the_middle(stand, lm, mode, said):
 def test_engines_and_their_children_end_with_the_block(stand, lm, folders, error):
     stand.mode('child')
     with pytest.raises(error):
-        with vllm_peers(stand.python, lm, ['one'], 4) as (known, _):
+        with vllm_methods(stand.python, lm, ['one'], 4) as (known, _):
             for name in ('vllm_greedy', 'vllm_lora'):
                 known[name].build(lm, folders / 'adapter')
             assert len(stand.running()) == 4

@@ -54,7 +54,7 @@ def told(writer, choice, made=STEADY):
     ],
 )
 def test_switches_are_arguments(choice, target, kind):
-    got = P.arguments(choice, P.guessers('a folder'))
+    got = P.arguments(choice, P.make_drafters('a folder'))
     assert (
         got['target'] == target
         and type(got['drafter']) is kind
@@ -64,13 +64,13 @@ def test_switches_are_arguments(choice, target, kind):
 
 
 def test_one_guesser_for_the_whole_page():
-    made = P.guessers('a folder')
+    made = P.make_drafters('a folder')
     assert made[True, True].drafters == (made[True, False], made[False, True])
 
 
 @pytest.mark.parametrize('window', [64, 256.0, 1024])
 def test_a_memory_fits_into_its_window(window):
-    memory = P.arguments(P.Choice(memory=True, window=window), P.guessers())['memory']
+    memory = P.arguments(P.Choice(memory=True, window=window), P.make_drafters())['memory']
     assert memory.window == window and memory.chunk == window // 4 and isinstance(memory.chunk, int)
 
 
@@ -100,7 +100,7 @@ def test_what_a_model_says_stays_text():
     lm = toy_lm()
     lm.tokenizer.decode = lambda ids, **_: HOSTILE
     for changed in (False, True):
-        whole = list(P.answer(P.Writer(lm), P.guessers(), PROMPT, '', P.Choice(new_tokens=3), changed))[-1]
+        whole = list(P.answer(P.Writer(lm), P.make_drafters(), PROMPT, '', P.Choice(new_tokens=3), changed))[-1]
         assert (
             '<script' not in whole
             and '<img' not in whole
@@ -134,7 +134,7 @@ def test_leaving_in_the_middle_frees_the_model():
     lm = forgetful_lm()
     writer = P.Writer(lm)
     for _ in range(2):
-        text = P.answer(writer, P.guessers(), PROMPT, '', P.Choice(new_tokens=1000))
+        text = P.answer(writer, P.make_drafters(), PROMPT, '', P.Choice(new_tokens=1000))
         next(text)
         text.close()
         assert not writer.thread.is_alive()
@@ -182,7 +182,7 @@ def shown(tmp_path, monkeypatch):
     lm = forgetful_lm(tmp_path)
     first, decode = lm.generate(PROMPT, max_new_tokens=1).tokens[0][0].id, lm.tokenizer.decode
     lm.tokenizer.decode = lambda ids, **kw: HOSTILE if list(ids) == [first] else decode(ids, **kw)
-    monkeypatch.setattr(P, 'guessers', lambda head: STEADY)
+    monkeypatch.setattr(P, 'make_drafters', lambda head: STEADY)
     page = P.build(lm)
     url = P.serve(page, 0)
     try:
