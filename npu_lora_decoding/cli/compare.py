@@ -25,7 +25,7 @@ from ..evaluation.benchmark import compare as measure, table
 from ..evaluation.recommend import recommendation, verdicts
 from ..evaluation.plots import plot_speed, token_ansi, save_plot
 from ..evaluation.html_report import Looks, save_page
-from ..serving.vllm_process import vllm_peers
+from ..serving.vllm_process import vllm_methods
 from .registry import command
 from .memory import checked_ids, long_text, model_fields, reading_row
 
@@ -129,7 +129,7 @@ def compare(
     looks = Looks(lm, items, new_tokens, output.shown) if output.html else None
     judged = answer_tokens or (96 if source.is_verses else new_tokens)
     target = CoLD(alpha, beta)
-    with vllm_peers(helpers.vllm, lm, items, max(new_tokens, judged), batch=batch, target=target) as (others, seen):
+    with vllm_methods(helpers.vllm, lm, items, max(new_tokens, judged), batch=batch, target=target) as (others, seen):
         rows = measure(
             lm, folder, items, methods.split(','), new_tokens=new_tokens, batch=batch, rounds=rounds, target=target,
             compile=compile, metric=metric, head=helpers.head, others=others, timed=timed, answer_tokens=judged,

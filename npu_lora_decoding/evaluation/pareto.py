@@ -58,7 +58,7 @@ def unit_of(
     return min(shared, key=lambda n: (not n.startswith('greedy'), shared.index(n)))
 
 # %% ../../nbs/6_evaluation/11_pareto.ipynb #2d5f9c1e
-Point = namedtuple('Point', 'label speed quality peer')  # Speed and quality are `Interval`s
+Point = namedtuple('Point', 'label speed quality third_party')  # Speed and quality are `Interval`s
 
 def _quality(row):
     "Return a row's mean score with its interval, or None"
@@ -126,7 +126,7 @@ def _draw_point(ax, point, colour):
     "Draw a point with both intervals; hollow where it is a third party's"
     x, left, right = point.speed
     y, bottom, top = point.quality
-    fill = 'white' if point.peer else colour
+    fill = 'white' if point.third_party else colour
     bars = dict(xerr=[[x - left], [right - x]], yerr=[[y - bottom], [top - y]])
     ax.errorbar([x], [y], **bars, fmt='o', c=colour, mfc=fill, ms=5, lw=1)
 
