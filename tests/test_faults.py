@@ -895,7 +895,7 @@ def test_first_runs_race_for_the_cache(round, tmp_path, monkeypatch):
 
     assert fused_projections(work, 4) == [0] * 4
     (folder,) = (tmp_path / 'cache').iterdir()
-    assert models._sealed(folder) and hidden(tmp_path / 'cache') == []
+    assert models._is_sealed(folder) and hidden(tmp_path / 'cache') == []
 
 
 def test_writers_race_for_a_folder(tmp_path):

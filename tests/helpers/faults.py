@@ -112,7 +112,7 @@ def _embedded(folder, v):
 
 
 def _sealed(folder):
-    if not models._sealed(folder / 'model'):
+    if not models._is_sealed(folder / 'model'):
         raise DecodingError('the cached model is damaged: it is converted again.')
 
 
