@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from fastprogress.fastprogress import progress_bar
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from ..foundations.errors import DecodingError, require
 from ..foundations.files import atomic_path, ctrl_c, save_tensors
 from ..foundations.adapters import fingerprint
 from ..foundations.models import encode_one
-from ..foundations.training import learning_rate
+from ..foundations.training import damaged_state, has_state, learning_rate
+from ..foundations.training import read_state, restore_state, write_state
 from ..decoding.baseline import positions_of
 from ..decoding.loop import LM
 
@@ -128,23 +128,10 @@ def save_state(
     losses:list,  # One a step
     data:str='',  # Hash of base and items, so that the run is continued with the same ones
 ):
-    "Write the training state atomically, as safetensors"
-    state = {}
-    for n, p in _trainable(model).items():
-        state[f'weight/{n}'] = p.detach()
-        for k, v in opt.state[p].items(): state[f'adam/{k}/{n}'] = v
-    state |= dict(rng=torch.get_rng_state(), losses=torch.tensor(losses, dtype=torch.float64))
-    meta = dict(step=str(step), config=json.dumps(asdict(config)), data=data)
-    with atomic_path(folder/'state.safetensors') as tmp: save_tensors(state, tmp, meta)
-
-def _damaged(file, why): return DecodingError(f'{file} is damaged ({why}): remove it to begin again.')
-
-def _check_tensors(state, model, file):
-    "Raise `DecodingError` unless `state` holds weights and moments of every parameter that is trained"
-    for n, p in _trainable(model).items():
-        for key in (f'weight/{n}', f'adam/exp_avg/{n}', f'adam/exp_avg_sq/{n}'):
-            fits = key in state and state[key].shape == p.shape
-            if not fits or f'adam/step/{n}' not in state: raise _damaged(file, f'it lacks {key}')
+    "Write the training state atomically (`0_foundations/12_training`)"
+    tensors = dict(rng=torch.get_rng_state(), losses=torch.tensor(losses, dtype=torch.float64))
+    about = dict(step=str(step), config=json.dumps(asdict(config)), data=data)
+    write_state(folder, _trainable(model), dict(adam=opt), tensors, about)
 
 def load_state(
     folder:Path,  # The run's folder
@@ -154,28 +141,14 @@ def load_state(
     data:str='',  # Must equal the saved one
 ) -> tuple:  # Updates done, losses so far
     "Restore the training state; raises `DecodingError` when the run had other settings, another base or other items"
-    file = folder/'state.safetensors'
-    try:
-        with safe_open(file, 'pt') as f: meta = f.metadata() or {}
-        state = load_file(file)
-        known = json.loads(meta['config'])
-        theirs = meta['data']
-        done = int(meta['step'])
-        losses = state['losses'].tolist()
-        rng = state['rng']
-    except (OSError, SafetensorError, KeyError, ValueError) as e:
-        raise _damaged(file, str(e) if isinstance(e, SafetensorError) else repr(e)) from e
-    remedy = 'continue it with the same ones, or train into another folder'
-    require(known == json.loads(json.dumps(asdict(config))), f'{folder} holds a run with other settings', remedy)
-    require(theirs == data, f'{folder} holds a run on another base or other items', remedy)
-    _check_tensors(state, model, file)
+    state = read_state(folder)
+    state.check_same(asdict(config), data, other='on another base or other items')
+    rng = state.tensors.get('rng', torch.empty(0))
     is_rng = rng.shape == torch.get_rng_state().shape and rng.dtype == torch.uint8
-    if not is_rng or len(losses) != done: raise _damaged(file, 'it is not the state of a run')
-    for n, p in _trainable(model).items():
-        p.data.copy_(state[f'weight/{n}'])
-        opt.state[p] = {k: state[f'adam/{k}/{n}'] for k in ('step', 'exp_avg', 'exp_avg_sq')}
+    if not is_rng or len(state.losses) != state.step: raise damaged_state(folder, 'it is not the state of a run')
+    restore_state(state, _trainable(model), dict(adam=opt))
     torch.set_rng_state(rng)
-    return done, losses
+    return state.step, state.losses
 
 # %% ../../nbs/2_cold/02_expert.ipynb #d31a4b03
 def save_adapter(
@@ -287,7 +260,7 @@ def _run(lm, model, pairs, folder, *, config, base, card, stop_after):
     data = _data_hash(base, pairs)
     done = 0
     losses = []
-    if (folder/'state.safetensors').exists(): done, losses = load_state(folder, model, opt, config, data)
+    if has_state(folder): done, losses = load_state(folder, model, opt, config, data)
     def save(): save_state(folder, model, opt, step=done, config=config, losses=losses, data=data)
     lengths = [len(prompt) + len(answer) for prompt, answer in pairs]
     end = config.steps if stop_after is None else min(config.steps, done + stop_after)

@@ -9,7 +9,7 @@ __all__ = ['ForwardPass', 'watched', 'draft_shape', 'adapter_weights', 'flops_of
 import contextlib
 from dataclasses import dataclass
 import torch
-from ..foundations.model_shape import Shape, read_flops
+from ..foundations.model_shape import Shape, head_width, read_flops
 from ..hass.head import DraftHead
 
 # %% ../../nbs/6_evaluation/03_flops.ipynb #2512fa28
@@ -85,10 +85,8 @@ def draft_shape(
 ) -> Shape:
     "Return what the cost of a draft head depends on"
     c = head.config
-    width = getattr(c, 'head_dim', None) or c.hidden_size // c.num_attention_heads
     weights = sum(m.weight.numel() for m in head.modules() if isinstance(m, torch.nn.Linear))
-    untrained = dict(adapted=0, still=0, still_adapted=0, still_mixing=0, cache=0, acts=0, weights=0)
-    return Shape(weights, head=rows * c.hidden_size, mixing=c.num_attention_heads * width, **untrained)
+    return Shape(weights, head=rows * c.hidden_size, mixing=c.num_attention_heads * head_width(c))
 
 def adapter_weights(
     adapter,  # `Adapter` or None

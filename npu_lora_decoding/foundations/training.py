@@ -7,6 +7,7 @@ __all__ = ['learning_rate', 'has_state', 'write_state', 'damaged_state', 'Traini
 
 # %% ../../nbs/0_foundations/12_training.ipynb #50b6f148
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -71,11 +72,14 @@ class TrainingState:
     def check_same(self,
         config:dict,  # Settings of the run
         data:str,  # Hash of its data
+        *,
         other:str,  # What differs when the hashes do, for the message
+        current:Callable=dict,  # Brings saved settings to today's names
     ):
         "Raise `DecodingError` unless the state belongs to a run with these settings and this data"
         remedy = 'continue it with the same ones, or train into another folder'
-        same_settings = json.loads(self.about['config']) == json.loads(json.dumps(config))
+        saved = current(json.loads(self.about['config']))
+        same_settings = saved == json.loads(json.dumps(config))
         require(same_settings, f'{self.folder} holds a run with other settings', remedy)
         require(self.about['data'] == data, f'{self.folder} holds a run {other}', remedy)
 
@@ -87,7 +91,7 @@ def read_state(
     try:
         with safe_open(file, 'pt') as f: about = f.metadata() or {}
         state = TrainingState(folder, load_file(file), about, int(about['step']))
-        json.loads(about['config'])
+        if not isinstance(json.loads(about['config']), dict): raise ValueError('its settings are not a table')
         about['data'], state.losses  # there, or the state is damaged
     except SafetensorError as e: raise damaged_state(folder, e) from e
     except (OSError, KeyError, ValueError, TypeError) as e: raise damaged_state(folder, repr(e)) from e

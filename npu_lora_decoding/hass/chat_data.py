@@ -6,30 +6,18 @@
 __all__ = ['read_conversations', 'Example', 'encode_conversation', 'encode_all', 'deduplicated', 'read_prompts']
 
 # %% ../../nbs/3_hass/06_chat_data.ipynb #a35d6f76
-import itertools, json
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 from jinja2 import TemplateError
 from ..foundations.errors import DecodingError, require
+from ..foundations.files import json_lines
 from ..foundations.models import encode_one, end_tokens
 from ..decoding.loop import LM
 
 # %% ../../nbs/3_hass/06_chat_data.ipynb #cb86b4dd
-def _json_lines(file):
-    "Yield each line's object; raises `DecodingError` naming a broken line"
-    with open(file, 'rb') as f:
-        for n, line in enumerate(f, 1):
-            if not line.strip(): continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as e:
-                raise DecodingError(f'line {n} of {file} is not JSON ({e}): correct or remove it.') from e
-            require(
-                isinstance(row, dict),
-                f'line {n} of {file} is not a JSON object',
-                'write one {"messages": [...]} or {"prompt": ..., "answer": ...} a line')
-            yield row
+_LINE = 'one {"messages": [...]} or {"prompt": ..., "answer": ...} a line'
 
 def _load_dataset(path, split):
     "Return a `datasets` dataset, on disk or on the hub"
@@ -56,14 +44,14 @@ def _shards(folder):
     "Return the rows of a folder of shards"
     shards = sorted(folder.glob('shard-*.jsonl'))
     require(len(shards) > 0, f'{folder} holds no shard-*.jsonl', 'give a folder that write_conversations filled')
-    return itertools.chain.from_iterable(_json_lines(shard) for shard in shards)
+    return itertools.chain.from_iterable(json_lines(shard, _LINE) for shard in shards)
 
 def _rows(source):
     "Return the rows of a folder of shards, a JSON-lines file, a dataset, or anything that yields dictionaries"
     if not isinstance(source, (str, Path)): return source
     path = Path(source)
     if path.is_dir() and not list(path.glob('dataset_*.json')): return _shards(path)
-    if path.is_file(): return _json_lines(path)
+    if path.is_file(): return json_lines(path, _LINE)
     require(path.exists() or path.suffix not in ('.json', '.jsonl'), f'there is no file {path}', 'check the path')
     return _dataset(source)
 

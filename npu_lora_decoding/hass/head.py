@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 from ..foundations.errors import require
+from ..foundations.model_shape import head_width
 from ..decoding.runner import grouped_attention
 
 # %% ../../nbs/3_hass/01_head.ipynb #586b99b9
@@ -59,16 +60,12 @@ def _mlp_bias(config):
     return config.model_type == 'llama' and bool(getattr(config, 'mlp_bias', False))
 
 # %% ../../nbs/3_hass/01_head.ipynb #272a4fc2
-def _head_width(config):
-    "Return the width of one attention head"
-    return getattr(config, 'head_dim', None) or config.hidden_size // config.num_attention_heads
-
 class HeadAttention(nn.Module):
     "Projections of the head's attention; which slots attend to which is decided elsewhere"
     def __init__(self, config):  # From `head_config`
         super().__init__()
         d = config.hidden_size
-        k = _head_width(config)
+        k = head_width(config)
         queries = config.num_attention_heads * k
         keys = config.num_key_value_heads * k
         bias = _qkv_bias(config)
@@ -159,7 +156,7 @@ class DraftHead(nn.Module):
     def _project(self, u, rotations, name):
         "Return one of the projections"
         attention = self.layers[0].self_attn
-        x = getattr(attention, f'{name}_proj')(u).unflatten(-1, (-1, _head_width(self.config)))
+        x = getattr(attention, f'{name}_proj')(u).unflatten(-1, (-1, head_width(self.config)))
         if name == 'v': return x.transpose(1, 2)
         norm = getattr(attention, f'{name}_norm', None)
         if norm is not None: x = _norm(norm, x)

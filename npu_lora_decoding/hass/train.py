@@ -17,12 +17,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LoggerType, get_available_trackers
 from fastprogress.fastprogress import progress_bar
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from ..foundations.errors import DecodingError, require
+from ..foundations.errors import require
 from ..foundations.devices import generator
-from ..foundations.files import atomic_path, ctrl_c, save_tensors
-from ..foundations.training import learning_rate
+from ..foundations.files import atomic_path, ctrl_c
+from ..foundations.training import damaged_state, has_state, learning_rate
+from ..foundations.training import read_state, restore_state, write_state
 from ..decoding.loop import LM
 from .head import DraftHead, TargetWeights, draft_rows, target_weights, head_config
 from .checkpoint import save_head
@@ -33,15 +32,10 @@ from .config import HeadTraining, check_memory, training_bytes, with_current_nam
 from .training_step import Run, train_step
 
 # %% ../../nbs/3_hass/15_train.ipynb #7902bb17
+def _optimizers(run): return {type(o).__name__: o for o in run.opts}
+
 def save_state(run:Run):  # A run between two steps
-    "Write weights, optimisers, losses and measurements atomically, as safetensors; order and noise are functions of the step"
-    names = {id(p): name for name, p in run.head.named_parameters()}
-    state = {f'weight/{name}': p.detach() for name, p in run.head.named_parameters()}
-    for optimizer in run.opts:
-        for p, own in optimizer.state.items():
-            for key, value in own.items():
-                state[f'{type(optimizer).__name__}/{key}/{names[id(p)]}'] = torch.as_tensor(value)
-    state['losses'] = torch.tensor(run.losses, dtype=torch.float64)
+    "Write weights, optimisers, losses and measurements atomically; order and noise are functions of the step"
     about = dict(
         step=str(run.done),
         config=json.dumps(asdict(run.config)),
@@ -49,77 +43,25 @@ def save_state(run:Run):  # A run between two steps
         history=json.dumps(run.history),
         best=str(run.best),
     )
-    with atomic_path(run.folder/'state.safetensors') as tmp:
-        save_tensors(state, tmp, about)
+    losses = torch.tensor(run.losses, dtype=torch.float64)
+    write_state(run.folder, dict(run.head.named_parameters()), _optimizers(run), dict(losses=losses), about)
 
 # %% ../../nbs/3_hass/15_train.ipynb #9bdab679
-def _damaged(file, why):
-    "Return the error for a state that cannot be used"
-    return DecodingError(f'{file} is damaged ({why}): remove it to begin again.')
-
-def _read_state(file):
-    "Return the metadata of a saved state, parsed, and its tensors"
-    try:
-        with safe_open(file, 'pt') as f:
-            about = f.metadata() or {}
-        tensors = load_file(file)
-        found:dict = dict(
-            config=with_current_names(json.loads(about['config'])),
-            done=int(about['step']),
-            data=about['data'],
-            history=json.loads(about['history']),
-            best=float(about['best']),
-            losses=tensors['losses'].tolist(),
-        )
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as e:
-        raise _damaged(file, repr(e)) from e
-    return found, tensors
-
 def load_state(run:Run):  # Changed in place
     "Restore the training state; raises `DecodingError` where it is another run's, or damaged"
-    file = run.folder/'state.safetensors'
-    about, tensors = _read_state(file)
-    remedy = 'continue it with the same ones, or train into another folder'
-    asked = json.loads(json.dumps(asdict(run.config)))
-    require(about.pop('config') == asked, f'{run.folder} holds a run with other settings', remedy)
-    require(about['data'] == run.data, f'{run.folder} holds a run for another target or other conversations', remedy)
-    _restore_weights(run, tensors, file)
-    _restore_optimizers(run, tensors, file, begun=about['done'] > 0)
-    for name, value in about.items():
-        setattr(run, name, value)
-
-def _restore_weights(run, tensors, file):
-    "Copy the saved weights into the head, all or none"
-    parameters = dict(run.head.named_parameters())
-    for name, p in parameters.items():
-        if tensors.get(f'weight/{name}', torch.empty(0)).shape != p.shape:
-            raise _damaged(file, f'it lacks {name}')
-    for name, p in parameters.items():
-        p.data.copy_(tensors[f'weight/{name}'])
-
-def _restore_optimizers(run, tensors, file, begun):
-    "Give each optimiser what it knew of its weights; without it, it would start again silently"
-    names = {id(p): name for name, p in run.head.named_parameters()}
-    for optimizer in run.opts:
-        kind = type(optimizer).__name__
-        for p in [p for group in optimizer.param_groups for p in group['params']]:
-            name = names[id(p)]
-            own = _moments(tensors, kind, name)
-            fits = all(x.dim() == 0 or x.shape == p.shape for x in own.values())
-            if not fits or (begun and not own):
-                raise _damaged(file, f'it lacks what the optimiser knows of {name}')
-            optimizer.state[p] = {
-                key: x if key == 'step' else x.to(p.device)
-                for key, x in own.items()
-            }
-
-def _moments(tensors, kind, name):
-    "Return what an optimiser of a kind knew of the weight `name`"
-    own = {}
-    for key, x in tensors.items():
-        if key.startswith(f'{kind}/') and key.endswith(f'/{name}'):
-            own[key.split('/')[1]] = x.clone()
-    return own
+    state = read_state(run.folder)
+    state.check_same(
+        asdict(run.config), run.data, other='for another target or other conversations', current=with_current_names)
+    try:
+        history = json.loads(state.about['history'])
+        best = float(state.about['best'])
+    except (KeyError, ValueError) as e:
+        raise damaged_state(run.folder, repr(e)) from e
+    restore_state(state, dict(run.head.named_parameters()), _optimizers(run))
+    run.done = state.step
+    run.losses = state.losses
+    run.history = history
+    run.best = best
 
 # %% ../../nbs/3_hass/15_train.ipynb #bf579628
 def evaluate(
@@ -256,7 +198,7 @@ def start_run(
         accelerator=acc,
         data=data,
     )
-    if (run.folder/'state.safetensors').exists():
+    if has_state(run.folder):
         load_state(run)
     return run
 

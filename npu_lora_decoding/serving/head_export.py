@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from ..foundations.errors import DecodingError, require
 from ..foundations.files import atomic_path, read_json, save_tensors
 from ..foundations.adapters import fingerprint
+from ..foundations.model_shape import head_width
 from ..decoding.loop import LM
 from ..hass.head import DraftHead, check_vocab, target_weights
 from ..hass.checkpoint import load_head, read_checkpoint
@@ -125,7 +126,7 @@ def engine_config(
         model_type='llama',
         num_hidden_layers=1,
         tie_word_embeddings=False,
-        head_dim=getattr(c, 'head_dim', None) or c.hidden_size // c.num_attention_heads,
+        head_dim=head_width(c),
         attention_bias=any('.self_attn.' in bias for bias in biases),
         mlp_bias=any('.mlp.' in bias for bias in biases),
         rope_theta=rope.get('rope_theta', 10000.),

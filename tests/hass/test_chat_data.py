@@ -225,7 +225,7 @@ def test_shards_are_read_in_order_and_leftovers_are_not(tmp_path):
 @pytest.mark.parametrize(
     'text,error',
     [
-        ('{"messages": [', 'line 1 of .* is not JSON'),
+        ('{"messages": [', 'line 1 of .* is not valid JSON'),
         (line() + '[1]\n', 'line 2 of .* is not a JSON object'),
         ('{"text": "x"}\n', "there is no column 'messages': choose one of text"),
         ('', 'holds no conversation'),
