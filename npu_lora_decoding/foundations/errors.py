@@ -11,7 +11,9 @@ import re
 # %% ../../nbs/0_foundations/01_errors.ipynb #dc2191ce
 class DecodingError(ValueError):
     "Input that cannot be used; the message is one sentence that names the remedy"
-    def __init__(self, message):
+    def __init__(self,
+        message:str,  # Problem and remedy; several lines become one
+    ):
         super().__init__(re.sub(r'\s*\n\s*', ' ', message))  # libraries that we quote write several lines
 
 def require(

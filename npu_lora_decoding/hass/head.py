@@ -21,7 +21,10 @@ from ..decoding.runner import grouped_attention
 # %% ../../nbs/3_hass/01_head.ipynb #586b99b9
 HEAD_FAMILIES = ('llama', 'qwen2', 'qwen3', 'mistral')
 
-def check_family(config, whose):
+def check_family(
+    config:PreTrainedConfig,  # Configuration of a target, or of a head's layer
+    whose:str,  # What a message calls it
+):
     "Raise `DecodingError` for a configuration whose layer we do not build"
     require(
         config.model_type in HEAD_FAMILIES,
