@@ -118,7 +118,8 @@ WHOLE = 'the old file or the new one, whole; the same command goes on to the sam
 @pytest.mark.slow
 @fault('killed (kill -9) at each touch of the disk', WRITERS, WHOLE)
 def test_killed(case, written, tmp_path):
-    w, name = WRITERS[case], case
+    w = WRITERS[case]
+    name = case
 
     def attempt(folder, n):
         def work():
@@ -149,7 +150,8 @@ def part(before, after):
 @fault('killed in the middle of a file', WRITERS, WHOLE)
 def test_killed_in_the_middle_of_a_file(case, written, tmp_path):
     "By the system, which stops a file at a size: what libraries write without Python's knowledge is torn as well"
-    (start, before, after, _), w = written[case], WRITERS[case]
+    start, before, after, _ = written[case]
+    w = WRITERS[case]
     folder = shutil.copytree(start, tmp_path / 'x')
     assert in_child(lambda: (limited(part(before, after), signal.SIG_DFL), w.make(folder, 1))) == -signal.SIGXFSZ
     old_or_new(folder, before, after)
@@ -174,7 +176,8 @@ FULL = 'one sentence says to make room; the old file stays, nothing else is left
 
 @fault('disk full at each touch of the disk', WRITERS, FULL)
 def test_disk_full(case, written, tmp_path):
-    w, name = WRITERS[case], case
+    w = WRITERS[case]
+    name = case
 
     def attempt(folder, n):
         with at_touch(folder, n, full, MAKES) as seen:
@@ -190,7 +193,8 @@ def test_disk_full(case, written, tmp_path):
 
 @fault('disk full in the middle of a file', WRITERS, FULL)
 def test_disk_full_in_the_middle_of_a_file(case, written, tmp_path):
-    (start, before, after, _), w = written[case], WRITERS[case]
+    start, before, after, _ = written[case]
+    w = WRITERS[case]
     folder = shutil.copytree(start, tmp_path / 'x')
     assert in_child(lambda: (limited(part(before, after), signal.SIG_IGN), w.make(folder, 1))) == 3
     old_or_new(folder, before, after)
@@ -372,7 +376,8 @@ def disturb(name, tmp_path, act):
     w = WORKS[name]
     lm = lm_for(name)
     ended = None
-    want, before = undisturbed(name, tmp_path), traces(lm.model)
+    want = undisturbed(name, tmp_path)
+    before = traces(lm.model)
     with at_forward(w.n, act, w.where) as calls, redirect_stdout(io.StringIO()):
         try:
             w.do(lm, tmp_path / 'x')
@@ -435,7 +440,8 @@ ROWS.append(('Ctrl-C between two passes', 'generate', 'left at once; base, hooks
 
 def test_ctrl_c_between_passes(tmp_path):
     "The loop is a generator: what it put on the model must not stay there until somebody collects it"
-    lm, calls = new_lm(adapter=True), []
+    lm = new_lm(adapter=True)
+    calls = []
     before = traces(lm.model)
 
     def then(steps):
@@ -692,7 +698,8 @@ def test_huge_numbers(case, written, model_folder, tmp_path):
 
 @fault('a prompt of 10 MB', {'letters': '', 'words': '', 'messages': '', 'half a character': 'half a character'}, None)
 def test_huge_prompts(case, said):
-    lm, n = new_lm(chat=case == 'messages'), 10_000_000
+    lm = new_lm(chat=case == 'messages')
+    n = 10_000_000
     prompt = dict(letters='a' * n, words='word ' * (n // 5), messages=[dict(role='user', content='a' * n)]).get(
         case, '\ud800' + 'a' * n
     )
@@ -735,7 +742,8 @@ def nasty():
 class Tags(HTMLParser):
     def __init__(self):
         super().__init__()
-        self.tags, self.text = [], ''
+        self.tags = []
+        self.text = ''
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, {a for a, _ in attrs}))

@@ -57,7 +57,8 @@ from helpers.toys import toy_tokenizer
 
 # new tokens; how near two scores may lie to be confused, and how far log-probabilities may be off (fp32, sums in
 # another order)
-N, TIE = 14, 1e-4
+N = 14
+TIE = 1e-4
 
 # --- the factors; the first value of each is its default
 
@@ -392,7 +393,8 @@ class Naive:
             temporary(self.model, self.memory, self.task, names) if self.learns else contextlib.nullcontext()
         ) as self.phi:
             if self.learns:
-                self.bank, self.ids = self.phi.bank, dict(expert=0, base=len(names) - 1 or -1)
+                self.bank = self.phi.bank
+                self.ids = dict(expert=0, base=len(names) - 1 or -1)
             self.learn()
             self.begin(len(self.text))
             eos, words, pairs, n = endings(self.c)
@@ -426,7 +428,8 @@ class Naive:
             return False
         due = self.learned - self.first + m.chunk > m.window or self.served == every or 'drift' in m.recompute and new
         if due or len(self.text) == self.given:
-            self.first, self.served = max(0, self.learned - m.latest), 1
+            self.first = max(0, self.learned - m.latest)
+            self.served = 1
         else:
             self.served += 1
         return due
@@ -460,7 +463,8 @@ class Naive:
             )
         for p in [*soft, *HOW.get(self.c.how, [])]:
             e = p(text, e)
-        (top, second), token = e[0].topk(2).values.tolist(), int(e[0].argmax())
+        top, second = e[0].topk(2).values.tolist()
+        token = int(e[0].argmax())
         return (
             token,
             top - second,
@@ -502,7 +506,8 @@ class Bench:
     "What can be seen of a run from outside: how many passes the model made, and whether the global generator was used"
 
     def __enter__(self):
-        self.passes, look = 0, torch.nn.Embedding.forward
+        self.passes = 0
+        look = torch.nn.Embedding.forward
 
         def counting(layer, ids):
             self.passes += 1
@@ -680,9 +685,11 @@ def state(c):
 
 def check(c, part):
     "Return what is wrong with a case, if anything, and count it"
-    count, bench = REPORT.setdefault(part, Counter()), Bench()
+    count = REPORT.setdefault(part, Counter())
+    bench = Bench()
     subject(c.family).called(c)  # a trace of making it is none of ours
-    said, (before, error, got) = refusals(c), (state(c), None, None)
+    said = refusals(c)
+    before, error, got = (state(c), None, None)
     try:
         got = run(c, bench)
     except DecodingError as e:
@@ -761,7 +768,8 @@ def test_all_of_the_core(target, memory):
 def test_each_factor_acts():
     "Else a matrix would compare one text with itself"
     # tokens; with log-probabilities
-    said, seen = lambda **kw: tuple(naive(Case(**kw))[0][0]), lambda **kw: str(naive(Case(**kw))[0])
+    said = lambda **kw: tuple(naive(Case(**kw))[0][0])
+    seen = lambda **kw: str(naive(Case(**kw))[0])
     # alpha 1 and beta 0 are the expert's own choice
     assert said(target='one') == said(target='still') == said() == said(memory='roomy')
     shown = [
@@ -807,9 +815,11 @@ def fill(fixed, fits, g, tries=400):
 
 def covering(fits):
     "Return few cases that fit, and the pairs of values that none of them can have: greedily, all pairs of the others are in one"
-    g, values = random.Random(0), list(enumerate(FACTORS.values()))
+    g = random.Random(0)
+    values = list(enumerate(FACTORS.values()))
     left = {((i, x), (j, y)) for (i, v), (j, w) in combinations(values, 2) for x in v for y in w}
-    cases, never = [], []
+    cases = []
+    never = []
     for pair in sorted(left, key=str):
         if pair not in left:
             continue
@@ -854,7 +864,8 @@ def test_options_in_pairs(part, share):
 @pytest.mark.parametrize('sentence', REFUSED)
 def test_each_refusal_alone(sentence):
     "Nothing else is wrong, so no other check can stand in for this one"
-    g, cases = random.Random(1), []
+    g = random.Random(1)
+    cases = []
     while len(cases) < 3:
         c = fill({}, lambda c: not outside(c) and refusals(c) == [sentence], g, 100_000)
         cases.append(c)
@@ -952,7 +963,8 @@ def tables():
 
 def main():
     torch.set_num_threads(1)
-    start, wrong = time.process_time(), []
+    start = time.process_time()
+    wrong = []
     wrong += problems((Case(*x) for x in product(*CORE.values())), CROSSED)
     for part in PARTS:
         wrong += problems(covered(part)[0], part)

@@ -74,7 +74,9 @@ def test_stopped_and_continued(model, tmp_path, capsys):
 
 
 def test_trackers_are_closed_whatever_happens(model, tmp_path, monkeypatch):
-    data, real, closed = lines(tmp_path / 'rows.jsonl', [talk(i) for i in range(20)]), mh.new_accelerator, []
+    data = lines(tmp_path / 'rows.jsonl', [talk(i) for i in range(20)])
+    real = mh.new_accelerator
+    closed = []
 
     def tracked(*args):
         acc = real(*args)
@@ -345,7 +347,8 @@ def test_gains_are_ratios_of_means_over_the_texts_both_have():
 
 
 def test_a_full_disk_leaves_no_half_of_a_shard(model, tmp_path, monkeypatch):
-    data, out = lines(tmp_path / 'rows.jsonl', [talk(i) for i in range(20)]), tmp_path / 'out'
+    data = lines(tmp_path / 'rows.jsonl', [talk(i) for i in range(20)])
+    out = tmp_path / 'out'
     argv = ['train-head', str(out), '--model', model, '--data', data, *SMALL]
 
     def full(tensors, path, *_):
@@ -444,7 +447,8 @@ def test_write_and_accept_at_two_temperatures(model, tmp_path, capsys):
 @pytest.fixture(scope='module')
 def toy_head(model, tmp_path_factory):
     "An untrained head with a draft vocabulary, in a folder"
-    target, folder = load(model, dtype='fp32', device='cpu').model, tmp_path_factory.mktemp('head') / 'head'
+    target = load(model, dtype='fp32', device='cpu').model
+    folder = tmp_path_factory.mktemp('head') / 'head'
     head = DraftHead(head_config(target.config))
     head.vocab = torch.arange(12)
     return str(save_head(head, folder, target))
@@ -480,7 +484,8 @@ def test_export_says_what_it_checked_and_how_to_serve(model, toy_head, tmp_path,
 def test_every_option_of_export_arrives(model, toy_head, tmp_path, monkeypatch, capsys):
     import npu_lora_decoding.cli.head as cli_head
 
-    got, adapter = [], toy_adapter(load(model, device='cpu').model, tmp_path / 'adapter')
+    got = []
+    adapter = toy_adapter(load(model, device='cpu').model, tmp_path / 'adapter')
     monkeypatch.setattr(
         cli_head, 'write_export', lambda *args: got.append(args) or dict(tensors=1, slots=2, error=0.0, tolerance=1.0)
     )

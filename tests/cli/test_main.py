@@ -153,23 +153,21 @@ def test_verify_passes_and_fails(toy, data, tmp_path, capsys, monkeypatch):
 def test_a_verification_continues(toy, data, tmp_path, monkeypatch):
     from npu_lora_decoding.evaluation import equivalence as verify
 
-    argv, made, check = (
-        [
-            'verify',
-            '--model',
-            str(toy[0]),
-            '--adapter',
-            str(toy[1]),
-            '--prompts',
-            str(data),
-            '--new-tokens',
-            '3',
-            '--json',
-            str(tmp_path / 'v.json'),
-        ],
-        [],
-        verify.check,
-    )
+    argv = [
+        'verify',
+        '--model',
+        str(toy[0]),
+        '--adapter',
+        str(toy[1]),
+        '--prompts',
+        str(data),
+        '--new-tokens',
+        '3',
+        '--json',
+        str(tmp_path / 'v.json'),
+    ]
+    made = []
+    check = verify.check
 
     def counted(lm, name, *args, **kwargs):
         if len(made) == 3:
@@ -192,7 +190,8 @@ def test_a_verification_continues(toy, data, tmp_path, monkeypatch):
 
 
 def test_an_evaluation_continues(toy, data, tmp_path, monkeypatch):
-    out, asked = tmp_path / 'rows.json', []
+    out = tmp_path / 'rows.json'
+    asked = []
     monkeypatch.setattr(
         quality, 'answers', lambda lm, items, arm, n, batch: asked.append(arm) or [i.answer for i in items]
     )

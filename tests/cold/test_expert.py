@@ -132,7 +132,9 @@ def ctrl_c_at(monkeypatch, place, n):
         if len(calls) == n:
             signal.raise_signal(signal.SIGINT)
 
-    rate, loss, adam = ft.learning_rate, ft.answer_loss, torch.optim.AdamW.step
+    rate = ft.learning_rate
+    loss = ft.answer_loss
+    adam = torch.optim.AdamW.step
 
     def before(*args):
         interrupt()
@@ -314,7 +316,8 @@ def error(*args):
 @pytest.mark.parametrize('family', ['llama', 'gemma2'])
 def test_base_is_untouched(tmp_path, monkeypatch, how, family):
     lm = toy_lm(family)
-    before, bits = trace(lm), copy.deepcopy(lm.model.state_dict())
+    before = trace(lm)
+    bits = copy.deepcopy(lm.model.state_dict())
     with monkeypatch.context() as m:
         if how == 'exception':
             m.setattr(ft, 'learning_rate', error)
@@ -360,10 +363,8 @@ def test_saved_adapter_is_peft_s_and_ours(trained):
     lm, root = trained
     ids = torch.randint(3, 76, (1, 12))
     with torch.no_grad():
-        base, want = (
-            lm.model(ids).logits,
-            PeftModel.from_pretrained(copy.deepcopy(lm.model), root / 'run/adapter').eval()(ids).logits,
-        )
+        base = lm.model(ids).logits
+        want = PeftModel.from_pretrained(copy.deepcopy(lm.model), root / 'run/adapter').eval()(ids).logits
         with AdapterBank(lm.model, [load_adapter(root / 'run/adapter', lm.model)]).attached([0]):
             got = lm.model(ids).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)  # fp32
@@ -408,7 +409,8 @@ sizes = st.integers(1, 16).flatmap(
 @given(sizes, st.integers(0, 3), st.integers(0, 10**6), st.integers(1, 25))
 def test_batches(size, epoch, seed, window):
     batch, lengths = size
-    n, given_ = len(lengths) // batch, list(lengths)
+    n = len(lengths) // batch
+    given_ = list(lengths)
     state = random.getstate()
     steps = [batch_of_step(lengths, epoch * n + k, batch, seed, window) for k in range(n)]
     assert all(len(s) == batch for s in steps)
@@ -461,7 +463,8 @@ def test_collate(lengths):
     "Answers share a column, positions count real tokens (rotary models would not notice a shift), nothing is lost"
     pairs = [(torch.arange(1, p + 1), torch.arange(21, a + 21)) for p, a in lengths]
     b = collate(pairs, 99)
-    column, width = max(p for p, _ in lengths), max(a for _, a in lengths)
+    column = max(p for p, _ in lengths)
+    width = max(a for _, a in lengths)
     for (p, a), ids, mask, pos, labels in zip(lengths, b['ids'], b['mask'].bool(), b['positions'], b['labels']):
         assert (
             ids[mask].tolist() == [*range(1, p + 1), *range(21, a + 21)]
@@ -488,7 +491,8 @@ def test_batch_loss_equals_loop(family):
     total = n = 0
     for p, a in pairs:
         logits = lm.model(torch.cat([p, a])[None]).logits[0, len(p) - 1 : -1]
-        total, n = total + F.cross_entropy(logits, a, reduction='sum'), n + len(a)
+        total = total + F.cross_entropy(logits, a, reduction='sum')
+        n = n + len(a)
         if family == 'gemma2':
             assert 1.9 < logits.abs().max() <= 2  # the cap bites
     torch.testing.assert_close(

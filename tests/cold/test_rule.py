@@ -195,7 +195,8 @@ def test_half_precision_is_combined_in_fp32():
 
 
 def test_minus_infinity_of_the_base_is_its_finite_minimum():
-    e, a = torch.tensor([[5.0, 5.0, 0.0]]), torch.tensor([[1.0, -torch.inf, -2.0]])
+    e = torch.tensor([[5.0, 5.0, 0.0]])
+    a = torch.tensor([[1.0, -torch.inf, -2.0]])
     s = CoLD(0.1, 1.0).combine(e, a)
     assert s.tolist() == [[9.0, 12.0, -math.inf]] and CoLD(0.1, 1.0).select(e, a).item() == 1
 
@@ -237,7 +238,8 @@ def test_a_wrong_number_of_dials_is_named(llama):
 def test_each_pair_ends_by_itself(pair, eos):
     model, bank, _ = pair
     ids, mask = prompts()
-    t, target = ids.shape[1], CoLD(0.05, 1.0)
+    t = ids.shape[1]
+    target = CoLD(0.05, 1.0)
     free = run(model, ids, mask, target, bank)
     ends = [free[0, t + 2].item()] + ([free[1, t + 5].item()] if eos == 'several' else [])
     ours = run(model, ids, mask, target, bank, eos_token_id=ends)
@@ -257,7 +259,8 @@ def chi_square(counts, p):
     want = counts.sum() * p
     big = want >= 5
     c, w = (torch.cat([x[big], x[~big].sum()[None]]) for x in (counts.double(), want.double()))
-    c, w = c[w > 0], w[w > 0]
+    c = c[w > 0]
+    w = w[w > 0]
     k = len(c) - 1
     return ((c - w) ** 2 / w).sum().item(), k * (
         1 - 2 / (9 * k) + 3.09 * math.sqrt(2 / (9 * k))
@@ -353,7 +356,8 @@ class Offset:
     "Adds a row to the logits; stands for a constraint of ours"
 
     def __init__(self, row, before_contrast):
-        self.row, self.before_contrast = row, before_contrast
+        self.row = row
+        self.before_contrast = before_contrast
 
     def __call__(self, ids, scores):
         return scores + self.row
@@ -383,10 +387,12 @@ def test_banning_the_whole_plausible_set_leaves_the_best_of_the_rest(llama):
 
 def test_constraints_come_before_the_maximum_and_penalties_after(llama):
     model, bank = llama
-    ids, target = torch.tensor([[5, 6, 7, 8]]), CoLD(0.05, 1.0)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    target = CoLD(0.05, 1.0)
     e, a = next_logits(model, bank, ids)
     row = -4.0 * target.plausible(e)[0]  # others become plausible (log 0.05 is -3.0), if it comes first
-    before, after = target.combine(e + row, a), target.combine(e, a) + row
+    before = target.combine(e + row, a)
+    after = target.combine(e, a) + row
     assert before.argmax() != after.argmax()
     for scores, first in (before, True), (after, False):
         out = run(
@@ -405,7 +411,9 @@ def test_repetition_penalty_acts_on_the_combined_scores(llama):
     from transformers import RepetitionPenaltyLogitsProcessor
 
     model, bank = llama
-    target, penalty, other = CoLD(0.3, 1.5), RepetitionPenaltyLogitsProcessor(1.8), 0
+    target = CoLD(0.3, 1.5)
+    penalty = RepetitionPenaltyLogitsProcessor(1.8)
+    other = 0
     for seed in range(4):
         text = ids = prompts((4,), seed)[0]
         for _ in range(N):

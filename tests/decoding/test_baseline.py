@@ -107,7 +107,8 @@ def test_beam_search(model, m, penalty, how):
 @pytest.mark.parametrize('seed', range(12))
 def test_beam_search_sweep(seed):
     "Many models and random end tokens, up to most of the vocabulary: rare ways of ending come up"
-    model, (ids, mask) = toy_model(seed=seed, initializer_range=0.15), batch(seed, (4, 2))
+    model = toy_model(seed=seed, initializer_range=0.15)
+    ids, mask = batch(seed, (4, 2))
     eos = torch.randperm(97, generator=generator(seed))[: (1, 4, 12, 60)[seed % 4]].tolist()
     for m in (2, 4):
         for penalty in (-0.5, 1.0, 3.0):
@@ -125,7 +126,8 @@ def test_one_beam_is_greedy(model):
 
 def test_beams_wider_than_the_vocabulary_are_exhaustive():
     "With a beam for every sequence the search must find the best of all 5**3"
-    model, ids = toy_model(vocab=5), torch.tensor([[3, 4]])
+    model = toy_model(vocab=5)
+    ids = torch.tensor([[3, 4]])
     found = beam_search(model, ids, torch.ones_like(ids), 125, 3)[0]
     every = torch.cat([ids.expand(125, -1), torch.cartesian_prod(*[torch.arange(5)] * 3)], 1)
     logp = model(every).logits[:, 1:-1].log_softmax(-1).gather(-1, every[:, 2:, None]).sum((1, 2))
@@ -133,7 +135,8 @@ def test_beams_wider_than_the_vocabulary_are_exhaustive():
 
 
 def test_beam_fills_with_the_pad_asked_for():
-    model, (ids, mask) = toy_model(), batch()
+    model = toy_model()
+    ids, mask = batch()
     eos = ends(model, ids, mask, 'three')
     a, b = (beam_search(model, ids, mask, 4, 10, eos, pad, 0.0) for pad in (0, PAD))
     assert (a != b).any() and (a[a != b] == 0).all() and (b[a != b] == PAD).all()

@@ -118,7 +118,9 @@ PROCESSORS = dict(
 @pytest.mark.parametrize('name', PROCESSORS)
 @pytest.mark.parametrize('family', ['llama', 'gemma2'])
 def test_processors_of_transformers(family, name, lengths):
-    model, (ids, mask), kw = toy(family), prompts(lengths), dict(PROCESSORS[name])
+    model = toy(family)
+    ids, mask = prompts(lengths)
+    kw = dict(PROCESSORS[name])
     usual = {k: kw[k] for k in ('do_sample', 'eos_token_id') if k in kw} | (SAMPLED if kw.get('do_sample') else {})
     said = generate(model, ids, mask, max_new_tokens=20)[:, ids.shape[1] : ids.shape[1] + 4].unique().tolist()
     fill = lambda o: {
@@ -162,13 +164,13 @@ def test_several_answers_a_prompt(llama):
 @pytest.mark.parametrize('lengths', [(5,), (7, 3, 5)])
 def test_a_criterion_of_ours(model, lengths):
     ids, mask = prompts(lengths)
-    t, said = ids.shape[1], generate(model, ids, mask)
+    t = ids.shape[1]
+    said = generate(model, ids, mask)
     stop = StoppingCriteriaList([EndsOn([said[0, t + 2].item(), said[-1, t + 4].item()])])
     # With an end token transformers pads what has ended, as we always do; without one it goes on writing there.
     assert not torch.equal(loop_is_transformers(model, ids, mask, stopping_criteria=stop, eos_token_id=96), said)
-    free, ours = generate(model, ids, mask, stopping_criteria=stop), generate(
-        model, ids, mask, Decoder(), stopping_criteria=stop
-    )
+    free = generate(model, ids, mask, stopping_criteria=stop)
+    ours = generate(model, ids, mask, Decoder(), stopping_criteria=stop)
     assert free.shape == ours.shape
     for a, b in zip(free[:, t:], ours[:, t:]):
         end = next((i + 1 for i, x in enumerate(a) if x in stop[0].tokens), len(a))
@@ -190,7 +192,8 @@ class Sees(StoppingCriteria):
 def test_criteria_and_processors_see_the_same_texts(model):
     "Also those of sequences that have ended: they are padded"
     ids, mask = prompts()
-    eos, seen = generate(model, ids, mask)[0, 9].item(), []
+    eos = generate(model, ids, mask)[0, 9].item()
+    seen = []
     for decoder in (None, Decoder()):
         seen.append((stop := Sees(), processed := []))
 
@@ -225,7 +228,8 @@ def speaker(tokenizer):
 @pytest.mark.parametrize('lengths', [(5,), (7, 3, 5)])
 def test_stop_strings(speaker, tokenizer, lengths):
     ids, mask = prompts(lengths)
-    t, said = ids.shape[1], generate(speaker, ids, mask, eos_token_id=2)
+    t = ids.shape[1]
+    said = generate(speaker, ids, mask, eos_token_id=2)
     words = [tokenizer.decode(said[0, t + 3 : t + 5])[1:], tokenizer.decode(said[-1, t + 5 : t + 6])]
     assert all(words)
     theirs = generate(speaker, ids, mask, stop_strings=words, tokenizer=tokenizer, eos_token_id=2)
@@ -360,7 +364,8 @@ class Collects:
 @pytest.mark.parametrize('where', ['bound', 'given', 'both', 'peft', 'wrapped'])
 def test_a_streamer_gets_what_transformers_gives_it(llama, peft, where, lengths):
     "The prompt once, then the tokens one by one, then the end: wherever it was given, and on a model in PEFT's wrapper"
-    model, (ids, mask) = peft if where == 'peft' else llama, prompts(lengths)
+    model = peft if where == 'peft' else llama
+    ids, mask = prompts(lengths)
     answer = generate(model, ids, mask, streamer=(theirs := Collects()))
     assert theirs.got == [ids.flatten().tolist(), *answer.T[ids.shape[1] :].tolist(), 'end']
     for drafter in (None, *([Guesser(answer, 5, 0.9)] if len(ids) == 1 else [])):
@@ -374,7 +379,8 @@ def test_a_streamer_gets_what_transformers_gives_it(llama, peft, where, lengths)
 def test_one_streamer_a_call(llama):
     with pytest.raises(DecodingError, match='two streamers'):
         generate(llama, *prompts((5,)), Decoder(streamer=Collects()), streamer=Collects())
-    decoder, first = Decoder(), Collects()
+    decoder = Decoder()
+    first = Collects()
     generate(llama, *prompts((5,)), decoder, streamer=first)
     n = len(first.got)
     generate(llama, *prompts((5,)), decoder)
@@ -503,7 +509,8 @@ class Breaks(StoppingCriteria):
     "Raises at the third token"
 
     def __init__(self, error):
-        self.error, self.calls = error, 0
+        self.error = error
+        self.calls = 0
 
     def __call__(self, ids, scores, **kw):
         self.calls += 1
@@ -518,7 +525,8 @@ def test_no_trace_in_the_model(llama, bank, peft, where, error):
     model, decoder = (
         (llama, Decoder(CoLD(0.05, 1.0), bank=bank)) if where == 'bank' else (peft, Decoder(CoLD(0.05, 1.0)))
     )
-    before, plain = copy.deepcopy(model.state_dict()), generate(model, *prompts())
+    before = copy.deepcopy(model.state_dict())
+    plain = generate(model, *prompts())
     stop = Breaks(error)
     if error is None:
         generate(model, *prompts(), decoder)
@@ -541,7 +549,11 @@ class Guesser(Drafter):
     "Random trees whose nodes continue the known answer with probability `p`; `n` nodes at most"
 
     def __init__(self, answers, first, p=0.7, seed=0, n=9):
-        self.answers, self.first, self.p, self.g, self.n = answers.tolist(), first, p, generator(seed), n
+        self.answers = answers.tolist()
+        self.first = first
+        self.p = p
+        self.g = generator(seed)
+        self.n = n
 
     def _random(self, n):
         return int(torch.randint(0, n, (), generator=self.g))
@@ -550,9 +562,12 @@ class Guesser(Drafter):
         return self.answers[b][k] if k < len(self.answers[b]) else 3 + self._random(90)
 
     def _row(self, b, text):
-        tokens, parents, depth = [int(text[-1])], [-1], {0: 0}  # depth of the nodes that are right
+        tokens = [int(text[-1])]
+        parents = [-1]
+        depth = {0: 0}  # depth of the nodes that are right
         for i in range(1, 1 + self._random(self.n)):
-            last, lucky = max(depth), float(torch.rand((), generator=self.g)) < self.p
+            last = max(depth)
+            lucky = float(torch.rand((), generator=self.g)) < self.p
             parent = last if lucky else self._random(i)
             token = self._true(b, len(text) + depth[parent]) if lucky else 3 + self._random(90)
             if any(p == parent and t == token for p, t in zip(parents, tokens)):
@@ -669,7 +684,8 @@ def test_records_survive_guesses(llama, bank, rows):
 @pytest.mark.parametrize('target', [Plain(), CoLD(0.05, 1.0)], ids=str)
 def test_an_end_inside_an_accepted_run(llama, bank, rows, target, lengths):
     ids, mask = prompts(lengths)
-    free, inside = generate(llama, ids, mask, Decoder(target, bank=bank), max_new_tokens=24), 0
+    free = generate(llama, ids, mask, Decoder(target, bank=bank), max_new_tokens=24)
+    inside = 0
     for at in range(2, 12, 3):
         eos = [row[ids.shape[1] + at + i].item() for i, row in enumerate(free)]
         guesser = Guesser(free, ids.shape[1], 0.95, at)
@@ -693,7 +709,8 @@ def test_the_length_limit_inside_a_tree(llama, bank, rows, n):
 @pytest.mark.parametrize('lengths', [(5,), (7, 3, 5)])
 def test_a_criterion_across_accepted_tokens(llama, rows, lengths):
     ids, mask = prompts(lengths)
-    free, inside = generate(llama, ids, mask, max_new_tokens=24), 0
+    free = generate(llama, ids, mask, max_new_tokens=24)
+    inside = 0
     for at in range(2, 12, 3):
         pairs = {tuple(row[ids.shape[1] + at + i :][:2].tolist()) for i, row in enumerate(free)}
         _, fast = trees_change_nothing(
@@ -716,7 +733,8 @@ class Counts(StoppingCriteria):
     "Keeps notes for each row and for the batch: row b ends after about five odd or ten even tokens and `b` more, later the more calls there were"
 
     def __init__(self):
-        self.seen, self.hits = [], None
+        self.seen = []
+        self.hits = None
 
     def __call__(self, ids, scores, **kw):
         self.seen.append(ids.tolist())
@@ -746,7 +764,8 @@ def test_a_criterion_that_keeps_notes(llama, bank, rows, target, lengths, ends):
         )
         return out, stop.seen
 
-    (plain, seen), guessed = run(), 0
+    plain, seen = run()
+    guessed = 0
     assert plain.sequences.shape[1] < free.shape[1] and (len(ids) == 1 or (plain.sequences[:, 7:] == 0).any())
     for seed in range(3):
         fast, shown = run(Guesser(free, ids.shape[1], 0.8, seed))
@@ -768,7 +787,8 @@ def test_criteria_of_transformers_leave_each_text_its_own_pace(llama, tokenizer)
         return_dict_in_generate=True,
         stopping_criteria=StoppingCriteriaList([stop]),
     )
-    own, waits = run(StopStringCriteria(tokenizer, ['<|im_end|>'])), run(Sees())
+    own = run(StopStringCriteria(tokenizer, ['<|im_end|>']))
+    waits = run(Sees())
     same(own.sequences, waits.sequences)
     gains = lambda out: [{len(row) for row in s.tokens if row} for s in out.steps]
     assert max(map(len, gains(own))) > 1 and max(map(len, gains(waits))) == 1 and len(own.steps) < len(waits.steps)
@@ -858,7 +878,8 @@ def test_a_guess_into_a_dead_end_is_only_a_wrong_guess(llama):
 
 def test_sampled_guesses_follow_the_distribution(llama):
     "Chi-square of the second token, given the first, over runs whose guesses favour one token"
-    ids, runs = torch.tensor([[5, 6, 7]]), 1500
+    ids = torch.tensor([[5, 6, 7]])
+    runs = 1500
     with torch.no_grad():
         p = llama(ids).logits[0, -1].softmax(-1)
     first = int(p.argmax())
@@ -896,7 +917,8 @@ def test_sampled_guesses_follow_the_distribution(llama):
         logits_processor=LogitsProcessorList([First()]),
     )
     assert (out[:, 3] == first).all()
-    counts, want = torch.bincount(out[:, 4], minlength=97).double(), q.double() * runs
+    counts = torch.bincount(out[:, 4], minlength=97).double()
+    want = q.double() * runs
     big = want >= 5
     c, w = (torch.cat([x[big], x[~big].sum()[None]]) for x in (counts, want))
     k = len(c) - 1
@@ -933,7 +955,8 @@ def test_no_stale_program(llama, bank, peft, tmp_path, monkeypatch):
     "With and without adapter, another adapter, another model, in any order"
     eager_dynamo(monkeypatch)
     other = AdapterBank(llama, [load_adapter(toy_adapter(llama, tmp_path, seed=9), llama)], ops.lora)
-    cold, said = CoLD(0.05, 1.0), []
+    cold = CoLD(0.05, 1.0)
+    said = []
     for b, target in (
         (None, Plain()),
         (bank, cold),
@@ -956,10 +979,13 @@ def test_no_stale_program(llama, bank, peft, tmp_path, monkeypatch):
 def test_a_peft_model_keeps_its_program_until_its_weights_change(peft, monkeypatch):
     "One Decoder, several calls: compiled once; after training, however the weights were written, the new weights count"
     eager_dynamo(monkeypatch)
-    (ids, mask), cold, peft = prompts((7, 3)), CoLD(0.05, 1.0), copy.deepcopy(peft)
+    ids, mask = prompts((7, 3))
+    cold = CoLD(0.05, 1.0)
+    peft = copy.deepcopy(peft)
     decoder = Decoder(cold, compile=True)
     first = generate(peft, ids, mask, decoder)
-    bank, compiled = decoder._last_bank, torch._dynamo.utils.counters['stats']['unique_graphs']
+    bank = decoder._last_bank
+    compiled = torch._dynamo.utils.counters['stats']['unique_graphs']
     same(generate(peft, ids, mask, decoder), first)
     assert decoder._last_bank is bank and torch._dynamo.utils.counters['stats']['unique_graphs'] == compiled
     for p in peft.parameters():
@@ -998,7 +1024,8 @@ def test_compiled_tokens_are_eager_tokens(family, tmp_path):
     torch._dynamo.reset()
     model = toy(family)
     bank = AdapterBank(model, [load_adapter(toy_adapter(model, tmp_path), model)], ops.lora)
-    plain, cold = Plain(), CoLD(0.05, 1.0)
+    plain = Plain()
+    cold = CoLD(0.05, 1.0)
     runs = (
         [(None, plain), (bank, cold), (bank, plain), (None, plain)]
         if family == 'llama'
@@ -1150,7 +1177,9 @@ def test_the_embedded_model_is_transformers(tokenizer):
 @pytest.mark.parametrize('b,h,g,t,s', [(1, 4, 4, 1, 1), (3, 6, 2, 5, 9), (2, 8, 1, 4, 4)])
 @pytest.mark.parametrize('kind', ['bool', 'added'])
 def test_grouped_attention_is_torchs(b, h, g, t, s, kind):
-    q, k, v = torch.randn(b, h, t, 8), torch.randn(b, g, s, 8), torch.randn(b, g, s, 8)
+    q = torch.randn(b, h, t, 8)
+    k = torch.randn(b, g, s, 8)
+    v = torch.randn(b, g, s, 8)
     see = torch.rand(b, t, s) < 0.6
     see[..., 0] = True
     mask = see if kind == 'bool' else torch.zeros(b, t, s).masked_fill(~see, torch.finfo(torch.float32).min)

@@ -11,7 +11,8 @@ V = 3  # Tokens
 @st.composite
 def trees(draw):
     "One tree of up to five nodes whose siblings differ, fillers among them"
-    tokens, parents = [0], [-1]
+    tokens = [0]
+    parents = [-1]
     for i in range(draw(st.integers(0, 4))):
         up = draw(st.sampled_from([-2, *(j for j in range(len(parents)) if parents[j] != -2 and parents.count(j) < V)]))
         taken = [t for t, p in zip(tokens, parents) if p == up]
@@ -24,7 +25,8 @@ class Target:
     "A random distribution of the next token after every text; some tokens are impossible"
 
     def __init__(self, seed):
-        self.g, self.known = torch.Generator().manual_seed(seed), {}
+        self.g = torch.Generator().manual_seed(seed)
+        self.known = {}
 
     def __call__(self, text):
         if text not in self.known:
@@ -45,9 +47,8 @@ def path(tree, i):
 
 def emitted(tree, target, rule):
     "Probability of each text of `depth + 1` tokens, where one pass with `rule` begins it and the target alone goes on"
-    real, n = [i for i in range(tree.size) if tree.parents[0, i] != -2], int(
-        tree.depths[0, tree.parents[0] != -2].max()
-    ) + 1
+    real = [i for i in range(tree.size) if tree.parents[0, i] != -2]
+    n = int(tree.depths[0, tree.parents[0] != -2].max()) + 1
     found = dict.fromkeys(target.joint(n), 0.0)
     for draws in product(*(range(V) if i in real else (0,) for i in range(tree.size))):
         weight = 1.0

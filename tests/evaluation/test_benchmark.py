@@ -38,7 +38,8 @@ def batch_of(lm, n=3):
 
 def test_beams_use_the_adapter_on_every_row(lm, folder):
     "A batch of several prompts, against PEFT's merged model"
-    items, merged = toy_items(5), merged_model(lm, folder)
+    items = toy_items(5)
+    merged = merged_model(lm, folder)
     ids, mask = encode(lm, [i.prompt for i in items])
     want = lm.tokenizer.batch_decode(
         beam_search(merged, ids, mask, 4, 8, lm.eos_ids, lm.pad_id)[:, ids.shape[1] :], skip_special_tokens=True
@@ -74,7 +75,8 @@ def test_every_method_writes_its_reference(lm, folder, name):
         transformers_greedy='greedy',
     ).get(name, 'transformers_greedy')
     if name == 'peft_mixed':
-        ids, mask = ids[:1, -4:], mask[:1, -4:]  # PEFT's own mixed batch, without padding
+        ids = ids[:1, -4:]
+        mask = mask[:1, -4:]  # PEFT's own mixed batch, without padding
     known = methods(CoLD(0.1, 1.0))
     assert torch.equal(known[name].build(lm, folder)(ids, mask, 8), known[reference].build(lm, folder)(ids, mask, 8))
 
@@ -124,7 +126,8 @@ def test_verify_finds_all_ways_equal(lm, folder):
 
 
 def forgets_adapter(lm, run):
-    adapter, lm.adapter = lm.adapter, None
+    adapter = lm.adapter
+    lm.adapter = None
     try:
         return lambda ids, mask, n: methods()['greedy'].build(type(lm)(lm.model, lm.tokenizer), None)(ids, mask, n)
     finally:

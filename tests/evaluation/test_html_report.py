@@ -30,7 +30,11 @@ class Strict(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.wrong, self.seen, self.active, self.text = [], [], {}, [], ''
+        self.open = []
+        self.wrong = []
+        self.seen = {}
+        self.active = []
+        self.text = ''
         self.feed(text)
         self.close()
         self.wrong += self.open
@@ -280,7 +284,8 @@ def test_few_items_are_not_emphasised():
 
 def test_a_ratio_resamples_prompts_not_turns():
     "Sixty turns on two prompts are two prompts"
-    plain, half = [[10.0, 20.0]] * 30, [[5.0, 40.0]] * 30
+    plain = [[10.0, 20.0]] * 30
+    half = [[5.0, 40.0]] * 30
     r = speed_ratio(half, plain)
     assert r.low == pytest.approx(0.5) and r.high == pytest.approx(2) and r.mean == pytest.approx(1)
 
@@ -292,7 +297,8 @@ def test_a_ratio_resamples_prompts_not_turns():
 def toy(tmp_path_factory):
     "Model, adapter, head and a smaller assistant as folders"
     folder = tmp_path_factory.mktemp('toy')
-    model, small = toy_model(vocab=97), toy_model(vocab=97, num_hidden_layers=1, seed=3)
+    model = toy_model(vocab=97)
+    small = toy_model(vocab=97, num_hidden_layers=1, seed=3)
     toy_folder(folder / 'model', model)
     toy_folder(folder / 'small', small)
     toy_adapter(model, folder / 'adapter')
@@ -304,7 +310,8 @@ def toy(tmp_path_factory):
 def compared(toy):
     lm = toy_lm()
     lm.adapter = load_adapter(toy / 'adapter', lm.model)
-    items, names = toy_items(6), [
+    items = toy_items(6)
+    names = [
         'greedy',
         'beam',
         'cold',
@@ -414,7 +421,8 @@ def test_a_page_of_a_real_comparison(compared):
 
 def test_the_full_table(compared):
     rows, *_ = compared
-    plain, full = table(rows).split('\n'), table(rows, full=True).split('\n')
+    plain = table(rows).split('\n')
+    full = table(rows, full=True).split('\n')
     assert (
         all(f.startswith(p) for p, f in zip(plain[2:], full[2:]))
         and len({l.count('|') for l in full}) == 1
@@ -478,7 +486,8 @@ def test_compare_writes_table_page_and_rows(toy, tmp_path, capsys):
     ]
     run(list(map(str, argv)))
     *rows, last = json_rows(tmp_path / 'rows.json')
-    said, whole = capsys.readouterr().out, (tmp_path / 'page.html').read_text()
+    said = capsys.readouterr().out
+    whole = (tmp_path / 'page.html').read_text()
     assert [r['method'] for r in rows] == ['greedy', 'cold', 'base', 'temp_lora'] and all(
         set(OLD) | set(NEW) <= set(r) for r in rows
     )

@@ -95,7 +95,8 @@ def kernel_on_cpu(monkeypatch):
 @pytest.mark.parametrize('wrong', [0.0, 0.1])
 def test_tokens_of_kernels_and_references(tmp_path, kernel_on_cpu, wrong):
     "A kernel that adds a little too much is seen in the tokens; the other side of the comparison does not run it"
-    model, calls = toy_model(), []
+    model = toy_model()
+    calls = []
     lm = LM(model, toy_tokenizer(), load_adapter(toy_adapter(model, tmp_path), model))
 
     def kernel(y, x, A, B, scale, ranks, ids):

@@ -51,7 +51,8 @@ def one_slice(op):
     return single
 
 
-lora_torch, lora_op = one_slice(lora_slices), one_slice(ops.lora)
+lora_torch = one_slice(lora_slices)
+lora_op = one_slice(ops.lora)
 
 
 def bits(x):
@@ -79,8 +80,11 @@ cases = ranks.flatmap(
 @given(cases)
 def test_torch_equals_naive(case):
     ranks, ids, seed, t, d, o = case
-    layers, (y, x), ids = weights(seed, d, o, ranks), rows(seed, len(ids), t, d, o), torch.tensor(ids)
-    given_y, want = y.clone(), lora_naive(y, x, layers, ids)
+    layers = weights(seed, d, o, ranks)
+    y, x = rows(seed, len(ids), t, d, o)
+    ids = torch.tensor(ids)
+    given_y = y.clone()
+    want = lora_naive(y, x, layers, ids)
     for op in (lora_stacked, lora_segments, lora_torch, lora_op):
         got = op(y, x, *stack_layers(layers), ids)
         torch.testing.assert_close(got, want, **TOLERANCE)
@@ -100,7 +104,8 @@ def test_segments_cover_the_adapter_rows_once(ids):
 
 @pytest.mark.parametrize('op', [lora_stacked, lora_segments, lora_torch, lora_op])
 def test_one_id_is_for_all_rows(op):
-    (y, x), stack = rows(0, 4, 3, 24, 40), stack_layers(weights(0, 24, 40, [4, 2]))
+    y, x = rows(0, 4, 3, 24, 40)
+    stack = stack_layers(weights(0, 24, 40, [4, 2]))
     torch.testing.assert_close(
         op(y, x, *stack, torch.tensor([1])), op(y, x, *stack, torch.tensor([1] * 4)), rtol=0, atol=0
     )
@@ -112,7 +117,9 @@ def test_one_id_is_for_all_rows(op):
 @pytest.mark.parametrize('t', [1, 200])
 def test_half_precision_is_the_rounded_fp32_result(dtype, t):
     "Whichever form runs, many tokens or few, the result is within the rounding of shrink, expand and sum; expert rows change, base rows do not"
-    (y, x), layers, ids = rows(0, 3, t, 40, 24), weights(0, 40, 24, [4]), torch.tensor([0, -1, 0])
+    y, x = rows(0, 3, t, 40, 24)
+    layers = weights(0, 40, 24, [4])
+    ids = torch.tensor([0, -1, 0])
     half = [v.to(dtype) for v in (y, x, *stack_layers(layers))]
     exact = lora_torch(*(v.float() for v in half), ids)
     for op in (lora_stacked, lora_segments):
@@ -132,7 +139,8 @@ def test_adding_zero_would_change_bits():
 @settings(max_examples=50)
 @given(ranks, st.integers(0, 10**6))
 def test_joined_ranks_are_a_sum(ranks, seed):
-    layers, (y, x) = weights(seed, 11, 13, ranks), rows(seed, 2, 3, 11, 13)
+    layers = weights(seed, 11, 13, ranks)
+    y, x = rows(seed, 2, 3, 11, 13)
     ids = torch.zeros(2, dtype=torch.long)
     want = y + sum(lora_naive(torch.zeros_like(y), x, [w], ids) for w in layers)
     joined = join_layers(layers)
@@ -163,7 +171,8 @@ def test_stack_pads_ranks_with_zeros_and_leaves_gaps():
 def test_slices_equal_their_layers_one_by_one(ranks, seed):
     "Widths and ranks differ from slice to slice; rank 0 stands for an adapter that leaves the slice out"
     layers = [[weights(seed + z, 11, 7 + z, [w])[0] if w else None for w in r] for z, r in enumerate(ranks)]
-    x, ids = rows(seed, 4, 2, 11, 1)[1], torch.tensor([0, 1, -1, 0])
+    x = rows(seed, 4, 2, 11, 1)[1]
+    ids = torch.tensor([0, 1, -1, 0])
     y = [rows(seed + z, 4, 2, 1, 7 + z)[0] for z in range(len(ranks))]
     s = stack_slices(layers)
     assert s.ranks.tolist() == ranks and s.scale.dtype == torch.float32
@@ -197,7 +206,8 @@ class Block(torch.nn.Module):
 def test_layers_collect_only_what_was_computed_from_their_own_input():
     "One computation for a shared input; other inputs, other orders, repeated and missing calls still give each layer its own result"
     torch.manual_seed(0)
-    block, calls = Block(), []
+    block = Block()
+    calls = []
 
     def counted(*args):
         calls.append(len(args[0]))
@@ -220,7 +230,8 @@ def test_layers_collect_only_what_was_computed_from_their_own_input():
         ):
             calls.clear()
             for n, i in sequence.split():
-                name, source = f'{n}_proj', 'x' if i == 'x' else 'other'
+                name = f'{n}_proj'
+                source = 'x' if i == 'x' else 'other'
                 torch.testing.assert_close(getattr(block, name)(inputs[source]), expected[name, source], **TOLERANCE)
             assert len(calls) == times, sequence
     assert all(s.x is None and not s.left for s in bank._groups)
@@ -229,11 +240,9 @@ def test_layers_collect_only_what_was_computed_from_their_own_input():
 @compiled
 def test_lora_compiles_to_the_same():
     torch._dynamo.reset()
-    (y, x), (A, B, scale), ids = (
-        rows(0, 4, 1, 24, 40),
-        stack_layers(weights(0, 24, 40, [4, 2])),
-        torch.tensor([0, -1, 1, 0]),
-    )
+    y, x = rows(0, 4, 1, 24, 40)
+    A, B, scale = stack_layers(weights(0, 24, 40, [4, 2]))
+    ids = torch.tensor([0, -1, 1, 0])
     fast = torch.compile(lambda *a: lora_op(*a), fullgraph=True)(y, x, A, B, scale, ids)
     torch.testing.assert_close(fast, lora_op(y, x, A, B, scale, ids), **TOLERANCE)
     same_bits(fast[1], y[1])
@@ -246,9 +255,8 @@ def test_cold_select_compiles_to_the_same():
     e, a = torch.randn(2, 6, 97, generator=g) * 3
     a[0, e[0].argmax()] = -torch.inf
     e[4, 9] = torch.nan
-    alpha, beta = torch.tensor([[0.05], [0.1], [0.3], [1.0], [0.1], [0.2]]), torch.tensor(
-        [[0.5], [0.0], [1.0], [2.0], [1.0], [-1.0]]
-    )
+    alpha = torch.tensor([[0.05], [0.1], [0.3], [1.0], [0.1], [0.2]])
+    beta = torch.tensor([[0.5], [0.0], [1.0], [2.0], [1.0], [-1.0]])
     want = ops.cold_select(e, a, alpha, beta)
     assert want[4] == -1 and (want != e.argmax(-1)).sum() > 1
     assert torch.equal(torch.compile(lambda *x: ops.cold_select(*x), fullgraph=True)(e, a, alpha, beta), want)
@@ -273,7 +281,8 @@ def with_adapter(model, loaded):
 
 @pytest.mark.parametrize('family', FAMILIES)
 def test_adapters_that_change_different_layers(family, tmp_path):
-    model, ids = toy_model(family), torch.randint(3, 97, (4, 6), generator=generator(0))
+    model = toy_model(family)
+    ids = torch.randint(3, 97, (4, 6), generator=generator(0))
     a = adapter(model, tmp_path / 'a', target_modules=['q_proj', 'down_proj'])
     b = adapter(model, tmp_path / 'b', r=2, seed=2, target_modules=['v_proj', 'down_proj'])
     assert a.layers.keys() - b.layers.keys() and b.layers.keys() - a.layers.keys() and a.layers.keys() & b.layers.keys()
@@ -293,9 +302,13 @@ def shadows(model):
 
 
 def test_nested_banks_are_restored_in_order(tmp_path):
-    model, ids = toy_model(), torch.randint(3, 97, (1, 6), generator=generator(0))
-    a, b = adapter(model, tmp_path / 'a'), adapter(model, tmp_path / 'b', seed=2, target_modules=['q_proj'])
-    outer, inner, base = AdapterBank(model, [a]), AdapterBank(model, [b]), logits(model, ids)
+    model = toy_model()
+    ids = torch.randint(3, 97, (1, 6), generator=generator(0))
+    a = adapter(model, tmp_path / 'a')
+    b = adapter(model, tmp_path / 'b', seed=2, target_modules=['q_proj'])
+    outer = AdapterBank(model, [a])
+    inner = AdapterBank(model, [b])
+    base = logits(model, ids)
     with outer.attached([0]):
         want = logits(model, ids)
         with inner.attached([0]):
@@ -307,8 +320,10 @@ def test_nested_banks_are_restored_in_order(tmp_path):
 
 def test_one_bank_attached_twice_is_restored(tmp_path):
     "The inner block changes who uses the adapter; after it the outer block's rows are back"
-    model, ids = toy_model(), torch.randint(3, 97, (1, 6), generator=generator(0))
-    bank, base = AdapterBank(model, [adapter(model, tmp_path / 'a')]), logits(model, ids)
+    model = toy_model()
+    ids = torch.randint(3, 97, (1, 6), generator=generator(0))
+    bank = AdapterBank(model, [adapter(model, tmp_path / 'a')])
+    base = logits(model, ids)
     with bank.attached([0]):
         want = logits(model, ids)
         with bank.attached([-1]):
@@ -319,7 +334,8 @@ def test_one_bank_attached_twice_is_restored(tmp_path):
 
 def test_a_forward_of_somebody_else_is_put_back(tmp_path):
     model = toy_model()
-    bank, layer = AdapterBank(model, [adapter(model, tmp_path / 'a')]), model.model.layers[0].self_attn.q_proj
+    bank = AdapterBank(model, [adapter(model, tmp_path / 'a')])
+    layer = model.model.layers[0].self_attn.q_proj
     layer.forward = theirs = lambda x: x
     with bank.attached([0]):
         assert layer.__dict__['forward'] is not theirs
@@ -329,7 +345,8 @@ def test_a_forward_of_somebody_else_is_put_back(tmp_path):
 @pytest.mark.parametrize('error', [KeyboardInterrupt, ValueError, SystemExit])
 def test_no_trace_after_an_error(error, tmp_path):
     model = toy_model()
-    bank, before = AdapterBank(model, [adapter(model, tmp_path / 'a')]), copy.deepcopy(model.state_dict())
+    bank = AdapterBank(model, [adapter(model, tmp_path / 'a')])
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(error), bank.attached([0]):
         assert len(shadows(model)) == sum(map(len, bank.slices))
         raise error
@@ -354,7 +371,8 @@ def test_an_adapter_in_memory_is_the_adapter_on_disk(tmp_path):
     model = toy_model()
     folder = toy_adapter(model, tmp_path / 'a')
     inner = PeftModel.from_pretrained(copy.deepcopy(model), folder).get_base_model()
-    disk, memory = load_adapter(folder, model), adapter_from_peft(inner)
+    disk = load_adapter(folder, model)
+    memory = adapter_from_peft(inner)
     assert disk.layers.keys() == memory.layers.keys()
     for path, w in disk.layers.items():
         same_bits(memory.layers[path].A, w.A)

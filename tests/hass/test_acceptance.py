@@ -32,8 +32,10 @@ def toy(family='llama', v=5, b=4, t=24):
     "A random head, a random target's tensors, and texts that follow the head's own chains for some tokens, then leave them"
     model = toy_model(family, vocab=v)
     head = DraftHead(head_config(model.config)).requires_grad_(False)
-    embed, lm_head = model.get_input_embeddings().weight, model.lm_head.weight
-    features, ids = torch.randn(b, t, 32), torch.randint(0, v, (b, t))  # a replay does not ask where features come from
+    embed = model.get_input_embeddings().weight
+    lm_head = model.lm_head.weight
+    features = torch.randn(b, t, 32)
+    ids = torch.randint(0, v, (b, t))  # a replay does not ask where features come from
     for row, f in zip(ids, features):
         n = 2
         while n < t:
@@ -51,14 +53,16 @@ def drafted(head, embed, lm_head, ids, f, slot, end, draft, **options):
     cache = HeadCache(1, ids.device)
     outputs = cache.extend(head, embed[ids[None, 1 : slot + 2]], f[None, : slot + 1])
     tree = draft(head, cache, ids[None, slot + 1], outputs, embed, lm_head, **options)
-    node, right = 0, 0
+    node = 0
+    right = 0
     for x in ids[slot + 2 : end].tolist():
         hits = [
             i for i, (t, p) in enumerate(zip(tree.tokens[0].tolist(), tree.parents[0].tolist())) if p == node and t == x
         ]
         if not hits:
             break
-        node, right = hits[0], right + 1
+        node = hits[0]
+        right = right + 1
     return right
 
 
@@ -164,14 +168,18 @@ def test_trees_equal_walking_one_text_at_a_time(size):
     _, head, embed, lm_head, ids, f = toy(v=7)
     if 'vocab' in size:
         lm_head = lm_head[size['vocab']]
-    start, end = torch.tensor([2, 7, 1, 0]), torch.tensor([24, 15, 3, 19])
+    start = torch.tensor([2, 7, 1, 0])
+    end = torch.tensor([24, 15, 3, 19])
     got = tree_acceptance(head, embed, lm_head, ids, f, start, end, **size)
     for b in range(4):
-        slot, rights, emitted = int(start[b]), [], 0
+        slot = int(start[b])
+        rights = []
+        emitted = 0
         while slot + 2 < end[b]:
             rights.append(drafted(head, embed, lm_head, ids[b], f[b], slot, int(end[b]), draft_tree, **size))
             n = min(rights[-1] + 1, int(end[b]) - 2 - slot)
-            slot, emitted = slot + n, emitted + n
+            slot = slot + n
+            emitted = emitted + n
         assert (got.tokens[b].item(), got.passes[b].item()) == (emitted, len(rights))
         assert got.accepted[b].tolist() == [sum(r > j for r in rights) for j in range(size['depth'] + 1)]
     assert got.passes[2] == 0 and got.accepted.sum() > 0
@@ -179,7 +187,8 @@ def test_trees_equal_walking_one_text_at_a_time(size):
 
 def test_a_tree_of_one_child_is_a_chain():
     _, head, embed, lm_head, ids, f = toy()
-    start, end = torch.tensor([2, 7, 1, 0]), torch.tensor([24, 15, 4, 19])
+    start = torch.tensor([2, 7, 1, 0])
+    end = torch.tensor([24, 15, 4, 19])
     segments = torch.where(torch.arange(24) < end[:, None], 0, -1)
     chain = replay(chain_lengths(head, embed, lm_head, ids, f, segments, 4), start, end, 4)
     tree = tree_acceptance(head, embed, lm_head, ids, f, start, end, depth=3, top_k=1, nodes=5)
@@ -191,12 +200,18 @@ class Naive(Drafter):
     "A drafter for the decoding loop that computes everything again at every step"
 
     def __init__(self, lm, head, skip, draft, **options):
-        self.lm, self.head, self.skip, self.draft, self.options = lm, head, skip, draft, options
+        self.lm = lm
+        self.head = head
+        self.skip = skip
+        self.draft = draft
+        self.options = options
 
     def propose(self, state, rows):
-        embed, trees = self.lm.model.get_input_embeddings().weight, []
+        embed = self.lm.model.get_input_embeddings().weight
+        trees = []
         for text, skip in zip(state.text, self.skip):
-            ids, cache = text[skip:], HeadCache(1, text.device)  # without the padding on its left
+            ids = text[skip:]
+            cache = HeadCache(1, text.device)  # without the padding on its left
             outputs = cache.extend(self.head, embed[ids[None, 1:]], target_features(self.lm, [ids[:-1]])[0][None])
             trees.append(
                 self.draft(
@@ -208,9 +223,11 @@ class Naive(Drafter):
 
 def trained(lm, texts, steps=60):
     "A head that has learned some of `texts` by heart"
-    head, w = DraftHead(head_config(lm.model.config)), lm.model.lm_head.weight
+    head = DraftHead(head_config(lm.model.config))
+    w = lm.model.lm_head.weight
     opt = torch.optim.AdamW(head.parameters(), lr=3e-3)
-    f, embed = target_features(lm, texts), lm.model.get_input_embeddings().weight
+    f = target_features(lm, texts)
+    embed = lm.model.get_input_embeddings().weight
     for _ in range(steps):
         for x, g in zip(texts, f):
             t = len(x) - 2
@@ -237,11 +254,9 @@ def test_equal_to_decoding(options, adapted, tmp_path):
         lm.adapter = load_adapter(toy_adapter(lm.model, tmp_path / 'a'), lm.model)
     prompts = ['ab', 'hello you', 'c, d. e', 'x y z 1 2 3']
     ids = [lm.tokenizer(p).input_ids for p in prompts]
-    skip, embed, lm_head = (
-        [max(map(len, ids)) - len(x) for x in ids],
-        lm.model.get_input_embeddings().weight,
-        lm.model.lm_head.weight,
-    )
+    skip = [max(map(len, ids)) - len(x) for x in ids]
+    embed = lm.model.get_input_embeddings().weight
+    lm_head = lm.model.lm_head.weight
     first = lm.generate(prompts, max_new_tokens=30, record=False, seed=0, eos_token_id=[2], **options).tokens
     head = trained(lm, [torch.tensor(p + [t.id for t in ts]) for p, ts in zip(ids, first)])
     stop = {
@@ -308,7 +323,8 @@ def test_measure_is_the_same_in_any_batch_and_order():
 
 
 def test_interval_is_that_of_the_questions():
-    tokens, passes = torch.tensor([10, 20, 30, 40]), torch.tensor([10, 10, 10, 10])
+    tokens = torch.tensor([10, 20, 30, 40])
+    passes = torch.tensor([10, 10, 10, 10])
     a = summarise_replay(
         'x', Replay(tokens, passes, torch.ones(4, 1, dtype=torch.long), torch.ones(4, 1, dtype=torch.long))
     )
@@ -352,7 +368,8 @@ def test_bad_texts():
 
 
 def test_best_tokens_in_pieces():
-    x, w = torch.randn(37, 8), torch.randn(50, 8)
+    x = torch.randn(37, 8)
+    w = torch.randn(50, 8)
     for entries in (1, 50, 120, 10**6):
         assert best_tokens(x, w, entries=entries).equal((x @ w.T).argmax(-1))
     assert best_tokens(x[:0], w).shape == (0,)

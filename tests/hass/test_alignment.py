@@ -17,7 +17,8 @@ from npu_lora_decoding.hass.head import DraftHead, HEAD_FAMILIES, head_config
 
 
 def toy_head(family='llama', seed=0, dtype=torch.float32, **config):
-    head, g = DraftHead(head_config(toy_model(family, **config).config)).requires_grad_(False), generator(seed)
+    head = DraftHead(head_config(toy_model(family, **config).config)).requires_grad_(False)
+    g = generator(seed)
     for p in head.parameters():
         p.copy_(torch.randn(p.shape, generator=g) * p.shape[-1] ** -0.5)
     return head.to(dtype)
@@ -25,7 +26,9 @@ def toy_head(family='llama', seed=0, dtype=torch.float32, **config):
 
 def literal(q, keys, values, segments):
     "The definition: column c <= i of the same text shows step max(1, j - (i - c))"
-    (B, H, T, k), j, out = q.shape, len(keys), torch.zeros_like(q)
+    B, H, T, k = q.shape
+    j = len(keys)
+    out = torch.zeros_like(q)
     share = H // keys[0].shape[1]
     for b in range(B):
         for i in range(T):
@@ -55,11 +58,16 @@ def as_segments(lengths, t):
     st.integers(0, 10**6),
 )
 def test_attention_is_the_definition(texts, t, j, heads, seed):
-    g, (h, kv), b = generator(seed), heads, len(texts)
+    g = generator(seed)
+    h, kv = heads
+    b = len(texts)
     rand = lambda heads: torch.randn(b, heads, t, 4, generator=g, dtype=torch.float64)
     segments = torch.tensor([as_segments(x, t) for x in texts])
-    q, keys, values = rand(h), [rand(kv) for _ in range(j)], [rand(kv) for _ in range(j)]
-    got, real = aligned_attention(q, keys, values, segments), (segments >= 0)[:, None, :, None]
+    q = rand(h)
+    keys = [rand(kv) for _ in range(j)]
+    values = [rand(kv) for _ in range(j)]
+    got = aligned_attention(q, keys, values, segments)
+    real = (segments >= 0)[:, None, :, None]
     torch.testing.assert_close(got * real, literal(q, keys, values, segments))
     assert got.isfinite().all()
 
@@ -85,8 +93,10 @@ def test_masks_cover_each_column_once(texts, t, j):
 
 
 def test_step_one_is_ordinary_attention():
-    head, (e, f) = toy_head(), torch.randn(2, 2, 7, 32)
-    segments, positions = torch.zeros(2, 7, dtype=torch.long), torch.arange(7).expand(2, 7)
+    head = toy_head()
+    e, f = torch.randn(2, 2, 7, 32)
+    segments = torch.zeros(2, 7, dtype=torch.long)
+    positions = torch.arange(7).expand(2, 7)
     want, _ = head(e, f, positions, torch.ones(7, 7, dtype=torch.bool).tril().expand(2, 7, 7))
     torch.testing.assert_close(
         aligned_step(head, e, [f], head.rotations(positions), segments), want, rtol=1e-5, atol=1e-5
@@ -94,7 +104,9 @@ def test_step_one_is_ordinary_attention():
 
 
 def steps(head, e, f, segments, positions, n):
-    inputs, guesses, rotations = [f], [], head.rotations(positions)
+    inputs = [f]
+    guesses = []
+    rotations = head.rotations(positions)
     for _ in range(n):
         guesses.append(aligned_step(head, e, inputs, rotations, segments))
         inputs.append(next_inputs(inputs[-1], guesses[-1], segments))
@@ -103,7 +115,9 @@ def steps(head, e, f, segments, positions, n):
 
 def decoded(head, e, f, lengths, n):
     "Draft after prefixes of `lengths` slots, with a cache whose shorter rows have a gap"
-    b, row, longest = len(lengths), torch.arange(len(lengths)), int(lengths.max())
+    b = len(lengths)
+    row = torch.arange(len(lengths))
+    longest = int(lengths.max())
     valid = torch.arange(longest) < lengths[:, None]
     out, past = head(
         e[:, :longest],
@@ -113,7 +127,8 @@ def decoded(head, e, f, lengths, n):
     )
     outs = [out[row, lengths - 1]]
     for j in range(n - 1):
-        slot, valid = lengths + j, torch.cat([valid, torch.ones(b, 1, dtype=torch.bool)], 1)
+        slot = lengths + j
+        valid = torch.cat([valid, torch.ones(b, 1, dtype=torch.bool)], 1)
         out, past = head(e[row, slot][:, None], outs[-1][:, None], slot[:, None], valid[:, None], past)
         outs.append(out[:, 0])
     return outs
@@ -121,8 +136,11 @@ def decoded(head, e, f, lengths, n):
 
 @pytest.mark.parametrize('family', HEAD_FAMILIES)
 def test_training_sees_what_decoding_sees(family):
-    n, b, t = 5, 3, 11
-    head, (e, f) = toy_head(family), torch.randn(2, b, t, 32)
+    n = 5
+    b = 3
+    t = 11
+    head = toy_head(family)
+    e, f = torch.randn(2, b, t, 32)
     guesses = steps(head, e, f, torch.zeros(b, t, dtype=torch.long), torch.arange(t).expand(b, t), n)
     for m in range(1, t - n + 2):  # every prefix length, beside two others
         for lengths in (torch.tensor([m, m, m]), torch.tensor([m, 1, t - n + 1])):
@@ -131,7 +149,8 @@ def test_training_sees_what_decoding_sees(family):
 
 
 def test_nothing_of_the_future_counts():
-    head, (e, f) = toy_head(), torch.randn(2, 1, 8, 32)
+    head = toy_head()
+    e, f = torch.randn(2, 1, 8, 32)
     args = torch.zeros(1, 8, dtype=torch.long), torch.arange(8)[None], 4
     before = steps(head, e, f, *args)
     e[:, 5:], f[:, 5:] = 9.0, -9.0
@@ -140,8 +159,10 @@ def test_nothing_of_the_future_counts():
 
 
 def test_padding_changes_nothing_and_stays_finite():
-    head, (e, f) = toy_head(), torch.randn(2, 2, 9, 32)
-    positions, n = torch.arange(9).expand(2, 9), 4
+    head = toy_head()
+    e, f = torch.randn(2, 2, 9, 32)
+    positions = torch.arange(9).expand(2, 9)
+    n = 4
     segments = torch.tensor([[0] * 9, [-1] * 9])
     both = steps(head, e, f, segments, positions, n)
     alone = steps(head, e[:1], f[:1], segments[:1], positions[:1], n)
@@ -154,7 +175,8 @@ def test_padding_changes_nothing_and_stays_finite():
 
 
 def test_inputs_move_one_slot_and_carry_no_gradient():
-    inputs, guesses = torch.randn(2, 6, 3), torch.randn(2, 6, 3, requires_grad=True)
+    inputs = torch.randn(2, 6, 3)
+    guesses = torch.randn(2, 6, 3, requires_grad=True)
     segments = torch.tensor([[0, 0, 0, 1, 1, -1], [0, 0, -1, -1, -1, -1]])
     got = next_inputs(inputs, guesses, segments)
     for b in range(2):
@@ -173,9 +195,12 @@ def test_shift(by):
 
 
 def test_gradients_reach_earlier_keys_and_stop_at_guesses():
-    head, (e, f) = toy_head(dtype=torch.float64).requires_grad_(), torch.randn(2, 1, 5, 32, dtype=torch.float64)
-    segments, positions = torch.zeros(1, 5, dtype=torch.long), torch.arange(5)[None]
-    rotations, guess = head.rotations(positions), torch.randn(1, 5, 32, dtype=torch.float64, requires_grad=True)
+    head = toy_head(dtype=torch.float64).requires_grad_()
+    e, f = torch.randn(2, 1, 5, 32, dtype=torch.float64)
+    segments = torch.zeros(1, 5, dtype=torch.long)
+    positions = torch.arange(5)[None]
+    rotations = head.rotations(positions)
+    guess = torch.randn(1, 5, 32, dtype=torch.float64, requires_grad=True)
     inputs = [f, next_inputs(f, guess, segments)]
     loss = lambda: aligned_step(head, e, inputs, rotations, segments).square().sum()
     loss().backward()
@@ -188,7 +213,8 @@ def test_gradients_reach_earlier_keys_and_stop_at_guesses():
             'layers.0.self_attn.q_proj.weight',
         ):
             p = head.get_parameter(name)
-            was, at = p.clone(), (3, 5)
+            was = p.clone()
+            at = (3, 5)
             ends = []
             for step in (1e-6, -1e-6):
                 p[at] += step
@@ -211,21 +237,23 @@ class Largest(TorchDispatchMode):
 
 
 def test_nothing_is_steps_times_t_times_t():
-    b, h, t, j = 1, 2, 64, 6
+    b = 1
+    h = 2
+    t = 64
+    j = 6
     make = lambda: torch.randn(b, h, t, 4)
-    q, keys, values, segments = (
-        make(),
-        [make() for _ in range(j)],
-        [make() for _ in range(j)],
-        torch.zeros(b, t, dtype=torch.long),
-    )
+    q = make()
+    keys = [make() for _ in range(j)]
+    values = [make() for _ in range(j)]
+    segments = torch.zeros(b, t, dtype=torch.long)
     with Largest() as seen:
         aligned_attention(q, keys, values, segments)
     assert t * t * h < seen.most <= h * t * (t + j)
 
 
 def test_bf16_is_near_fp32():
-    head, (e, f) = toy_head(), torch.randn(2, 2, 9, 32)
+    head = toy_head()
+    e, f = torch.randn(2, 2, 9, 32)
     args = torch.zeros(2, 9, dtype=torch.long), torch.arange(9).expand(2, 9), 3
     for a, b in zip(steps(head, e, f, *args), steps(toy_head(dtype=torch.bfloat16), e.bfloat16(), f.bfloat16(), *args)):
         assert (
@@ -235,11 +263,9 @@ def test_bf16_is_near_fp32():
 
 def test_every_tensor_is_made_where_the_others_are():
     with torch.device('meta'):
-        e, f, segments, positions = (
-            torch.empty(2, 5, 32),
-            torch.empty(2, 5, 32),
-            torch.zeros(2, 5, dtype=torch.long),
-            torch.zeros(2, 5, dtype=torch.long),
-        )
+        e = torch.empty(2, 5, 32)
+        f = torch.empty(2, 5, 32)
+        segments = torch.zeros(2, 5, dtype=torch.long)
+        positions = torch.zeros(2, 5, dtype=torch.long)
     out = steps(toy_head().to('meta'), e, f, segments, positions, 3)  # a tensor left on the CPU would be refused
     assert all(x.device.type == 'meta' and x.shape == (2, 5, 32) for x in out)

@@ -57,7 +57,8 @@ TALK = [
 
 def runs(example):
     "The pieces of answer in an example, as lists of ids"
-    out, before = [], False
+    out = []
+    before = False
     for i, r in zip(example.ids.tolist(), example.response.tolist()):
         if r and not before:
             out.append([])
@@ -290,7 +291,8 @@ def test_deduplicated_against_pairs():
         )
         for _ in range(120)
     ]
-    held, fold = talks[100:], lambda c, i: ' '.join(c['messages'][i]['content'].lower().split())
+    held = talks[100:]
+    fold = lambda c, i: ' '.join(c['messages'][i]['content'].lower().split())
     kept = []
     for c in talks[:100]:
         if not any(fold(c, i) == fold(o, i) for o in kept + held for i in (0, 1)):

@@ -29,13 +29,15 @@ def plain(head, e, g):
 
 def output(head, embed, ids, f, path):
     "Output after the certain text `ids`, whose last token is not yet read, and the guesses `path`: a recursion without any cache"
-    n, own = len(ids) - 1, [output(head, embed, ids, f, path[:j]) for j in range(len(path))]
+    n = len(ids) - 1
+    own = [output(head, embed, ids, f, path[:j]) for j in range(len(path))]
     tokens = torch.cat([ids[1:], torch.tensor(path, dtype=torch.long)])
     return plain(head, embed[tokens], torch.cat([f[:n], *(o[None] for o in own)]))[-1]
 
 
 def naive_tree(head, embed, lm_head, ids, f, vocab, depth, top_k, nodes):
-    names, top_k = list(range(len(lm_head))) if vocab is None else vocab.tolist(), min(top_k, len(lm_head))
+    names = list(range(len(lm_head))) if vocab is None else vocab.tolist()
+    top_k = min(top_k, len(lm_head))
 
     def children(path, value):
         logp, best = (output(head, embed, ids, f, path) @ lm_head.T).log_softmax(-1).topk(top_k)
@@ -59,7 +61,8 @@ def paths(tree, b):
 
 def prepared(head, embed, ids, f, lengths):
     "A cache with the certain slots of texts of `lengths` tokens, the outputs of the last ones and the last tokens"
-    cache, count = HeadCache(len(ids), ids.device), torch.tensor(lengths) - 1
+    cache = HeadCache(len(ids), ids.device)
+    count = torch.tensor(lengths) - 1
     outputs = cache.extend(head, embed[ids[:, 1:]], f[:, :-1], count)
     return cache, ids.gather(1, count[:, None])[:, 0], outputs
 
@@ -123,7 +126,9 @@ def test_fillers_and_small_vocabularies():
 
 def test_cache_in_pieces_equals_at_once_whatever_the_others_hold():
     head, embed, lm_head, ids, f = toy(b=4, t=40)
-    e, lengths, cache = embed[ids[:, 1:]], [0, 0, 0, 0], HeadCache(4, ids.device)
+    e = embed[ids[:, 1:]]
+    lengths = [0, 0, 0, 0]
+    cache = HeadCache(4, ids.device)
     for step in range(12):
         count = torch.randint(0, 4, (4,))
         count[0] = max(1, int(count[0]))
@@ -165,7 +170,10 @@ def test_drafting_leaves_the_cache_alone():
 
 def test_half_precision_gives_whole_trees():
     head, embed, lm_head, ids, f = toy()
-    head, embed, lm_head, f = head.to(torch.bfloat16), embed.bfloat16(), lm_head.bfloat16(), f.bfloat16()
+    head = head.to(torch.bfloat16)
+    embed = embed.bfloat16()
+    lm_head = lm_head.bfloat16()
+    f = f.bfloat16()
     cache, last, outputs = prepared(head, embed, ids, f, [4, 8, 11])
     tree = draft_tree(head, cache, last, outputs, embed, lm_head)
     for b in range(3):

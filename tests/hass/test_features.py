@@ -58,7 +58,8 @@ def lm():
 @pytest.mark.parametrize('family', ['llama', 'qwen2', 'qwen3', 'mistral', 'gemma2'])
 @pytest.mark.parametrize('batch', [1, 3, 64])
 def test_padded_equals_one_by_one(family, batch):
-    lm, examples = toy_lm(family), examples_of()
+    lm = toy_lm(family)
+    examples = examples_of()
     for got, want in zip(target_features(lm, ids_of(examples), batch), naive(lm.model, ids_of(examples)), strict=True):
         close(got, want)
 
@@ -71,8 +72,10 @@ def test_features_do_not_keep_the_batch(lm):
 def test_an_adapter_is_the_targets(lm, tmp_path):
     from peft import PeftModel
 
-    folder, texts = toy_adapter(lm.model, tmp_path), ids_of(examples_of())
-    before, tuned = target_features(lm, texts), LM(lm.model, lm.tokenizer, load_adapter(folder, lm.model))
+    folder = toy_adapter(lm.model, tmp_path)
+    texts = ids_of(examples_of())
+    before = target_features(lm, texts)
+    tuned = LM(lm.model, lm.tokenizer, load_adapter(folder, lm.model))
     peft = PeftModel.from_pretrained(toy_model(), folder)
     for got, want, base in zip(target_features(tuned, texts), naive(peft.base_model.model, texts), before):
         close(got, want)
@@ -85,7 +88,8 @@ def test_an_adapter_is_the_targets(lm, tmp_path):
 
 def test_hash_sees_every_weight(lm):
     "One bit of one number in each parameter, norms and embeddings too"
-    examples, seen = examples_of(), set()
+    examples = examples_of()
+    seen = set()
     first = data_hash(lm, examples)
     for name, p in lm.model.named_parameters():
         flat = p.data.view(-1).view(torch.int32)
@@ -96,7 +100,8 @@ def test_hash_sees_every_weight(lm):
 
 
 def test_hash_sees_every_token_and_mask(lm):
-    examples, seen = examples_of(), set()
+    examples = examples_of()
+    seen = set()
     for i, e in enumerate(examples):
         for j in range(len(e.ids)):
             one = torch.arange(len(e.ids)) == j
@@ -135,7 +140,8 @@ def test_hash_sees_the_precision(lm):
 def test_stored_equals_online(dtype, per_shard, tmp_path, lm):
     lm = LM(lm.model.to(dtype), lm.tokenizer)
     examples = examples_of()
-    stored, online = StoredFeatures(write_features(lm, examples, tmp_path, per_shard)), OnlineFeatures(lm, examples)
+    stored = StoredFeatures(write_features(lm, examples, tmp_path, per_shard))
+    online = OnlineFeatures(lm, examples)
     assert stored.lengths == online.lengths == list(LENGTHS)
     assert len(list(tmp_path.glob('*.safetensors'))) == -(-8 // per_shard)
     for i in range(0, 8, per_shard):
@@ -182,7 +188,8 @@ def contents(folder):
 
 def failing(error, after):
     "A `save_tensors` that breaks in the middle of the file number `after`"
-    real, count = features.save_tensors, iter(range(100))
+    real = features.save_tensors
+    count = iter(range(100))
 
     def save_tensors(tensors, file, metadata):
         if next(count) != after:
@@ -290,9 +297,8 @@ def test_small_disks_are_refused_before_a_byte_is_written(tmp_path, lm, monkeypa
 
 
 def test_another_run_in_the_folder_is_refused(tmp_path, lm):
-    folder, adapter = write_features(lm, examples_of(), tmp_path / 'f', 3), load_adapter(
-        toy_adapter(lm.model, tmp_path / 'a'), lm.model
-    )
+    folder = write_features(lm, examples_of(), tmp_path / 'f', 3)
+    adapter = load_adapter(toy_adapter(lm.model, tmp_path / 'a'), lm.model)
     before = contents(folder)
     for other, examples, per_shard, named in [
         (toy_lm(seed=1), examples_of(), 3, 'target or adapter'),
@@ -344,9 +350,8 @@ def test_a_damaged_shard_is_named(tmp_path, lm, damage):
 
 
 def test_a_shard_of_another_run_is_found_out(tmp_path, lm):
-    folder, other = write_features(lm, examples_of(), tmp_path / 'a', 3), write_features(
-        lm, examples_of(seed=1), tmp_path / 'b', 3
-    )
+    folder = write_features(lm, examples_of(), tmp_path / 'a', 3)
+    other = write_features(lm, examples_of(seed=1), tmp_path / 'b', 3)
     shutil.copy(other / 'features-0001.safetensors', folder)
     with pytest.raises(
         DecodingError, match='features-0001.safetensors holds features of another target or other conversations'
@@ -359,9 +364,8 @@ def test_a_shard_of_another_run_is_found_out(tmp_path, lm):
 @pytest.mark.parametrize('begun', range(1, 8))
 @pytest.mark.parametrize('processes', [1, 2, 3])
 def test_more_conversations_keep_whole_shards(tmp_path, lm, begun, processes):
-    whole, folder = contents(write_features(lm, examples_of(), tmp_path / 'whole', 3)), write_features(
-        lm, examples_of()[:begun], tmp_path / 'f', 3
-    )
+    whole = contents(write_features(lm, examples_of(), tmp_path / 'whole', 3))
+    folder = write_features(lm, examples_of()[:begun], tmp_path / 'f', 3)
     before = {f: f.stat().st_mtime_ns for f in sorted(folder.glob('*.safetensors'))[: begun // 3]}
     for rank in reversed(range(processes)):
         write_features(lm, examples_of(), folder, 3, share=(rank, processes))
@@ -461,7 +465,9 @@ def test_features_keep_their_dtype():
 
 
 def losses(batch, head, frozen, n=3):
-    e, inputs, out = frozen.embed[batch.next_ids], [batch.features], []
+    e = frozen.embed[batch.next_ids]
+    inputs = [batch.features]
+    out = []
     for _ in range(n):
         guess = aligned_step(head, e, inputs, head.rotations(batch.positions), batch.segments)
         out.append(distill(guess, batch.next_features, batch.keep, frozen.lm_head)[0])
@@ -473,8 +479,10 @@ def losses(batch, head, frozen, n=3):
 def test_packed_rows_learn_the_same(family):
     "Loss and gradient of packed rows are those of rows with one text"
     lm = toy_lm(family)
-    read, frozen = OnlineFeatures(lm, examples_of()).read(range(8)), target_weights(lm.model)
-    grads, values = [], []
+    read = OnlineFeatures(lm, examples_of()).read(range(8))
+    frozen = target_weights(lm.model)
+    grads = []
+    values = []
     for batch in (
         batch_of([[x] for x in read]),
         batch_of([[read[3], read[1]], [read[0], read[2]], [read[5], read[6]], [read[4], read[7]]]),
@@ -503,7 +511,8 @@ PLAN = dict(
 
 @given(**PLAN)
 def test_a_plan_covers_all_and_stays_small(lengths, tokens, seed, epoch, row, window):
-    given_, state = list(lengths), random.getstate()
+    given_ = list(lengths)
+    state = random.getstate()
     plan = plan_epoch(lengths, tokens, seed, epoch, row, window)
     assert sorted(j for rows in plan for r in rows for j in r) == list(range(len(lengths)))
     wide = lambda rows: max(sum(lengths[j] for j in r) for r in rows)

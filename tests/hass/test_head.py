@@ -18,7 +18,8 @@ def target():
 
 def toy_head(target, bias=False, seed=0):
     "A head with random weights everywhere, norms and biases too"
-    head, g = DraftHead(head_config(target.config), fc_bias=bias).requires_grad_(False), generator(seed)
+    head = DraftHead(head_config(target.config), fc_bias=bias).requires_grad_(False)
+    g = generator(seed)
     for p in head.parameters():
         p.copy_(torch.randn(p.shape, generator=g).bfloat16())  # what the file can hold
     return head
@@ -36,7 +37,8 @@ def write(folder, tensors, config, meta=None):
 
 def same(a, b):
     "Whether two heads have the same weights"
-    a, b = a.state_dict(), b.state_dict()
+    a = a.state_dict()
+    b = b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[k].float(), b[k].float()) for k in a)
 
 
@@ -110,7 +112,8 @@ def test_save_and_load_every_family(tmp_path, family):
         and config['rope_theta'] == 7777.0
     )
     assert '_name_or_path' not in config and config['dtype'] == 'bfloat16'
-    e, g = torch.randn(1, 4, 32), torch.randn(1, 4, 32)
+    e = torch.randn(1, 4, 32)
+    g = torch.randn(1, 4, 32)
     args = e, g, torch.arange(4)[None], torch.ones(4, 4, dtype=torch.bool).tril()[None]
     assert torch.equal(got(*args)[0], head(*args)[0])
 
@@ -147,7 +150,8 @@ def test_file_is_small_and_says_whose_it_is(tmp_path, target):
 
 
 def test_shards(tmp_path, target):
-    head, folder = toy_head(target), tmp_path / 'head'
+    head = toy_head(target)
+    folder = tmp_path / 'head'
     state = head.state_dict()
     names = sorted(state)
     write(folder, {}, OLD)
@@ -270,7 +274,8 @@ def test_folders_that_are_no_head(tmp_path, target):
 def test_the_remedy_for_pickled_weights_works(tmp_path, target):
     import os, subprocess, sys
 
-    head, folder = toy_head(target), write(tmp_path / 'head', {}, OLD)
+    head = toy_head(target)
+    folder = write(tmp_path / 'head', {}, OLD)
     (folder / 'model.safetensors').unlink()
     torch.save(head.state_dict(), folder / 'pytorch_model.bin')
     with pytest.raises(DecodingError) as e:
@@ -321,7 +326,8 @@ def test_draft_vocabulary_travels(tmp_path, target):
         32,
     )
     for counts in (torch.tensor([9, 4, 4, 0]), None):
-        head.vocab, head.counts = torch.tensor([5, 96, 0, 7]), counts
+        head.vocab = torch.tensor([5, 96, 0, 7])
+        head.counts = counts
         got = load_head(save_head(head, tmp_path / 'head', target), target)
         assert torch.equal(got.vocab, head.vocab) and (
             counts is None and got.counts is None or torch.equal(got.counts, counts)

@@ -26,7 +26,8 @@ NAMES = [f'{f}{"-biases" if more else ""}' for f, more in KINDS]
 
 def toy_head(family='llama', more=None, bias=True, seed=0):
     "A head with random weights everywhere, norms and biases too"
-    head, g = DraftHead(head_config(toy_model(family, **(more or {})).config), fc_bias=bias), generator(seed)
+    head = DraftHead(head_config(toy_model(family, **(more or {})).config), fc_bias=bias)
+    g = generator(seed)
     for p in head.parameters():
         p.data = torch.randn(p.shape, generator=g) * 0.3
     return head
@@ -34,7 +35,8 @@ def toy_head(family='llama', more=None, bias=True, seed=0):
 
 def outputs(head, b=2, t=7, seed=1):
     g = generator(seed)
-    e, f = torch.randn(b, t, 32, generator=g) * SCALES.embed, torch.randn(b, t, 32, generator=g) * SCALES.feature
+    e = torch.randn(b, t, 32, generator=g) * SCALES.embed
+    f = torch.randn(b, t, 32, generator=g) * SCALES.feature
     return head(e, f, torch.arange(t).expand(b, t), torch.ones(t, t, dtype=torch.bool).tril().expand(b, t, t))[0]
 
 
@@ -62,7 +64,8 @@ EMBED = torch.randn(20, 6, generator=generator(5)) * 0.1
 
 
 def test_scales_equal_a_loop():
-    got, seen = measure_scales(texts(), EMBED), [(EMBED[i], f[j]) for ids, _, f in texts() for j, i in enumerate(ids)]
+    got = measure_scales(texts(), EMBED)
+    seen = [(EMBED[i], f[j]) for ids, _, f in texts() for j, i in enumerate(ids)]
     for x, k in ((got.embed, 0), (got.feature, 1)):
         torch.testing.assert_close(x, (sum(s[k].double() ** 2 for s in seen) / len(seen)).sqrt().float())
 
@@ -85,9 +88,8 @@ def test_silent_dimensions_are_not_divided_by():
 
 
 def test_scales_of_bf16_are_fp32():
-    got, want = measure_scales([(i, r, f.bfloat16()) for i, r, f in texts()], EMBED.bfloat16()), measure_scales(
-        texts(), EMBED
-    )
+    got = measure_scales([(i, r, f.bfloat16()) for i, r, f in texts()], EMBED.bfloat16())
+    want = measure_scales(texts(), EMBED)
     for a, b in zip((got.embed, got.feature), (want.embed, want.feature)):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=2**-8, atol=0)
@@ -103,9 +105,8 @@ def test_scaling_changes_nothing(family, more, bias):
     head = toy_head(family, more, bias)
     want = outputs(head)
     want.pow(2).mean().backward()
-    grads, shapes = {n: p.grad.clone() for n, p in head.named_parameters()}, {
-        n: p.shape for n, p in head.named_parameters()
-    }
+    grads = {n: p.grad.clone() for n, p in head.named_parameters()}
+    shapes = {n: p.shape for n, p in head.named_parameters()}
     head.zero_grad()
     precondition(head, SCALES)
     got = outputs(head)
@@ -125,8 +126,11 @@ def test_scaling_changes_nothing(family, more, bias):
 def test_each_scale_stands_where_it_belongs():
     "What the optimiser sees reads and writes unit scale: fc in all rows and columns, q, k, v by what they read, o and down by what they write"
     head = precondition(toy_head(), SCALES)
-    e, f, one = SCALES.embed, SCALES.feature, torch.ones
-    attention, want = head.layers[0].self_attn, {}
+    e = SCALES.embed
+    f = SCALES.feature
+    one = torch.ones
+    attention = head.layers[0].self_attn
+    want = {}
     want[head.fc] = f[:, None] / torch.cat([e, f])
     for p in (attention.q_proj, attention.k_proj, attention.v_proj):
         want[p] = one(p.out_features, 1) / f
@@ -156,7 +160,8 @@ def test_an_update_moves_what_it_should():
 @pytest.mark.parametrize('scaled', [False, True])
 def test_plain_copy(family, more, scaled, tmp_path):
     head = toy_head(family, more)
-    head.vocab, head.counts = torch.tensor([4, 2]), torch.tensor([9, 1])
+    head.vocab = torch.tensor([4, 2])
+    head.counts = torch.tensor([9, 1])
     if scaled:
         precondition(head, SCALES)
     head.train()
@@ -202,7 +207,9 @@ def test_random_start_depends_on_its_seed_only(family, more, scaled):
         head = DraftHead(head_config(toy_model(family, **more).config), fc_bias=True)
         return random_start(precondition(head, SCALES) if scaled else head, seed)
 
-    a, b, c = made(0, 1), made(0, 2), made(1, 1)
+    a = made(0, 1)
+    b = made(0, 2)
+    c = made(1, 1)
     state = torch.get_rng_state()
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters())) and torch.equal(
         state, torch.get_rng_state()
@@ -254,10 +261,12 @@ def test_least_squares_equals_lstsq(seed, ridge):
 
 def test_a_linear_world_is_learnt():
     "Where the next feature is a matrix times the inputs, that matrix comes out"
-    g, w = generator(0), torch.randn(6, 12, generator=generator(1)) * 0.3
+    g = generator(0)
+    w = torch.randn(6, 12, generator=generator(1)) * 0.3
     data = []
     for _ in range(40):
-        ids, f = torch.randint(0, 20, (30,), generator=g), [torch.randn(6, generator=g)]
+        ids = torch.randint(0, 20, (30,), generator=g)
+        f = [torch.randn(6, generator=g)]
         for i in ids[1:]:
             f.append(w @ torch.cat([EMBED[i], f[-1]]))
         data.append((ids, torch.ones(30, dtype=torch.bool), torch.stack(f)))
@@ -284,7 +293,8 @@ def test_only_answers_are_fitted():
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_least_squares_start(scaled, dtype):
     "The head's fc computes the linear guess, in plain units, also where the head was scaled by other numbers; nothing else moves"
-    data, embed = texts(d=32), torch.randn(20, 32, generator=generator(2))
+    data = texts(d=32)
+    embed = torch.randn(20, 32, generator=generator(2))
     s = measure_scales(data, embed)
     head = toy_head(bias=False).to(dtype)
     if scaled:

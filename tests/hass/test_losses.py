@@ -44,7 +44,8 @@ def by_hand(name, q, p, k, w):
 @pytest.mark.parametrize('name', [n for n, _ in EVERY])
 @pytest.mark.parametrize('k', [1, 3, 11])
 def test_losses_are_their_sums(name, k):
-    (z, y), w = logits(k), token_weights(torch.arange(11)).double()
+    z, y = logits(k)
+    w = token_weights(torch.arange(11)).double()
     got = losses_for(w)[name](z, y, k)
     want = [by_hand(name, q, p, k, w.tolist()) for q, p in zip(z.softmax(-1).tolist(), y.softmax(-1).tolist())]
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64))
@@ -54,7 +55,8 @@ def test_losses_are_their_sums(name, k):
 @pytest.mark.parametrize('name', [n for n, _ in EVERY])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 def test_losses_are_wide_finite_and_best_at_the_target(name, dtype):
-    loss, (z, y) = losses_for(torch.ones(5000))[name], logits(0, 3, 5000, dtype)
+    loss = losses_for(torch.ones(5000))[name]
+    z, y = logits(0, 3, 5000, dtype)
     far = z * 100  # probabilities that underflow
     for draft in (z, far, y):
         x = draft.clone().requires_grad_()
@@ -142,7 +144,8 @@ def test_places_that_do_not_count_may_hold_anything():
     )[0]
     want = run(guess, feature)
     with torch.no_grad():
-        dirty, odd = torch.where(keep[..., None], guess, torch.nan), torch.where(keep[..., None], feature, torch.inf)
+        dirty = torch.where(keep[..., None], guess, torch.nan)
+        odd = torch.where(keep[..., None], feature, torch.inf)
     assert torch.equal(run(dirty.requires_grad_(), odd), want) and not want[~keep].any()
 
 
@@ -183,7 +186,8 @@ def test_rows_of_a_draft_vocabulary():
     guess, feature, keep, head, *_ = setting(4)
     ids = torch.tensor([7, 2, 9, 4])
     total, _ = distill(guess, feature, keep, head[ids], Objective(feature=0.0, tokens=(('soft_ce', 1.0),), k=4))
-    z, y = (guess @ head[ids].T)[keep], (feature @ head[ids].T)[keep]
+    z = (guess @ head[ids].T)[keep]
+    y = (feature @ head[ids].T)[keep]
     torch.testing.assert_close(total, LOSSES['soft_ce'](z, y).mean())
 
 
@@ -233,7 +237,8 @@ def test_shapes_that_do_not_fit(change):
 
 
 def test_scale_counts_differences_in_spreads():
-    a, b = torch.randn(4, 6), torch.randn(4, 6)
+    a = torch.randn(4, 6)
+    b = torch.randn(4, 6)
     torch.testing.assert_close(feature_loss(a * 7, b * 7, 7.0), feature_loss(a, b))
     assert feature_loss(a, a).eq(0).all()
     torch.testing.assert_close(feature_loss(a, a + 3), torch.full((4,), 2.5))  # |3| - 1/2, mean over the width

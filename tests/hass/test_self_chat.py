@@ -80,7 +80,8 @@ def test_greedy_equals_generate(family, attention):
 
 def test_one_query_attention_serves_plain_families_and_is_put_back(monkeypatch):
     "The families whose attention is scores, mask and softmax use it; others keep their own; the model's setting survives errors"
-    calls, real = [], ring.one_query_attention
+    calls = []
+    real = ring.one_query_attention
     AttentionInterface.register('one_query', lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
     try:
         for family, uses in (('llama', True), ('mistral', True), ('qwen2', True), ('qwen3', True), ('gemma', False)):
@@ -140,8 +141,10 @@ def test_one_query_attention_is_attention(b, g, share, s, k):
 @pytest.mark.parametrize('seed', range(10))
 def test_any_schedule_gives_the_same_answers(seed):
     "However many rows there are and whoever ends first, with a head and system messages that share a part of it"
-    lm, chosen = chat_lm(), random.Random(seed)
-    batch, n = chosen.randint(1, 7), chosen.randint(1, 12)
+    lm = chat_lm()
+    chosen = random.Random(seed)
+    batch = chosen.randint(1, 7)
+    n = chosen.randint(1, 12)
     prompts = [
         [
             dict(role=chosen.choice(['user', 'system']), content='a' * chosen.randint(1, 9)),
@@ -155,7 +158,8 @@ def test_any_schedule_gives_the_same_answers(seed):
 def test_adapter_on_every_row(tmp_path):
     lm = chat_lm()
     folder = toy_adapter(lm.model, tmp_path / 'a')
-    tuned, prompts = LM(lm.model, lm.tokenizer, load_adapter(folder, lm.model), 'toy'), [f'word {i}' for i in range(7)]
+    tuned = LM(lm.model, lm.tokenizer, load_adapter(folder, lm.model), 'toy')
+    prompts = [f'word {i}' for i in range(7)]
     mine = answers(tuned, prompts, 20, 3)
     assert (
         mine
@@ -244,7 +248,8 @@ def test_failed_questions_are_replaced():
 
 
 def chi2(sample, p):
-    expected, seen = len(sample) * p, torch.tensor(sample).bincount(minlength=len(p)).float()
+    expected = len(sample) * p
+    seen = torch.tensor(sample).bincount(minlength=len(p)).float()
     keep = expected >= 5
     o, e = (torch.cat([x[keep], x[~keep].sum()[None]]) for x in (seen, expected))
     e = e.clamp(min=1e-9)
@@ -255,7 +260,8 @@ def chi2(sample, p):
 @pytest.mark.parametrize('min_p', [0.0, 0.1])
 def test_draws_follow_the_softmax_at_each_rows_temperature(min_p):
     g = generator(1)
-    logits, n = 2 * torch.randn(700, generator=g), 20000  # three blocks, the last one short
+    logits = 2 * torch.randn(700, generator=g)
+    n = 20000  # three blocks, the last one short
     for t in (0.4, 1.0, 1.7):
         p = (logits / t).softmax(-1)
         p = torch.where(p < min_p * p.max(), 0.0, p)
@@ -271,7 +277,9 @@ def test_draws_follow_the_softmax_at_each_rows_temperature(min_p):
 
 @pytest.mark.slow
 def test_neighbours_draw_at_their_own_temperatures():
-    lm, warm, n = chat_lm(), (0.4, 1.5), 2000
+    lm = chat_lm()
+    warm = (0.4, 1.5)
+    n = 2000
     first = torch.tensor([(a or lm.eos_ids)[0] for a in answers(lm, ['a'] * n, 1, 50, warm)])
     with torch.no_grad():
         logits = lm.model(encode_one(lm, 'a')[None]).logits[0, -1]
@@ -361,7 +369,8 @@ def test_what_is_written_can_be_learnt_from(whole, tmp_path):
 
 @pytest.mark.parametrize('at', [0, 7, None])
 def test_ctrl_c_and_more_of_the_same(whole, tmp_path, at, capsys):
-    lm, passes = chat_lm(), itertools.count()
+    lm = chat_lm()
+    passes = itertools.count()
     forward = lm.model.forward
 
     def interrupted(*args, **kwargs):
@@ -403,9 +412,8 @@ def test_kill_9(tmp_path):
         time.sleep(0.02)
     os.kill(p.pid, signal.SIGKILL)
     p.wait()
-    kept, config = texts(tmp_path / 'killed'), WriteConfig(
-        shards=4, per_shard=12, batch=4, user_tokens=60, new_tokens=40, min_p=0.0
-    )
+    kept = texts(tmp_path / 'killed')
+    config = WriteConfig(shards=4, per_shard=12, batch=4, user_tokens=60, new_tokens=40, min_p=0.0)
     assert 2 <= len(kept) < 4
     for name in ('killed', 'whole'):
         write_conversations(load(tmp_path / 'model'), tmp_path / name, config, quiet=True)
@@ -487,7 +495,8 @@ def test_two_processes_share_the_shards(whole, tmp_path, monkeypatch):
 
 
 def test_prompts_are_all_answered_in_order(tmp_path, capsys):
-    lm, prompts = chat_lm(), [f'ask {"x" * (40 - 3*i)} {i}' for i in range(12)]  # the last one begins to answer first
+    lm = chat_lm()
+    prompts = [f'ask {"x" * (40 - 3*i)} {i}' for i in range(12)]  # the last one begins to answer first
     write_conversations(
         lm, tmp_path, replace(CONFIG, shards=None, temperatures=(0.0,)), prompts=[*prompts, ' ', 'x' * 100]
     )
@@ -544,7 +553,9 @@ def fake_vllm(monkeypatch):
             )[0, len(ids) :]
             return tuple(new.tolist())
 
-    made.SamplingParams, made.LLM, made.calls = SamplingParams, LLM, []
+    made.SamplingParams = SamplingParams
+    made.LLM = LLM
+    made.calls = []
     monkeypatch.setitem(sys.modules, 'vllm', made)
     find = write.importlib.util.find_spec
     monkeypatch.setattr(write.importlib.util, 'find_spec', lambda n, *a: object() if n == 'vllm' else find(n, *a))
@@ -552,7 +563,8 @@ def fake_vllm(monkeypatch):
 
 
 def test_vllm_answers_prompts_as_the_ring(fake_vllm, tmp_path):
-    config, prompts = replace(CONFIG, shards=None, temperatures=(0.0,)), [f'ask {i}' for i in range(7)]
+    config = replace(CONFIG, shards=None, temperatures=(0.0,))
+    prompts = [f'ask {i}' for i in range(7)]
     write_conversations(chat_lm(), tmp_path / 'v', replace(config, engine='vllm'), prompts=prompts, quiet=True)
     write_conversations(chat_lm(), tmp_path / 'r', replace(config, engine='ring'), prompts=prompts, quiet=True)
     assert texts(tmp_path / 'v') == texts(tmp_path / 'r') and fake_vllm.built[1:] == ('float32', 256)

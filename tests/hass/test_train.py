@@ -8,7 +8,6 @@ import pytest, torch, torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from npu_lora_decoding.foundations import files as core
 from npu_lora_decoding.hass import config as recipe, train as th, training_step as ts
@@ -73,7 +72,8 @@ def whole_files(folder):
 
 
 def same_files(a, b):
-    x, y = whole_files(a), whole_files(b)
+    x = whole_files(a)
+    y = whole_files(b)
     assert list(x) == list(y)
     for name in x:
         assert x[name] == y[name], name
@@ -255,7 +255,7 @@ def test_death_at_every_write(tmp_path, server):
 def step_in(folder):
     "How far the saved state is"
     try:
-        with safe_open(folder / 'state.safetensors', 'pt') as f:
+        with th.safe_open(folder / 'state.safetensors', 'pt') as f:
             return int(f.metadata()['step'])
     except OSError:
         return 0
@@ -263,15 +263,14 @@ def step_in(folder):
 
 @pytest.mark.slow
 def test_kill_9_again_and_again(tmp_path, server):
-    config, rng = replace(CONFIG, steps=60, save_every=1, eval_every=20), random.Random(0)
+    config = replace(CONFIG, steps=60, save_every=1, eval_every=20)
+    rng = random.Random(0)
     train(begin(tmp_path / 'whole', config), TEXTS)
     seen = []
     for _ in range(4):
-        p, was, until = (
-            server(target=child, args=(tmp_path / 'killed', config)),
-            step_in(tmp_path / 'killed') if seen else 0,
-            time.monotonic() + 60,
-        )
+        p = server(target=child, args=(tmp_path / 'killed', config))
+        was = step_in(tmp_path / 'killed') if seen else 0
+        until = time.monotonic() + 60
         p.start()
         while step_in(tmp_path / 'killed') == was and p.is_alive() and time.monotonic() < until:
             time.sleep(0.005)
@@ -320,7 +319,8 @@ def test_two_processes_are_as_one(tmp_path):
             and many[0]['batches'] != many[1]['batches']
         )
         one = begin(tmp_path / 'one' / name, config)
-        norms, one = noting(one), train(one, TEXTS)
+        norms = noting(one)
+        one = train(one, TEXTS)
         # sums of halves round differently in fp32, 1e-7 of a loss; updates of nearly zero gradients (their sign in AdamW, bf16 in Muon) amplify that to some 1e-2 of the rate, 3e-3, each step
         torch.testing.assert_close(torch.tensor(many[0]['losses']), torch.tensor(one.losses), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(torch.tensor(many[0]['norms']), torch.stack(norms), rtol=1e-3, atol=0.0)
@@ -339,18 +339,24 @@ def test_two_processes_are_as_one(tmp_path):
 
 def literal(head, config, rows, numbers, spread, vocab=None):
     "Mean over all kept places of the loss of each alignment step, text by text, nothing in pieces, and the sum that is differentiated"
-    frozen, sums, count = target_weights(LM.model), [0.0] * config.alignment_steps, 0
+    frozen = target_weights(LM.model)
+    sums = [0.0] * config.alignment_steps
+    count = 0
     lm_head = frozen.lm_head if vocab is None else frozen.lm_head[vocab]
     for i in numbers:
         ids, response, f = rows[i]
         t = len(ids) - 1
         keep = torch.tensor([bool(j + 2 <= t and response[j + 1] and response[j + 2]) for j in range(t)])
-        e, segments, inputs = frozen.embed[ids[None, 1:]], torch.zeros(1, t, dtype=torch.long), [f[None, :t]]
-        rotations, count = head.rotations(torch.arange(t)[None]), count + int(keep.sum())
+        e = frozen.embed[ids[None, 1:]]
+        segments = torch.zeros(1, t, dtype=torch.long)
+        inputs = [f[None, :t]]
+        rotations = head.rotations(torch.arange(t)[None])
+        count = count + int(keep.sum())
         for j in range(config.alignment_steps):
             guess = aligned_step(head, e, inputs, rotations, segments)
             inputs.append(torch.cat([f[None, :1], guess.detach()[:, :-1]], 1))
-            q, p = (guess[0] @ lm_head.T).log_softmax(-1), (f[1:] @ lm_head.T).softmax(-1)
+            q = (guess[0] @ lm_head.T).log_softmax(-1)
+            p = (f[1:] @ lm_head.T).softmax(-1)
             top = torch.zeros_like(p).scatter(1, p.topk(config.k).indices, 1.0)
             each = (
                 -(p * q).sum(-1)
@@ -416,13 +422,16 @@ def test_next_feature_training_is_eagle_2(tmp_path):
         steps=6,
     )
     run = train(begin(tmp_path, config))
-    head, frozen, losses = random_start(DraftHead(head_config(LM.model.config)), 0), target_weights(LM.model), []
+    head = random_start(DraftHead(head_config(LM.model.config)), 0)
+    frozen = target_weights(LM.model)
+    losses = []
     opt = torch.optim.AdamW(head.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     steps = [
         [i for r in b for i in r] for epoch in range(6) for b in plan_epoch(STORE.lengths, config.tokens, 0, epoch)
     ]
     for step, numbers in enumerate(steps[:6]):
-        total, count = 0.0, 0
+        total = 0.0
+        count = 0
         for ids, response, f in STORE.read(numbers):
             t = len(ids) - 2  # the last slot has nothing to guess
             guess = head(
@@ -439,7 +448,8 @@ def test_next_feature_training_is_eagle_2(tmp_path):
             ).mean(
                 -1
             )
-            total, count = total + each[keep].sum(), count + int(keep.sum())
+            total = total + each[keep].sum()
+            count = count + int(keep.sum())
         losses.append([total.item() / count])
         opt.zero_grad()
         (total / count).backward()
@@ -457,7 +467,8 @@ def test_next_feature_training_is_eagle_2(tmp_path):
 @pytest.mark.parametrize('steps, warmup', [(1, 0.0), (1, 0.5), (2, 0.9), (10, 0.0), (10, 0.3), (1000, 0.04), (7, 0.99)])
 def test_rate_rises_and_falls_and_is_never_zero(steps, warmup):
     c = replace(CONFIG, steps=steps, warmup=warmup, lr=2.0)
-    rates, rise = [learning_rate(i, c) for i in range(steps)], max(1, int(warmup * steps))
+    rates = [learning_rate(i, c) for i in range(steps)]
+    rise = max(1, int(warmup * steps))
     assert all(0 < r <= 2 for r in rates) and max(rates) == rates[rise - 1] == 2.0
     ups, downs = ([b - a for a, b in zip(x, x[1:])] for x in (rates[:rise], rates[rise:]))
     assert all(math.isclose(u, 2 / rise) for u in ups) and all(math.isclose(d, -2 / (steps - rise)) for d in downs)
@@ -468,7 +479,8 @@ def test_rate_rises_and_falls_and_is_never_zero(steps, warmup):
 @pytest.mark.parametrize('clip', [0.05, 1e3])
 def test_clip_and_rate_reach_the_optimiser(tmp_path, clip):
     "All weights together, not each optimiser's alone; a gradient that is small enough stays as it is"
-    run, norms = begin(tmp_path, replace(CONFIG, clip=clip)), []
+    run = begin(tmp_path, replace(CONFIG, clip=clip))
+    norms = []
     for step in range(3):
         free = torch.stack([g.norm() for g in gradients_of(copy_of(run), step)[1].values()]).norm()
         for o in run.opts:
@@ -488,7 +500,8 @@ def copy_of(run):
 
 
 def test_noise_is_uniform_in_units_of_the_spread_and_of_each_text_its_own():
-    f, spread = torch.zeros(2, 300, 32), torch.linspace(0.5, 8, 32)
+    f = torch.zeros(2, 300, 32)
+    spread = torch.linspace(0.5, 8, 32)
     batch = lambda numbers, t=300: Batch(None, f[: len(numbers), :t], None, None, None, numbers)
     u = add_noise(batch(((3,), (4, 5))), 0.2, spread, 'x') / spread
     assert (
@@ -503,11 +516,9 @@ def test_noise_is_uniform_in_units_of_the_spread_and_of_each_text_its_own():
 
 
 def test_every_text_once_an_epoch(tmp_path):
-    run, seen, plans = (
-        begin(tmp_path, replace(CONFIG, row=48)),
-        [],
-        [plan_epoch(STORE.lengths, 120, 0, e, 48) for e in range(3)],
-    )
+    run = begin(tmp_path, replace(CONFIG, row=48))
+    seen = []
+    plans = [plan_epoch(STORE.lengths, 120, 0, e, 48) for e in range(3)]
     for step in range(sum(map(len, plans))):
         seen.append(tuple(map(tuple, run.batch(step).numbers)))
     assert seen == [tuple(map(tuple, b)) for p in plans for b in p] and sorted(
@@ -553,9 +564,8 @@ def test_targets_may_be_cached(tmp_path):
     "fp32: the same losses and weights as when they are computed again for every batch; over epochs, packed, and after a stop with an empty cache"
     for name, change in dict(rows=dict(), packed=dict(row=48, tokens=96)).items():
         config = replace(CONFIG, steps=12, **change)
-        plain, kept = train(begin(tmp_path / f'{name}1', config), TEXTS), train(
-            begin(tmp_path / f'{name}2', replace(config, cache_targets=True)), TEXTS
-        )
+        plain = train(begin(tmp_path / f'{name}1', config), TEXTS)
+        kept = train(begin(tmp_path / f'{name}2', replace(config, cache_targets=True)), TEXTS)
         assert (
             len(plain.sizes) > 1
             and set(kept.cached_targets) == set(range(14))
@@ -604,11 +614,14 @@ def test_a_loss_that_is_not_linear_has_no_cached_targets(tmp_path):
 
 
 class Noted(GeneralTracker):
-    name, requires_logging_directory = 'noted', False
+    name = 'noted'
+    requires_logging_directory = False
 
     def __init__(self):
         super().__init__()
-        self.settings, self.rows, self.ended = [], [], False
+        self.settings = []
+        self.rows = []
+        self.ended = False
 
     @property
     def tracker(self):
@@ -677,7 +690,8 @@ def test_a_sampled_step_has_the_loss_and_the_gradient_of_that_step(tmp_path, mon
             for drawn in (True, False)
         )
         [loss], grad = train_step(one, 0), taken['grad']
-        losses, full = train_step(every, 0), taken['grad']
+        losses = train_step(every, 0)
+        full = taken['grad']
         torch.testing.assert_close((loss, grad), (losses[j], full), rtol=1e-5, atol=1e-7)
 
 
@@ -787,7 +801,7 @@ def test_a_run_of_an_earlier_version_is_continued_to_the_bit(whole, tmp_path):
     train(begin(tmp_path), TEXTS, stop_after=3)
     file = tmp_path / 'state.safetensors'
     tensors = {name: x.clone() for name, x in load_file(file).items()}
-    with safe_open(file, 'pt') as f:
+    with th.safe_open(file, 'pt') as f:
         meta = f.metadata()
     old = with_earlier_names(json.loads(meta['config']))
     assert {'n', 'drawn', 'remember'} <= set(old) and 'alignment_steps' not in old
@@ -804,10 +818,9 @@ def test_a_run_of_an_earlier_version_is_continued_to_the_bit(whole, tmp_path):
 def test_damaged_state_is_refused(tmp_path):
     train(begin(tmp_path), stop_after=1)
     file = tmp_path / 'state.safetensors'
-    good, tensors = file.read_bytes(), {
-        k: v.clone() for k, v in load_file(file).items()
-    }  # clones: what is loaded stays mapped to the file
-    with safe_open(file, 'pt') as f:
+    good = file.read_bytes()
+    tensors = {k: v.clone() for k, v in load_file(file).items()}  # clones: what is loaded stays mapped to the file
+    with th.safe_open(file, 'pt') as f:
         meta = f.metadata()
     lost = {k: v for k, v in tensors.items() if k != 'weight/layers.0.post_attention_layernorm.weight'}
     half = {k: v[:1] if k.startswith('weight/') else v for k, v in tensors.items()}
@@ -914,7 +927,8 @@ def test_a_head_learns(written, tmp_path):
 
 
 def test_recorded_acceptance_is_that_of_the_saved_head(written, tmp_path):
-    (lm, store, held), tree = written, dict(depth=2, top_k=3, nodes=6)
+    lm, store, held = written
+    tree = dict(depth=2, top_k=3, nodes=6)
     run = train(
         start_run(
             lm,
@@ -933,7 +947,8 @@ def test_recorded_acceptance_is_that_of_the_saved_head(written, tmp_path):
         and log[45:] == run.history
         and [h['step'] for h in run.history] == [20, 40, 45]
     )
-    best, frozen = max(run.history, key=lambda h: h['chain_5']), target_weights(lm.model)  # the first of equals
+    best = max(run.history, key=lambda h: h['chain_5'])
+    frozen = target_weights(lm.model)  # the first of equals
     assert best['chain_5'] > 1.1  # else any head would do
     for name, row in (('last', run.history[-1]), ('best', best)):
         head = load_head(tmp_path / name, lm.model, torch.bfloat16)
@@ -954,7 +969,8 @@ def test_recorded_acceptance_is_that_of_the_saved_head(written, tmp_path):
 
 
 def test_texts_that_are_learnt_from_are_measured_apart(written, tmp_path, capsys):
-    (lm, store, held), noted = written, Noted()
+    lm, store, held = written
+    noted = Noted()
     of = [
         Text(e.ids, int(e.response.nonzero()[0, 0]), f) for e, (_, _, f) in zip(store.examples[:2], store.read([0, 1]))
     ]
@@ -978,7 +994,8 @@ def test_texts_that_are_learnt_from_are_measured_apart(written, tmp_path, capsys
 
 def test_best_is_the_best_and_stays_it(tmp_path, monkeypatch):
     "Better, best, as good, worse: also when the run is left between them"
-    taus, seen = {2: 1.2, 4: 1.5, 6: 1.5, 8: 1.1, 9: 1.3}, {}
+    taus = {2: 1.2, 4: 1.5, 6: 1.5, 8: 1.1, 9: 1.3}
+    seen = {}
 
     def scripted(run, texts, tree, learnt):
         seen[run.done] = plain_copy(run.head).fc.weight
@@ -1015,7 +1032,8 @@ def test_going_on_from_a_head(tmp_path):
     vocab = draft_vocabulary(STORE.examples, 30, 97)[:2]
     train(begin(tmp_path / 'a', replace(CONFIG, steps=3), vocab=vocab))
     head = load_head(tmp_path / 'a' / 'last', LM.model, torch.float32).requires_grad_(False)
-    was, losses = {k: v.clone() for k, v in head.state_dict().items()}, []
+    was = {k: v.clone() for k, v in head.state_dict().items()}
+    losses = []
     for name in 'bc':
         run = begin(tmp_path / name, init=head)
         now = plain_copy(run.head)

@@ -13,7 +13,8 @@ def lm_of(template, special, eos, words=()):
     "A toy of characters and `words`, with special tokens and a chat template"
     names = ['<pad>', '<unk>', '<s>', *dict.fromkeys(['</s>', *special]), '\n', *map(chr, range(32, 127)), *words]
     tok = Tokenizer(WordLevel({c: i for i, c in enumerate(names)}, unk_token='<unk>'))
-    tok.pre_tokenizer, tok.decoder = Split(Regex('|'.join([*words, r'[\s\S]'])), 'isolated'), Fuse()
+    tok.pre_tokenizer = Split(Regex('|'.join([*words, r'[\s\S]'])), 'isolated')
+    tok.decoder = Fuse()
     tok = PreTrainedTokenizerFast(
         tokenizer_object=tok,
         pad_token='<pad>',

@@ -220,7 +220,8 @@ WRITES = {
 
 def _writes(call):
     "Whether a call puts something on the disk"
-    f, name = call.func, getattr(call.func, 'attr', getattr(call.func, 'id', None))
+    f = call.func
+    name = getattr(call.func, 'attr', getattr(call.func, 'id', None))
     if name == 'open':
         return any(
             isinstance(a, ast.Constant) and isinstance(a.value, str) and set(a.value) & set('wax+')
@@ -458,7 +459,8 @@ def damages(file):
 @contextlib.contextmanager
 def at_forward(n, act, where='model'):
     "Call `act` in forward pass number `n` (from 1) through an MLP of the model, or of the draft head; yield the passes so far"
-    kind, calls = dict(model=LlamaMLP, head=HeadMLP)[where], []
+    kind = dict(model=LlamaMLP, head=HeadMLP)[where]
+    calls = []
     true = kind.forward
 
     def forward(self, x):

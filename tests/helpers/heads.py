@@ -22,7 +22,8 @@ def random_head(lm, bias=False, seed=0, vocab=None, round=True):
         x = torch.randn(p.shape, generator=g) * (p.shape[-1] ** -0.5 if p.dim() > 1 else 1.0)
         p.copy_(x.bfloat16() if round else x)
     if vocab:
-        head.vocab, head.counts = torch.randperm(76, generator=g)[:vocab], torch.arange(vocab, 0, -1)
+        head.vocab = torch.randperm(76, generator=g)[:vocab]
+        head.counts = torch.arange(vocab, 0, -1)
     return head
 
 
@@ -89,7 +90,8 @@ CASES = dict(
 
 def noting(run):
     "Return a list that gets the norm of every step's gradient before it is clipped: Muon, AdamW and clipping all hide its size"
-    norms, clip = [], Accelerator.clip_grad_norm_
+    norms = []
+    clip = Accelerator.clip_grad_norm_
 
     def noted(params, size):
         norms.append(clip(run.accelerator, params, size))
@@ -103,7 +105,8 @@ def child(folder, config, die=None, before=False):
     "Train; before or after the `die`th write comes into its place be gone, as kill -9 does it: nothing is tidied up"
     torch.set_num_threads(1)
     sys.stdout = open(os.devnull, 'w')
-    real, count = files._publish, []
+    real = files._publish
+    count = []
 
     def published(*args):
         count.append(args)

@@ -35,7 +35,8 @@ class EndsOn(StoppingCriteria):
     "Ends a sequence after any of these tokens"
 
     def __init__(self, tokens):
-        self.tokens, self.calls = torch.tensor(tokens), 0
+        self.tokens = torch.tensor(tokens)
+        self.calls = 0
 
     def __call__(self, ids, scores, **kw):
         self.calls += 1
@@ -61,7 +62,8 @@ def eager_dynamo(monkeypatch):
     )
 
 
-PLAIN, COLD = Plain(), CoLD(0.05, 1.0)
+PLAIN = Plain()
+COLD = CoLD(0.05, 1.0)
 
 
 @dataclass
@@ -85,7 +87,8 @@ def calm_model(family='llama', by=0.07, **config):
 
 def knowing_head(model, vocab=None, noise=1.0):
     "A head that knows what a calm model goes by, more or less"
-    head, g = DraftHead(head_config(model.config)).requires_grad_(False), generator(0)
+    head = DraftHead(head_config(model.config)).requires_grad_(False)
+    g = generator(0)
     for p in head.parameters():
         p.copy_(torch.randn(p.shape, generator=g) * p.shape[-1] ** -0.5)
     head.fc.weight.mul_(0.2 * noise)
@@ -108,7 +111,9 @@ def toy(tmp, family='llama', v=23, context=256, seed=0, vocab=None):
 
 class Uncompiled(CompiledDraft):
     def __init__(self, program):
-        self.device, self._run, self._seen = program.embed.device, program.eval(), set()
+        self.device = program.embed.device
+        self._run = program.eval()
+        self._seen = set()
 
 
 def guessed(out):
@@ -130,7 +135,8 @@ class Collects:
 
 def exact(t, target, prompt, n, process=lambda texts, scores: scores):
     "Probability of each continuation of `n` tokens `(v,) * n`; `process` is what is done to the scores before the draw"
-    v, p = t.model.config.vocab_size, torch.ones((), dtype=torch.float64)
+    v = t.model.config.vocab_size
+    p = torch.ones((), dtype=torch.float64)
     for k in range(n):
         texts = torch.tensor([[*prompt, *c] for c in product(range(v), repeat=k)])
         with torch.no_grad():
@@ -148,7 +154,8 @@ def exact(t, target, prompt, n, process=lambda texts, scores: scores):
 
 def chi_square(counts, p, runs):
     "The statistic, and its 99.99% point (Wilson-Hilferty); cells with few expected runs are taken together"
-    counts, want = counts.flatten().double(), p.flatten() * runs
+    counts = counts.flatten().double()
+    want = p.flatten() * runs
     assert not counts[want == 0].any()  # implausible tokens are never drawn
     big = want >= 5
     c, w = (torch.cat([x[big], x[~big].sum()[None]]) for x in (counts, want))
@@ -182,5 +189,6 @@ def sampled(t, target, drafter, runs, n=3, batch=250, process=lambda texts, scor
             **dict(max_new_tokens=n, do_sample=True, top_k=0, return_dict_in_generate=True) | kw,
         )
         code = (out.sequences[:, 3:] * v ** torch.arange(n - 1, -1, -1)).sum(-1)
-        counts, hits = counts + torch.bincount(code, minlength=v**n), hits + guessed(out)
+        counts = counts + torch.bincount(code, minlength=v**n)
+        hits = hits + guessed(out)
     return counts, exact(t, target, prompt, n, process), hits

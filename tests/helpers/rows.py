@@ -3,7 +3,8 @@
 
 def row(name, ms=30.0, scores=None, same_as=None, peer=False, over='greedy', **more):
     "One made-up row, complete"
-    over, q = None if name == 'greedy' else over, scores and sum(scores) / len(scores)
+    over = None if name == 'greedy' else over
+    q = scores and sum(scores) / len(scores)
     return (
         dict(
             method=name,

@@ -22,7 +22,8 @@ from npu_lora_decoding.serving.head_export import (
 from helpers.toys import toy_lm
 from helpers.heads import random_head
 
-Q, FC = 'layers.0.self_attn.q_proj.weight', 'fc.weight'
+Q = 'layers.0.self_attn.q_proj.weight'
+FC = 'fc.weight'
 ROPES = dict(
     plain=dict(rope_theta=7777.0, rope_type='default'),
     linear=dict(rope_theta=1e4, rope_type='linear', factor=2.0),
@@ -73,9 +74,8 @@ def test_every_family_with_a_llama_layer(tmp_path, family, engine):
     lm = toy_lm(family)
     found = export_head(saved(tmp_path, lm, random_head(lm)), tmp_path / 'out', lm, engine)
     assert found['error'] < 1e-5 and found['tolerance'] == 1e-4 and found['slots'] > 100
-    config, tensors = json.loads((tmp_path / 'out' / 'config.json').read_text()), load_file(
-        tmp_path / 'out' / 'model.safetensors'
-    )
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    tensors = load_file(tmp_path / 'out' / 'model.safetensors')
     assert config['architectures'] == [dict(vllm='LlamaForCausalLM', sglang='LlamaForCausalLMEagle')[engine]]
     assert (
         config['model_type'] == 'llama' and config['tie_word_embeddings'] is False and config['num_hidden_layers'] == 1
@@ -415,9 +415,8 @@ def test_the_vllm_check_counts_like_an_engine(check):
 
 def test_the_vllm_check_tells_ties_from_differences(check, lm):
     assert check.differences(lm, [[1, 5]], [[6, 7]], [[6, 7]]) == []
-    (far,), (short,) = check.differences(lm, [[1, 5]], [[6, 7]], [[6, 8]]), check.differences(
-        lm, [[1, 5]], [[6, 7]], [[6]]
-    )
+    (far,) = check.differences(lm, [[1, 5]], [[6, 7]], [[6, 8]])
+    (short,) = check.differences(lm, [[1, 5]], [[6, 7]], [[6]])
     assert (
         (far['prompt'], far['place']) == (0, 1)
         and far['gap'] > check.TIE
@@ -429,11 +428,13 @@ def test_the_vllm_check_tells_ties_from_differences(check, lm):
 
 def test_the_vllm_check_replays_the_full_head(check, lm):
     head = random_head(lm, vocab=20)
-    prompts, answers = [[1, 5, 6], [1, 9]], [[7, 8, 9, 10, 11, 12, 13], [4, 5, 6, 7, 8, 9, 10]]
+    prompts = [[1, 5, 6], [1, 9]]
+    answers = [[7, 8, 9, 10, 11, 12, 13], [4, 5, 6, 7, 8, 9, 10]]
     texts = check.texts_of(lm, prompts, answers)
     frozen = target_weights(lm.model)
     for t in texts:  # every token is what the head would guess: all is accepted
-        e, f = frozen.embed[t.ids[1:]][None], t.features[:-1][None]
+        e = frozen.embed[t.ids[1:]][None]
+        f = t.features[:-1][None]
         t.ids[2:] = (ex.head_features(head, e, f)[0, :-1] @ frozen.lm_head.T).argmax(-1)
     drafts, reached = check.replayed(lm, head, texts, [4, 4], 2)
     assert drafts >= 2 and len(reached) == 2 and reached[0] >= reached[1]

@@ -14,7 +14,8 @@ from npu_lora_decoding.decoding.loop import load
 import npu_lora_decoding.cli.main  # registers its commands
 from helpers.toys import toy_folder, toy_tokenizer
 
-PROMPTS, N = [[5, 6, 7, 5, 6], [9, 10, 11]], 14
+PROMPTS = [[5, 6, 7, 5, 6], [9, 10, 11]]
+N = 14
 
 
 @pytest.fixture(scope='module')
@@ -104,7 +105,8 @@ def test_what_else_is_asked_reaches_the_loop(tmp_path, capsys):
     lm = load(tmp_path / 'model', device='cpu')
     write_custom_generate(tmp_path / 'served', Settings('greedy'), model=tmp_path / 'model')
     model = AutoModelForCausalLM.from_pretrained(tmp_path / 'served', trust_remote_code=True).eval()
-    ids, free = torch.tensor(PROMPTS[:1]), said(lm)[0]
+    ids = torch.tensor(PROMPTS[:1])
+    free = said(lm)[0]
     word = lm.tokenizer.decode(free[3:4])
     for kw in (
         dict(stop_strings=[word]),

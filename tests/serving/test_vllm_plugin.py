@@ -30,7 +30,9 @@ class Batch:
     "A batch as vLLM keeps it, by its own rules, and what it tells a processor; `held[row]` is `(pair, role)`, or None for a request without contrast"
 
     def __init__(self, seed):
-        self.gen, self.held, self.born = generator(seed), [], 0
+        self.gen = generator(seed)
+        self.held = []
+        self.born = 0
 
     def draw(self, n):
         return int(torch.randint(n, (1,), generator=self.gen))
@@ -52,7 +54,8 @@ class Batch:
             else:
                 self.held[row] = h
             added.append((row, h and seat(*h)))
-        removed, moved = list(gone), []
+        removed = list(gone)
+        moved = []
         for i in gone:
             self.held[i] = 'gap'
         while 'gap' in self.held:
@@ -63,7 +66,8 @@ class Batch:
             self.held[i] = self.held.pop()
             moved.append((len(self.held), i, False))
         if len(self.held) > 1 and self.draw(2):
-            a, b = self.draw(len(self.held)), self.draw(len(self.held))
+            a = self.draw(len(self.held))
+            b = self.draw(len(self.held))
             if a != b:
                 self.held[a], self.held[b] = self.held[b], self.held[a]
                 moved.append((a, b, True))
@@ -77,7 +81,8 @@ def whole_pairs(held):
 
 def follows(update, seeds=range(12), steps=40):
     for seed in seeds:
-        batch, rows = Batch(seed), PairRows()
+        batch = Batch(seed)
+        rows = PairRows()
         for _ in range(steps):
             update(rows, *batch.step())
             whole, lost = rows.sort()
@@ -125,25 +130,26 @@ def refused(rows, x):
 
 @pytest.mark.parametrize('dials', [dict(), dict(alpha=0.3, beta=-0.7), dict(alpha=0.01, beta=2.0)])
 def test_scores_are_the_librarys_own(dials):
-    rows, x = PairRows(), logits()
+    rows = PairRows()
+    x = logits()
     rows.update(added=[(4, seat('a', 'expert', **dials)), (1, seat('a', 'base', **dials))])
     e = x[[4]].clone()
     e[:, REFUSAL] = -torch.inf
-    want, got = (
-        CoLD(**{k: v for k, v in dict(alpha=0.1, beta=0.5, **dials).items()} if not dials else dials).combine(
-            e, x[[1]]
-        )[0],
-        x.clone(),
-    )
+    want = CoLD(**{k: v for k, v in dict(alpha=0.1, beta=0.5, **dials).items()} if not dials else dials).combine(
+        e, x[[1]]
+    )[0]
+    got = x.clone()
     assert contrast(got, rows) == {}
     assert torch.equal(got[4], want) and torch.equal(got[1], want) and torch.equal(got[[0, 2, 3, 5]], x[[0, 2, 3, 5]])
 
 
 def test_roles_matter():
     "The planted fault of a wrong role changes the scores, so the test above would see it"
-    x, out = logits(), []
+    x = logits()
+    out = []
     for roles in (('expert', 'base'), ('base', 'expert')):
-        rows, got = PairRows(), x.clone()
+        rows = PairRows()
+        got = x.clone()
         rows.update(added=[(i, seat('a', r)) for i, r in zip((4, 1), roles)])
         contrast(got, rows)
         out.append(got)
@@ -164,7 +170,8 @@ def test_roles_matter():
     ],
 )
 def test_what_is_no_pair_never_decodes(seats, why):
-    rows, x = PairRows(), logits()
+    rows = PairRows()
+    x = logits()
     rows.update(
         added=[(r, seat(*names, **more)) for r, names, more in seats]
         + [(1, seat('good', 'expert')), (2, seat('good', 'base'))]
@@ -176,7 +183,8 @@ def test_what_is_no_pair_never_decodes(seats, why):
 @pytest.mark.parametrize('row', [0, 3])
 @pytest.mark.parametrize('value', [torch.nan, torch.inf])
 def test_broken_logits_end_their_own_pair(row, value):
-    rows, x = PairRows(), logits()
+    rows = PairRows()
+    x = logits()
     rows.update(
         added=[(0, seat('a', 'expert')), (3, seat('a', 'base')), (1, seat('good', 'expert')), (2, seat('good', 'base'))]
     )
@@ -187,7 +195,8 @@ def test_broken_logits_end_their_own_pair(row, value):
 @pytest.mark.parametrize('banned', [False, True])
 def test_equal_logits_are_refused_at_the_first_token_only(banned):
     for output, expected in (((), {0, 3}), ((5,), set())):
-        rows, x = PairRows(), logits()
+        rows = PairRows()
+        x = logits()
         rows.update(added=[(0, seat('a', 'expert', output)), (3, seat('a', 'base', output))])
         x[3] = x[0] + 1e-5
         if banned:
@@ -250,7 +259,8 @@ def test_arguments_from_the_network_are_checked(args, message):
 
 
 def test_nobody_enters_alone_before_patience_ends():
-    room, inside = WaitingRoom(patience=5.0), []
+    room = WaitingRoom(patience=5.0)
+    inside = []
     for now, name in enumerate(['a e', 'b e', 'b b', 'c b', 'a b']):
         room.add(name[0], name, now)
         inside.append(list(room.take(lambda r: True, now)))
@@ -276,16 +286,15 @@ class Scheduler:
     "What `PairScheduler` needs of vLLM's: the first `seats` that wait run, as long as the step's tokens allow"
 
     def __init__(self, rows=4, tokens=40, blocks=100):
-        (
-            self.running,
-            self.waiting,
-            self.kv_holding_waiting,
-            self.max_num_active_reqs,
-            self.max_num_scheduled_tokens,
-            self.max_model_len,
-            self.block_size,
-        ) = ([], [], [], rows, tokens, 64, 16)
-        self.lora_config, self.blocks = types.SimpleNamespace(max_loras=2), blocks
+        self.running = []
+        self.waiting = []
+        self.kv_holding_waiting = []
+        self.max_num_active_reqs = rows
+        self.max_num_scheduled_tokens = tokens
+        self.max_model_len = 64
+        self.block_size = 16
+        self.lora_config = types.SimpleNamespace(max_loras=2)
+        self.blocks = blocks
         self.kv_cache_manager = types.SimpleNamespace(
             block_pool=types.SimpleNamespace(
                 get_num_free_blocks=lambda: self.blocks - sum(-(-r.num_computed_tokens // 16) for r in self.running)
@@ -421,7 +430,8 @@ def test_the_processor_reads_vllms_lists(vllm):
 
 def test_twins_enter_the_same_step(vllm):
     s = vllm.PairScheduler(tokens=39)
-    a, b = twins('a'), twins('b')
+    a = twins('a')
+    b = twins('b')
     for r in (a[0], b[0]):
         s.add_request(r)
     assert s.schedule() == [] and s.get_request_counts() == (0, 2)
@@ -484,7 +494,10 @@ def test_each_kind_of_room_counts(vllm, fault):
         s.blocks = 7
     new = twins('b', loras=(3, 2) if fault == 'adapters' else (1, 2))
     assert not vllm_cold.room_for(s, new)
-    s.max_num_active_reqs, s.max_num_scheduled_tokens, s.blocks, s.lora_config.max_loras = 4, 22, 8, 3
+    s.max_num_active_reqs = 4
+    s.max_num_scheduled_tokens = 22
+    s.blocks = 8
+    s.lora_config.max_loras = 3
     assert vllm_cold.room_for(s, new)
 
 

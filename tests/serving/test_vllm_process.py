@@ -166,7 +166,8 @@ def test_settings_of_the_engines(stand_with_torch, lm, folders, monkeypatch):
         for m in known.values():
             m.build(lm, folders / 'adapter')
         greedy, lora, cold = stand_with_torch.seen()
-        merged, zeros = Path(greedy['options']['model']), Path(greedy['options']['model']).parent / 'zeros'
+        merged = Path(greedy['options']['model'])
+        zeros = Path(greedy['options']['model']).parent / 'zeros'
         assert merged.name == 'merged' and zeros.is_dir()
         want = load(folders / 'model', folders / 'adapter', 'cpu')
         got = LM(load(folders / 'model', None, 'cpu').model.from_pretrained(merged), want.tokenizer)

@@ -111,7 +111,10 @@ def test_what_a_model_says_stays_text():
 
 def test_a_text_that_nobody_reads_ends_with_its_next_step():
     lm = forgetful_lm()
-    writer, seen, gate, generate = P.Writer(lm), [], threading.Event(), lm.generate
+    writer = P.Writer(lm)
+    seen = []
+    gate = threading.Event()
+    generate = lm.generate
     lm.generate = lambda *a, stream, **k: generate(
         *a, stream=lambda s: (stream(s), seen.append(s), gate.wait(60)), **k
     )  # waits after the first step
@@ -180,7 +183,8 @@ needs_websocket = pytest.mark.skipif(
 def shown(tmp_path, monkeypatch):
     "A page on the air and a browser that has opened it"
     lm = forgetful_lm(tmp_path)
-    first, decode = lm.generate(PROMPT, max_new_tokens=1).tokens[0][0].id, lm.tokenizer.decode
+    first = lm.generate(PROMPT, max_new_tokens=1).tokens[0][0].id
+    decode = lm.tokenizer.decode
     lm.tokenizer.decode = lambda ids, **kw: HOSTILE if list(ids) == [first] else decode(ids, **kw)
     monkeypatch.setattr(P, 'make_drafters', lambda head: STEADY)
     page = P.build(lm)

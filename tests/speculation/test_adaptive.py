@@ -24,7 +24,8 @@ from npu_lora_decoding.speculation.adaptive import (
 )
 from npu_lora_decoding.decoding.tree import Tree, root_tree
 
-CPU, CUDA = torch.device('cpu'), torch.device('cuda')
+CPU = torch.device('cpu')
+CUDA = torch.device('cuda')
 
 # --- sizes
 
@@ -100,7 +101,8 @@ def test_the_median_without_the_first_pass():
 
 
 def test_measured_once_for_each_model_and_kind_of_rows():
-    model, again = Clock(), lambda: {1: [1.0] * 4, 2: [2.0] * 4, 3: [3.0] * 4}
+    model = Clock()
+    again = lambda: {1: [1.0] * 4, 2: [2.0] * 4, 3: [3.0] * 4}
     first = pass_seconds(clocked(model, again()), (1, 2))
     nothing = clocked(model, {})
     assert pass_seconds(nothing, (1, 2)) == first and not nothing.asked
@@ -128,7 +130,8 @@ def test_measuring_leaves_no_trace(monkeypatch, static, keeps):
     monkeypatch.setattr(ops, 'compiles', lambda device=None: True)
     monkeypatch.setattr(rows_module, '_compiled_step', rows_module._step)
     monkeypatch.setattr(rows_module, '_compiled_step_hidden', rows_module._step_hidden)
-    model, mask = toy_model(vocab=11), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    model = toy_model(vocab=11)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
     rows = (CompiledRunner if static else BatchRunner)(
         model, ('expert',), 2, 30, draft_capacity=8, keep_hidden=keeps, max_draft_depth=3
     )
@@ -138,7 +141,10 @@ def test_measuring_leaves_no_trace(monkeypatch, static, keeps):
         rows.forward(tree)
         rows.commit(torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0]]).bool())  # sequences of different lengths
         held = lambda: [x[:, :, : rows.valid.shape[1]].clone() for l in rows.cache.layers for x in (l.keys, l.values)]
-        before, valid, hidden, length = held(), rows.valid.clone(), rows.hidden, int(rows.cache.get_seq_length())
+        before = held()
+        valid = rows.valid.clone()
+        hidden = rows.hidden
+        length = int(rows.cache.get_seq_length())
         for n in (1, 2, 8):
             assert rows.time(sizing._path(2, n, CPU)) > 0
         assert (
@@ -171,7 +177,9 @@ def test_measuring_leaves_no_trace(monkeypatch, static, keeps):
 
 def random_tree(g, b=3, n=7, kinds=1):
     "Random trees with fillers at the end; scores fall along every path"
-    tokens, parents, scores = torch.randint(0, 50, (b, n), generator=g), torch.full((b, n), -2), torch.zeros(b, n)
+    tokens = torch.randint(0, 50, (b, n), generator=g)
+    parents = torch.full((b, n), -2)
+    scores = torch.zeros(b, n)
     for row in range(b):
         real = int(torch.randint(1, n + 1, (), generator=g))
         for i in range(real):
@@ -236,11 +244,15 @@ class Naive:
 
 @pytest.mark.parametrize('kinds', [1, 3])
 def test_calibration_is_counting(kinds):
-    g, ours, naive, told = generator(3), Calibration(CPU, kinds), Naive(), 0
+    g = generator(3)
+    ours = Calibration(CPU, kinds)
+    naive = Naive()
+    told = 0
     for _ in range(60):
         tree = random_tree(g, kinds=kinds)
         torch.testing.assert_close(ours.rates(tree), naive.rates(tree), rtol=1e-5, atol=1e-9)
-        accepted, live = random_walk(g, tree), torch.rand(3, generator=g) < 0.7
+        accepted = random_walk(g, tree)
+        live = torch.rand(3, generator=g) < 0.7
         ours.observe(tree, accepted, live)
         naive.observe(tree, accepted, live)
     assert sum(t for t, _ in naive.counts.values()) == int(ours.tried.sum()) > 100 and len(naive.counts) > 10 * kinds
@@ -308,14 +320,16 @@ def test_ended_sequences_do_not_count():
     st.floats(0, 5),
 )
 def test_best_size_is_the_best(rates, seconds, rate):
-    gains, costs = torch.tensor([1.0, *rates], dtype=torch.float64).cumsum(0), dict(zip((1, 2, 4, 8, 16, 32), seconds))
+    gains = torch.tensor([1.0, *rates], dtype=torch.float64).cumsum(0)
+    costs = dict(zip((1, 2, 4, 8, 16, 32), seconds))
     value = {n: float(gains[min(n, len(gains)) - 1]) - rate * costs[n] for n in costs}  # a smaller tree is filled up
     n = best_size(gains, costs, rate)
     assert n in value and value[n] == max(value.values())
 
 
 def test_best_size_by_hand():
-    gains, costs = torch.tensor([1.0, 1.9, 2.7, 3.4]), {1: 1.0, 2: 1.1, 4: 3.0, 8: 9.0}
+    gains = torch.tensor([1.0, 1.9, 2.7, 3.4])
+    costs = {1: 1.0, 2: 1.1, 4: 3.0, 8: 9.0}
     assert (
         best_size(gains, costs, 1.0) == 2 and best_size(gains, costs, 0.0) == 4 and best_size(gains, costs, 100.0) == 1
     )
@@ -331,10 +345,12 @@ def test_acceptance_by_depth_is_an_average_that_forgets(passes):
     for depth, guesses in passes:
         r.observe(guesses, depth)
     for j in range(5):
-        tried, hits = 4.0, 4 * 0.7 ** (j + 1)
+        tried = 4.0
+        hits = 4 * 0.7 ** (j + 1)
         for depth, guesses in passes:
             if j < depth:
-                tried, hits = 0.96 * tried + len(guesses), 0.96 * hits + sum(g >= j + 1 for g in guesses)
+                tried = 0.96 * tried + len(guesses)
+                hits = 0.96 * hits + sum(g >= j + 1 for g in guesses)
         assert r.tokens(j + 1) - r.tokens(j) == pytest.approx(hits / tried)
     assert r.tokens(0) == 0
 
@@ -346,14 +362,19 @@ class Inner(Drafter):
     "Paths of the depth that was asked for"
 
     def __init__(self, depth=3, score=0.8):
-        self.depths, self.depth, self.score, self.skipped, self.asked = tuple(range(1, depth + 1)), depth, score, 0, []
+        self.depths = tuple(range(1, depth + 1))
+        self.depth = depth
+        self.score = score
+        self.skipped = 0
+        self.asked = []
 
     def skip(self, state, rows):
         self.skipped += 1
 
     def propose(self, state, rows):
         self.asked.append(self.depth)
-        n, b = self.depth + 1, len(state.done)
+        n = self.depth + 1
+        b = len(state.done)
         return Tree(
             state.last[:, None].repeat(1, n),
             torch.arange(-1, n - 1).repeat(b, 1),
@@ -374,10 +395,8 @@ def fake_seconds(monkeypatch, sizer, a_node):
 
 def run(sizer, right, passes, b=2, done=()):
     "Play `passes` passes, of which the target accepts `right(i)` guesses; return the sizes and whether each was a pause"
-    state, sizes = (
-        SimpleNamespace(done=torch.tensor([i in done for i in range(b)]), last=torch.arange(b), accepted=None),
-        [],
-    )
+    state = SimpleNamespace(done=torch.tensor([i in done for i in range(b)]), last=torch.arange(b), accepted=None)
+    sizes = []
     for i in range(passes):
         before = sizer.inner.skipped
         tree = sizer.propose(state, None).checked()
@@ -560,7 +579,8 @@ def test_explaining_a_text_that_ended_at_once():
 
 
 def test_each_batch_starts_anew():
-    model, d = toy_model(vocab=11), PromptLookup()
+    model = toy_model(vocab=11)
+    d = PromptLookup()
     answer(model, d)
     first = d._last
     answer(model, d)

@@ -78,7 +78,8 @@ def run(t, target=PLAIN, drafter=None, lengths=(7, 3, 5, 1), rows={}, bank=None,
 
 
 def equals_plain(t, drafter, target=PLAIN, lengths=(7, 3, 5, 1), rows={}, least=1, **kw):
-    plain, fast = run(t, target, None, lengths, **kw), run(t, target, drafter, lengths, rows, **kw)
+    plain = run(t, target, None, lengths, **kw)
+    fast = run(t, target, drafter, lengths, rows, **kw)
     same(fast.sequences, plain.sequences)
     assert guessed(fast) >= least and len(fast.steps) <= len(plain.steps)
     return plain, fast
@@ -149,7 +150,8 @@ def test_several_settings_of_a_tree(llama):
 
 @pytest.mark.parametrize('kw', [dict(), dict(chain=True)], ids=['tree', 'chain'])
 def test_a_large_batch_drafts_no_more_than_it_checks(llama, rows, kw):
-    drafter, lengths = HASS(llama.folder, **kw), tuple(3 + i % 5 for i in range(17))
+    drafter = HASS(llama.folder, **kw)
+    lengths = tuple(3 + i % 5 for i in range(17))
     _, fast = equals_plain(llama, drafter, PLAIN, lengths, rows)
     bound = drafter._last.inner
     assert (bound.depths, bound.hass.nodes, bound.hass.top_k if not kw else 1) == ((1,), 2, 1) and drafter.nodes == (
@@ -198,7 +200,8 @@ def inner(drafter):
 
 def cache_is_right(t, guesses, out, mask, bank=None):
     "Every certain slot is the one of a single pass; sequences that went on to the last pass lack that one only"
-    cache, first = guesses.cache, mask.shape[1]
+    cache = guesses.cache
+    first = mask.shape[1]
     for b, n in enumerate(cache.length.tolist()):
         text = out.sequences[b][first - int(mask[b].sum()) :]
         certain = int(mask[b].sum()) + sum(len(s.tokens[b]) for s in out.steps[:-1])
@@ -221,16 +224,15 @@ class Naps(Drafter):
     reads_hidden = True
 
     def __init__(self, hass, naps):
-        self.hass, self.naps, self.draft_capacity, self.max_draft_depth, self.i = (
-            hass,
-            naps,
-            hass.draft_capacity,
-            hass.max_draft_depth,
-            0,
-        )
+        self.hass = hass
+        self.naps = naps
+        self.draft_capacity = hass.draft_capacity
+        self.max_draft_depth = hass.max_draft_depth
+        self.i = 0
 
     def start(self, rows):
-        self.inner, self.i = self.hass.start(rows), 0
+        self.inner = self.hass.start(rows)
+        self.i = 0
         return self
 
     def propose(self, state, rows):
@@ -244,7 +246,8 @@ class Naps(Drafter):
 @pytest.mark.parametrize('naps', [{3}, {2, 3, 4, 7}, {1}, {1, 2, 3, 6, 8}], ids=str)
 def test_pauses_leave_no_gap(llama, rows, naps):
     drafter = Naps(HASS(llama.folder, adaptive=False), naps)
-    plain, fast = run(llama, COLD), run(llama, COLD, drafter, rows=rows)
+    plain = run(llama, COLD)
+    fast = run(llama, COLD, drafter, rows=rows)
     same(fast.sequences, plain.sequences)
     assert guessed(fast) > 9 and max(naps) < drafter.i  # awake at the end
     cache_is_right(llama, inner(drafter.inner), fast, prompts()[1], llama.bank)
@@ -272,7 +275,8 @@ def test_drafts_after_a_pause_are_those_without(llama, rows):
 
 def test_guessing_that_loses_pauses_and_catches_up(llama, rows, monkeypatch):
     "Passes over trees are dear until the first pause"
-    costs, skip = {}, speculate._HeadDrafter.skip
+    costs = {}
+    skip = speculate._HeadDrafter.skip
     monkeypatch.setattr(
         sizing, 'pass_seconds', lambda rows, sizes: costs.update({n: 1e3 if n == 1 else 9e3 for n in sizes}) or costs
     )
@@ -307,11 +311,9 @@ def test_ended_sequences_keep_what_they_had(llama, rows):
 def test_committed_slots_are_a_loop():
     g = generator(1)
     for width in (None, 4, 9):
-        h, follows, certain = (
-            torch.randn(3, 6, 2, generator=g),
-            torch.randint(0, 99, (3, 6), generator=g),
-            torch.rand(3, 6, generator=g) < 0.5,
-        )
+        h = torch.randn(3, 6, 2, generator=g)
+        follows = torch.randint(0, 99, (3, 6), generator=g)
+        certain = torch.rand(3, 6, generator=g) < 0.5
         f, t, count = committed_slots(h, follows, certain, width)
         assert (
             f.shape[1] == t.shape[1] == (width or int(certain.sum(-1).max()))
@@ -351,7 +353,8 @@ def test_a_draft_vocabulary(tmp_path):
     few = [5, 7, 3, 20, 11, 2, 9, 13, 4, 22]
     t = toy(tmp_path, vocab=few)
     for n in (None, 4):
-        drafter, seen = HASS(t.folder, draft_vocab=n, adaptive=False), set()
+        drafter = HASS(t.folder, draft_vocab=n, adaptive=False)
+        seen = set()
         equals_plain(t, drafter, COLD, least=3 if n is None else 0)
         assert drafter._bound.lm_head.shape == (n or 10, 32)
         fast = run(t, COLD, drafter, max_new_tokens=40)
@@ -389,7 +392,8 @@ def test_a_head_without_numbers_guesses_nothing(llama, rows, name):
 
 def test_a_head_that_fails_on_the_way(llama, rows, monkeypatch):
     "What was guessed before stays; the note comes once, and nobody asks the head again"
-    broken, extend = [], speculate.HeadCache.extend
+    broken = []
+    extend = speculate.HeadCache.extend
 
     def breaks(self, *a, **k):
         out = extend(self, *a, **k)
@@ -424,7 +428,8 @@ def runs_of(out, b, n):
 @pytest.mark.parametrize('target', [PLAIN, COLD], ids=str)
 def test_an_end_inside_an_accepted_run(llama, rows, target):
     "The pass accepted more than it may keep"
-    free, inside = run(llama, target, HASS(llama.folder)), 0
+    free = run(llama, target, HASS(llama.folder))
+    inside = 0
     for b in range(4):
         for end in runs_of(free, b, 1)[:1]:
             _, fast = equals_plain(llama, HASS(llama.folder), target, rows=rows, eos_token_id=end)
@@ -479,7 +484,8 @@ def test_processors_that_read_the_text(llama, rows, target, kw):
 
 @pytest.fixture(scope='module')
 def lm(tmp_path_factory):
-    t, tokenizer = toy(tmp_path_factory.mktemp('lm'), v=76, context=64), toy_tokenizer()
+    t = toy(tmp_path_factory.mktemp('lm'), v=76, context=64)
+    tokenizer = toy_tokenizer()
     tokenizer.backend_tokenizer.decoder = Fuse()  # stop strings want text without spaces between its tokens
     return LM(t.model, tokenizer, None, 'toy'), t.folder
 
@@ -490,7 +496,8 @@ def said(out):
 
 def test_stop_strings_across_accepted_tokens(lm):
     lm, folder = lm
-    free, inside = lm.generate([5, 6, 7], drafter=HASS(folder), max_new_tokens=60, eos_token_id=96), 0
+    free = lm.generate([5, 6, 7], drafter=HASS(folder), max_new_tokens=60, eos_token_id=96)
+    inside = 0
     for pair in [p for p in runs_of(free, 0, 2) if min(p) > 3][:3]:
         word = lm.tokenizer.decode(pair)
         plain, fast = (
@@ -594,7 +601,8 @@ def test_many_slots_beside_an_ended_sequence(llama, rows, ended):
 # --- sampling: the distribution of the target
 
 
-TREE, CHAIN = dict(nodes=8, depth=2, top_k=3), dict(chain=True, depth=2)
+TREE = dict(nodes=8, depth=2, top_k=3)
+CHAIN = dict(chain=True, depth=2)
 
 
 @pytest.mark.parametrize('target', [PLAIN, CoLD(0.05, 0.5)], ids=str)
@@ -627,10 +635,12 @@ def test_a_rule_that_prefers_guesses_is_found_out(small, monkeypatch):
 def test_compiled_drafts_of_equal_shapes_stay_apart():
     "Once seen, programs run without guards: neither another depth nor another head may answer"
     model = toy_model()
-    frozen, d = target_weights(model), model.config.hidden_size
+    frozen = target_weights(model)
+    d = model.config.hidden_size
 
     def head(seed):
-        h, g = DraftHead(head_config(model.config)).requires_grad_(False), generator(seed)
+        h = DraftHead(head_config(model.config)).requires_grad_(False)
+        g = generator(seed)
         for p in h.parameters():
             p.copy_(torch.randn(p.shape, generator=g) * p.shape[-1] ** -0.5)
         return h

@@ -33,13 +33,15 @@ def test_match_lengths_is_comparing(where, tail):
 
 def naive_copy(text, corpus, guesses, longest, shortest):
     "The longest agreement, the text before the corpus, of equals the last place"
-    best, n = [], shortest - 1
+    best = []
+    n = shortest - 1
     for where in (text, *corpus):
         for found in [max((agree(where, i, text[-longest:]) for i in range(len(where) - 1)), default=0)]:
             if found <= n:
                 continue
             last = max(i for i in range(len(where) - 1) if agree(where, i, text[-longest:]) == found)
-            best, n = where[last + 1 : last + 1 + guesses], found
+            best = where[last + 1 : last + 1 + guesses]
+            n = found
     return best, n if best else 0
 
 
@@ -115,11 +117,9 @@ def test_copies_that_cannot_be(kw):
 
 def tree_of(found, name, n, root=50):
     "A tree from `path -> score` for each sequence, `n` nodes and fillers"
-    tokens, parents, scores = (
-        torch.full((len(found), n), root),
-        torch.full((len(found), n), -2),
-        torch.zeros(len(found), n),
-    )
+    tokens = torch.full((len(found), n), root)
+    parents = torch.full((len(found), n), -2)
+    scores = torch.zeros(len(found), n)
     for b, f in enumerate(found):
         order = sorted(f, key=lambda p: (-f[p], len(p)))
         for i, p in enumerate(order):
@@ -150,7 +150,8 @@ def guesses(draw):
 def test_join_keeps_the_best_of_all(found, nodes):
     joined = join_trees([tree_of(f, f'd{k}', 9) for k, f in enumerate(found)], nodes).checked()
     for b in range(2):
-        got, all_of = read(joined, b), {}
+        got = read(joined, b)
+        all_of = {}
         for k, f in enumerate(found):
             for p, s in f[b].items():
                 all_of[p] = max(s, all_of.get(p, (0, 0))[0]), all_of.get(p, (0, f'd{k}'))[1]
@@ -194,15 +195,13 @@ class Stub(Drafter):
     "A drafter that notes what it is asked"
 
     def __init__(self, depths, reach, notes=(), reads=False, token=3):
-        self.depths, self.depth, self.max_draft_depth, self.notes, self.reads_hidden, self.skipped, self.token = (
-            depths,
-            depths[-1],
-            reach,
-            notes,
-            reads,
-            0,
-            token,
-        )
+        self.depths = depths
+        self.depth = depths[-1]
+        self.max_draft_depth = reach
+        self.notes = notes
+        self.reads_hidden = reads
+        self.skipped = 0
+        self.token = token
 
     def bind(self, rows):
         out = Stub(self.depths, self.max_draft_depth, self.notes, self.reads_hidden, self.token)
@@ -217,7 +216,8 @@ class Stub(Drafter):
 
 
 def test_joined_speaks_for_all():
-    deep, wide = Stub((1, 2, 3), 3, ['a'], True), Stub((8,), 8, ['b', 'c'], token=4)
+    deep = Stub((1, 2, 3), 3, ['a'], True)
+    wide = Stub((8,), 8, ['b', 'c'], token=4)
     for both in ((deep, wide), (wide, deep)):
         j = JointDrafter(both, nodes=12)
         assert (
@@ -265,7 +265,8 @@ def test_copies_change_nothing(monkeypatch, adaptive):
     monkeypatch.setattr(
         'npu_lora_decoding.speculation.adaptive.pass_seconds', lambda rows, sizes: {n: 1e3 + n for n in sizes}
     )  # guessing always pays
-    model, ids = toy_model(vocab=9), torch.randint(3, 9, (3, 6))
+    model = toy_model(vocab=9)
+    ids = torch.randint(3, 9, (3, 6))
     mask = T([[1] * 6, [0, 0, 0, 1, 1, 1], [0] + [1] * 5])
     said = lambda d: model.generate(
         input_ids=ids * mask,
@@ -320,7 +321,8 @@ def accepts(*tokens, b=2):
 
 
 def test_a_drafter_that_adds_nothing_rests():
-    right, wrong = Stub((1,), 1, token=3), Stub((1,), 1, token=4)
+    right = Stub((1,), 1, token=3)
+    wrong = Stub((1,), 1, token=4)
     j = JointDrafter((right, wrong)).bind(None)
     asked = passes(j, accepts(3), 10.0, 100, (0.01, 0.01))
     assert all(a for a, _ in asked)
@@ -365,7 +367,8 @@ def test_a_resting_drafter_changes_no_token(monkeypatch):
             time.sleep(0.01)
             return super().propose(state, rows)
 
-    model, ids = toy_model(vocab=9), torch.randint(3, 9, (3, 6))
+    model = toy_model(vocab=9)
+    ids = torch.randint(3, 9, (3, 6))
     said = lambda d: model.generate(
         input_ids=ids,
         custom_generate=Decoder(drafter=d),

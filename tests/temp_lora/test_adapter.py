@@ -59,7 +59,8 @@ ENDS = dict(
 @pytest.mark.parametrize('how', ENDS)
 @pytest.mark.parametrize('with_task', [False, True])
 def test_no_trace(how, with_task, tmp_path):
-    model, error = subject(), ENDS[how]
+    model = subject()
+    error = ENDS[how]
     task = load_adapter(toy_adapter(model, tmp_path), model) if with_task else None
     before = traces(model)
     try:
@@ -78,7 +79,8 @@ def test_no_trace(how, with_task, tmp_path):
 def test_an_interrupted_chunk_is_not_learned():
     phi = TemporaryAdapter(toy_model(), SMALL)
     learn(phi, TEXT[:32], 16)
-    kept, read = copy_state(phi), [s.A.clone() for s in phi.bank.slices.values()]
+    kept = copy_state(phi)
+    read = [s.A.clone() for s in phi.bank.slices.values()]
     calls = []
 
     def second_update(grad):
@@ -101,7 +103,8 @@ def test_an_interrupted_chunk_is_not_learned():
 
 
 def test_twelve_documents_do_not_grow():
-    model, counts = subject(), []
+    model = subject()
+    counts = []
     before = traces(model)
     for i in range(12):
         with temporary(model, SMALL) as phi, phi.bank.attached([0]):
@@ -113,7 +116,8 @@ def test_twelve_documents_do_not_grow():
 
 
 def test_the_global_generator_is_not_asked_and_seeds_decide():
-    model, out = toy_model(), []
+    model = toy_model()
+    out = []
     for outer in (1, 2):
         torch.manual_seed(outer)
         phi = TemporaryAdapter(model, SMALL)
@@ -183,11 +187,11 @@ def test_the_first_chunk_is_learned_at_more_than_nothing():
 
 @pytest.mark.parametrize('stop', [1, 2, 3])
 def test_resumed_is_bit_equal(stop, tmp_path):
-    model, go = toy_model(), lambda phi, first, last: [
-        learn(phi, TEXT[max(0, 16 * k - 16) : 16 * k + 16], 16) for k in range(first, last)
-    ]
+    model = toy_model()
+    go = lambda phi, first, last: [learn(phi, TEXT[max(0, 16 * k - 16) : 16 * k + 16], 16) for k in range(first, last)]
     whole, one, two = (TemporaryAdapter(model, SMALL) for _ in range(3))
-    want, got = go(whole, 0, 4), go(one, 0, stop)
+    want = go(whole, 0, 4)
+    got = go(one, 0, stop)
     save_document(one, tmp_path / 'phi.safetensors', TEXT[: 16 * stop])
     n, _, _ = load_document(two, tmp_path / 'phi.safetensors', TEXT)
     assert n == 16 * stop and want == got + go(two, stop, 4)
@@ -200,7 +204,8 @@ def test_resumed_is_bit_equal(stop, tmp_path):
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
-    model, file = toy_model(), tmp_path / 'phi.safetensors'
+    model = toy_model()
+    file = tmp_path / 'phi.safetensors'
     phi = TemporaryAdapter(model, SMALL)
     learn(phi, TEXT[:16], 16)
     save_document(phi, file, TEXT[:16])
@@ -250,7 +255,8 @@ def test_quantised_and_merged_bases_are_refused(tmp_path):
         target_layers(model)
     with pytest.raises(DecodingError, match='quantised'):
         shape_of(model)
-    whole, packed = shape_of(toy_model()), shape_of(model, None)  # reading it without learning can be counted
+    whole = shape_of(toy_model())
+    packed = shape_of(model, None)  # reading it without learning can be counted
     assert (packed.P, packed.head, packed.adapted, packed.still_adapted) == (whole.P, whole.head, 0, 0)
     from peft import PeftModel
 
@@ -284,7 +290,8 @@ def test_dropout_drops_a_share_and_keeps_the_mean(p, dtype):
 
 def first_norm(clip):
     "Return the norm of all gradients together, as the optimizer sees them in its first update"
-    model, norms = subject(), []
+    model = subject()
+    norms = []
     with temporary(model, replace(SMALL, clip=clip, dropout=0.0)) as phi, phi.bank.attached([0]):
         phi.opt.step = lambda: norms.append(torch.stack([p.grad.norm() for p in phi.parameters()]).norm())
         learn(phi, TEXT[:32], 16)

@@ -31,9 +31,11 @@ shapes = st.integers(2, 12).flatmap(
 @given(shapes, st.sampled_from(RULES), st.sampled_from([0.0, 3e-3]), st.integers(20, 120))
 def test_reading_is_reading(shape, rule, lr, length):
     "What is in sight never exceeds the window; at rate zero the losses are those of a model that reads the same tokens from scratch, whatever the policy"
-    (d, w, c), losses = shape, []
+    d, w, c = shape
+    losses = []
     s = TempLoRA(chunk=d, window=w, context=c, train_context=8, r=2, alpha=2.0, lr=lr, recompute=rule, epochs=1)
-    phi, reader = TemporaryAdapter(MODEL, s), Reader(MODEL, s)
+    phi = TemporaryAdapter(MODEL, s)
+    reader = Reader(MODEL, s)
     for a in range(0, length, d):
         b = min(a + d, length)
         if b < 2:
@@ -55,7 +57,8 @@ def test_reading_is_reading(shape, rule, lr, length):
 
 def test_nothing_stale_under_the_policy_chunk():
     s = TempLoRA(chunk=6, window=24, context=10, train_context=8, r=2, lr=3e-3, recompute='chunk')
-    phi, reader = TemporaryAdapter(MODEL, s), Reader(MODEL, s)
+    phi = TemporaryAdapter(MODEL, s)
+    reader = Reader(MODEL, s)
     for a in range(0, 60, 6):
         with phi.bank.attached([0]):
             got = reader.losses(TEXT, a, a + 6, phi.version)
@@ -68,7 +71,9 @@ def test_nothing_stale_under_the_policy_chunk():
 
 @pytest.mark.parametrize('window,context,chunk', [(24, 6, 6), (24, 18, 6), (25, 6, 6), (40, 3, 7)])
 def test_a_prefill_serves_k_chunks(window, context, chunk):
-    s, marks, served = TempLoRA(chunk=chunk, window=window, context=context), CacheLedger(), []
+    s = TempLoRA(chunk=chunk, window=window, context=context)
+    marks = CacheLedger()
+    served = []
     for a in range(0, 60 * chunk, chunk):
         if should_recompute(s, marks, a):
             marks = CacheLedger(max(0, a - context))
@@ -81,7 +86,9 @@ def test_a_prefill_serves_k_chunks(window, context, chunk):
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5)), max_size=12), st.integers(0, 20))
 def test_marks_know_every_column(adds, first):
-    marks, want, at = CacheLedger(first), [], first
+    marks = CacheLedger(first)
+    want = []
+    at = first
     for more, version in adds:
         at += more
         want += [version] * more
@@ -92,7 +99,9 @@ def test_marks_know_every_column(adds, first):
 def test_stale_keys_are_used_and_newer_ones_are_not():
     "Under `window` the loss of a chunk is that of the new adapter on keys of the old one"
     s = TempLoRA(chunk=8, window=32, context=8, train_context=8, r=4, alpha=4.0, lr=0.02)
-    phi, reader, cache = TemporaryAdapter(MODEL, s), Reader(MODEL, s), DynamicCache(config=MODEL.config)
+    phi = TemporaryAdapter(MODEL, s)
+    reader = Reader(MODEL, s)
+    cache = DynamicCache(config=MODEL.config)
     with phi.bank.attached([0]):
         reader.losses(TEXT, 0, 8, 0)
         token_losses(MODEL, TEXT[:7], TEXT[1:8], cache)
@@ -106,9 +115,8 @@ def test_stale_keys_are_used_and_newer_ones_are_not():
 
 
 def test_drift_is_measured_and_the_cache_is_not_touched():
-    phi, cache = TemporaryAdapter(MODEL, TempLoRA(r=4, alpha=4.0, lr=0.02, train_context=8)), DynamicCache(
-        config=MODEL.config
-    )
+    phi = TemporaryAdapter(MODEL, TempLoRA(r=4, alpha=4.0, lr=0.02, train_context=8))
+    cache = DynamicCache(config=MODEL.config)
     with phi.bank.attached([0]):
         token_losses(MODEL, TEXT[:40], TEXT[40:41], cache)
         before = [x.clone() for l in cache.layers for x in (l.keys, l.values)]
@@ -125,15 +133,19 @@ def test_drift_is_measured_and_the_cache_is_not_touched():
 @given(shapes, st.integers(0, 5), st.integers(20, 120))
 def test_sliding_is_seeing_the_sinks_and_the_latest(shape, sinks, length):
     "With one layer, whose keys remember nothing but their own token, sliding equals reading sinks and latest tokens from scratch; every token is read once"
-    (d, w, _), one, read = shape, toy_model(num_hidden_layers=1), []
+    d, w, _ = shape
+    one = toy_model(num_hidden_layers=1)
+    read = []
     if sinks >= w - d:
         return
     reader = Reader(one, TempLoRA(chunk=d, window=w, context=1, recompute=f'slide:{sinks}', epochs=0))
     for a in range(0, length - length % d, d):
-        b, before = a + d, reader.ledger.stop
+        b = a + d
+        before = reader.ledger.stop
         if b < 2:
             continue
-        got, m = reader.losses(TEXT, a, b), reader.ledger
+        got = reader.losses(TEXT, a, b)
+        m = reader.ledger
         read += range(before, m.stop)
         assert m.cached == reader.cache.get_seq_length() == min(b - 1, w - 1) and m.sinks == (sinks if m.first else 0)
         torch.testing.assert_close(
@@ -147,7 +159,8 @@ def test_sliding_is_seeing_the_sinks_and_the_latest(shape, sinks, length):
 
 def test_a_window_that_never_fills_does_not_slide():
     s = TempLoRA(chunk=8, window=64, context=8, epochs=0)
-    a, b = Reader(MODEL, s), Reader(MODEL, replace(s, recompute='slide:4'))
+    a = Reader(MODEL, s)
+    b = Reader(MODEL, replace(s, recompute='slide:4'))
     for start in range(0, 64, 8):
         assert torch.equal(a.losses(TEXT, start, start + 8), b.losses(TEXT, start, start + 8))
 

@@ -30,15 +30,18 @@ RULES = dict(window=None, chunk=1)
 
 def windowed_greedy(ids, n, s, every=None):
     "All tokens in sight through the model, from scratch for every token"
-    d, learned = s.chunk, len(ids) // s.chunk * s.chunk
-    first, served = max(0, learned - s.latest), 1
+    d = s.chunk
+    learned = len(ids) // s.chunk * s.chunk
+    first = max(0, learned - s.latest)
+    served = 1
     for _ in range(n):
         with torch.no_grad():
             ids = torch.cat([ids, MODEL(ids[None, first:]).logits[0, -1:].argmax(-1)])
         if len(ids) - learned >= d:
             learned += d
             if learned - first + d > s.window or served == every:
-                first, served = max(0, learned - s.latest), 1
+                first = max(0, learned - s.latest)
+                served = 1
             else:
                 served += 1
     return ids
@@ -63,7 +66,8 @@ def test_rate_zero_is_the_base_in_the_same_window(shape, rule, t):
 
 @pytest.fixture(scope='module')
 def head(tmp_path_factory):
-    head, g = DraftHead(head_config(MODEL.config)).requires_grad_(False), generator(0)
+    head = DraftHead(head_config(MODEL.config)).requires_grad_(False)
+    g = generator(0)
     for p in head.parameters():
         p.copy_(torch.randn(p.shape, generator=g) * p.shape[-1] ** -0.5)
     return save_head(head, tmp_path_factory.mktemp('head') / 'toy', MODEL)
@@ -74,7 +78,8 @@ def head(tmp_path_factory):
 @pytest.mark.parametrize('who', ['lookup', 'hass'])
 def test_drafters_change_nothing(who, t, rule, head):
     "All in sight, in a small window, and while learning: no pass reaches across the end of a chunk"
-    roomy, learns = replace(STILL, window=200, context=192, recompute=rule), replace(STILL, lr=0.01, recompute=rule)
+    roomy = replace(STILL, window=200, context=192, recompute=rule)
+    learns = replace(STILL, lr=0.01, recompute=rule)
     plain = {s: write(s, 50, t) for s in (None, learns)}
     drafter = (
         PromptLookup(min_ngram=1, corpus=[x[t:] for x in plain.values()])
@@ -122,7 +127,8 @@ def test_a_text_that_fits_its_window_is_told_so():
 
 
 def test_what_was_given_is_learned_even_where_it_repeats_itself(monkeypatch):
-    learned, ids = [], torch.full((1, 20), 7)
+    learned = []
+    ids = torch.full((1, 20), 7)
     monkeypatch.setattr(writing, 'learn', lambda phi, ids, n: learned.append(ids[-n:].tolist()))
     MODEL.generate(
         ids,
@@ -169,7 +175,8 @@ def test_a_head_reads_what_is_in_sight_of_a_long_prompt(head):
 def test_amateurs(amateur, tmp_path):
     "With nothing learned, phi is the base, and task is the expert"
     bank = AdapterBank(MODEL, [load_adapter(toy_adapter(MODEL, tmp_path), MODEL)])
-    roomy, cold = replace(STILL, window=200, context=192, amateur=amateur), CoLD(beta=0.7)
+    roomy = replace(STILL, window=200, context=192, amateur=amateur)
+    cold = CoLD(beta=0.7)
     want = write(None, bank=bank) if amateur == 'task' else write(None, target=cold, bank=bank)
     assert torch.equal(write(roomy, target=cold, bank=bank), want)
     assert not torch.equal(
@@ -195,7 +202,9 @@ def test_no_trace(error, monkeypatch, tmp_path):
     import npu_lora_decoding.temp_lora.adapter as t
 
     model = plain_model()
-    before, true, calls = traces(model), t.backward_chunk, []
+    before = traces(model)
+    true = t.backward_chunk
+    calls = []
     kept = replace(STILL, lr=0.01, file=str(tmp_path / 'story.safetensors'))
 
     def failing(*a):

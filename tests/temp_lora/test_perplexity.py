@@ -70,7 +70,8 @@ def test_without_learning_it_is_the_base(tmp_path):
 @pytest.mark.parametrize('rule', ['chunk', 'window', 'drift:0.02', 'slide:3'])
 @pytest.mark.parametrize('epochs', [0, 2])
 def test_stopped_by_ctrl_c_anywhere_and_continued(rule, epochs, tmp_path):
-    s, file = replace(S, recompute=rule, context=16, epochs=epochs), tmp_path / 'state.safetensors'
+    s = replace(S, recompute=rule, context=16, epochs=epochs)
+    file = tmp_path / 'state.safetensors'
     want = scores(read_document(LM, TEXT, s))
 
     def interrupt(r):
@@ -159,7 +160,8 @@ def test_what_cannot_be_read(tmp_path):
 def test_a_chunk_that_is_no_number_is_noted_and_read_over(monkeypatch):
     import npu_lora_decoding.temp_lora.adapter as t
 
-    true, calls = t.backward_chunk, []
+    true = t.backward_chunk
+    calls = []
     monkeypatch.setattr(
         t, 'backward_chunk', lambda *a: math.nan if calls.append(1) or len(calls) in (3, 8) else true(*a)
     )

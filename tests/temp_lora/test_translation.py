@@ -28,7 +28,9 @@ def fused_lm(opening=False, **config):
     return lm
 
 
-TOY, PLAIN, N = fused_lm(), Form('={source}: {target};'), 16
+TOY = fused_lm()
+PLAIN = Form('={source}: {target};')
+N = 16
 STILL = TempLoRA(chunk=32, window=128, context=64, train_context=16, r=4, alpha=4.0, lr=0.0)
 LEARNS = replace(STILL, lr=0.02, dropout=0.0)
 WORDS = 'in the beginning was a word and it was with him who made all things and without him was nothing made'.split()
@@ -49,17 +51,20 @@ def document(mode, said, sources=SOURCES, references=GOLD, form=PLAIN):
 
 def naive(mode, s, lm, sources=SOURCES, references=GOLD, form=PLAIN, n=N):
     "All numbers of pairs tried, and everything in sight from scratch for every token"
-    tokens, said = lambda t: lm.tokenizer(t, add_special_tokens=False).input_ids, []
+    tokens = lambda t: lm.tokenizer(t, add_special_tokens=False).input_ids
+    said = []
     opening = lm.tokenizer('').input_ids
     for i, source in enumerate(sources):
-        pairs, ask = document(mode, said, sources[:i], references[:i], form), form.prompt(source)
+        pairs = document(mode, said, sources[:i], references[:i], form)
+        ask = form.prompt(source)
         size = lambda k: len(tokens(''.join(pairs[k:])))
         k = min(
             k
             for k in range(len(pairs) + 1)
             if size(k) <= s.latest and size(k) + len(opening) + len(tokens(ask)) + n <= s.window
         )
-        ids, text = opening + tokens(''.join(pairs[k:]) + ask), ''
+        ids = opening + tokens(''.join(pairs[k:]) + ask)
+        text = ''
         for _ in range(n):
             with torch.no_grad():
                 ids.append(lm.model(torch.tensor([ids])).logits[0, -1].argmax().item())
@@ -73,7 +78,8 @@ def naive(mode, s, lm, sources=SOURCES, references=GOLD, form=PLAIN, n=N):
 @pytest.fixture
 def taught(monkeypatch):
     "The ids and the length of every chunk that is learned"
-    calls, true = [], translating.learn
+    calls = []
+    true = translating.learn
     monkeypatch.setattr(
         translating, 'learn', lambda phi, ids, n: (calls.append((ids.tolist(), n)), true(phi, ids, n))[1]
     )
@@ -83,7 +89,8 @@ def taught(monkeypatch):
 @pytest.fixture
 def asked(monkeypatch):
     "Prompt and new tokens of every sentence"
-    calls, true = [], LM.generate
+    calls = []
+    true = LM.generate
 
     def generate(self, ids, **options):
         out = true(self, ids, **options)
@@ -126,7 +133,8 @@ def test_drafters_contrast_and_task_adapters_pass_through(mode, tmp_path):
     assert translate(mode, lm=lm, drafter=PromptLookup()).texts == want
     learned = translate(mode, LEARNS, lm=lm)
     assert translate(mode, LEARNS, lm=lm, drafter=PromptLookup()).texts == learned.texts != want and learned.learned > 2
-    cold, task = CoLD(beta=0.9), replace(STILL, amateur='task')
+    cold = CoLD(beta=0.9)
+    task = replace(STILL, amateur='task')
     contrast = translate(mode, lm=lm, target=cold).texts
     assert (
         contrast != want and translate(mode, task, lm=lm, target=cold).texts == want
@@ -144,7 +152,8 @@ def test_sampling_repeats_by_seed():
 @pytest.mark.parametrize('i', [0, 5, 15])
 def test_a_reference_never_reaches_its_own_translation(s, i):
     other = GOLD[:i] + [r[::-1] + '!' for r in GOLD[i:]]
-    a, b = translate('gold', s), translate('gold', s, references=other)
+    a = translate('gold', s)
+    b = translate('gold', s, references=other)
     assert a.texts[: i + 1] == b.texts[: i + 1] and (i == 15 or a.texts[i + 1 :] != b.texts[i + 1 :])
 
 
@@ -161,9 +170,11 @@ def test_without_feedback_references_are_never_read(mode):
 @pytest.mark.parametrize('mode', MODES)
 def test_every_token_is_learned_once_in_order_behind_its_prefix(mode, opening, taught):
     lm = fused_lm(opening)
-    out, first = translate(mode, LEARNS, lm=lm), lm.tokenizer('').input_ids
+    out = translate(mode, LEARNS, lm=lm)
+    first = lm.tokenizer('').input_ids
     pairs = [lm.tokenizer(p, add_special_tokens=False).input_ids for p in document(mode, out.texts)]
-    text, at = sum(pairs, []), 0
+    text = sum(pairs, [])
+    at = 0
     ends = [sum(map(len, pairs[:k])) for k in range(1, len(pairs) + 1)]
     for ids, n in taught:
         assert ids == first + text[max(0, at - 16) : at + n]
@@ -193,9 +204,8 @@ def test_a_pair_that_just_fits_is_in_sight():
     size = len(PLAIN.pair('aa', 'bb'))
     for room, pairs in ((3 * size, 3), (3 * size - 1, 2)):
         window = room + len(PLAIN.prompt('aa')) + N
-        by_context, by_window = replace(STILL, chunk=64, context=room), replace(
-            STILL, chunk=1, window=window, context=window - 1
-        )
+        by_context = replace(STILL, chunk=64, context=room)
+        by_window = replace(STILL, chunk=1, window=window, context=window - 1)
         for s in (by_context, by_window):
             out = translate('gold', s, sources=['aa'] * 8, references=['bb'] * 8)
             assert [(x.stop - x.first) // size for x in out.sentences] == [min(i, pairs) for i in range(8)]
@@ -230,7 +240,8 @@ def test_no_updates_learn_nothing(taught):
 
 def test_what_was_learned_matters_and_repeats():
     for mode in MODES:
-        a, b = translate(mode, LEARNS), translate(mode, LEARNS)
+        a = translate(mode, LEARNS)
+        b = translate(mode, LEARNS)
         assert a == b and a.texts != translate(mode).texts
 
 
@@ -241,9 +252,11 @@ def test_the_last_sentence_is_not_learned(taught):
 
 def test_the_guard_passes_over_what_the_model_repeats_and_nothing_it_was_given(taught):
     out = translate(s=replace(LEARNS, max_repetition=0.05), new_tokens=24)
-    chunks, pending = [], []
+    chunks = []
+    pending = []
     for x, y in [(x, y) for x, y in zip(SOURCES[:-1], out.texts) if y]:
-        pair, asks = TOY.tokenizer(PLAIN.pair(x, y)).input_ids, len(TOY.tokenizer(PLAIN.prompt(x)).input_ids)
+        pair = TOY.tokenizer(PLAIN.pair(x, y)).input_ids
+        asks = len(TOY.tokenizer(PLAIN.prompt(x)).input_ids)
         pending += [(t, k >= asks) for k, t in enumerate(pair)]
         if len(pending) >= 32:
             chunks.append(pending)
@@ -323,7 +336,8 @@ def test_no_trace(error, where, monkeypatch, tmp_path):
     lm.model.train()
     lm.model.model.norm.weight.requires_grad_()
     lm.adapter = load_adapter(toy_adapter(lm.model, tmp_path), lm.model)
-    before, calls = traces(lm.model), []
+    before = traces(lm.model)
+    calls = []
 
     def failing(true):
         def f(*a, **k):

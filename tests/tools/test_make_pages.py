@@ -133,7 +133,8 @@ def test_links_lead_from_the_page(root):
 
 
 def test_only_notebooks_that_exist_become_links(root):
-    source, target = root / 'nbs/index.ipynb', root / 'README.md'
+    source = root / 'nbs/index.ipynb'
+    target = root / 'README.md'
     for same in ('`2_cold/09_none`', '[`2_cold/01_rule`](https://a.b)', '``2_cold/01_rule``', '[a](#b)'):
         assert turned(same, source, target, root) == same
 

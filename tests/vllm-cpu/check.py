@@ -17,7 +17,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 HEADS = HERE.parent.parent / 'results' / 'heads'
 # A tie of scores; how far shares of accepted draft tokens may lie apart (sums in another order turn near-ties)
-TIE, RATE = 1e-4, 0.02
+TIE = 1e-4
+RATE = 0.02
 
 
 def say(*words):
@@ -214,7 +215,8 @@ def check(options):
     from npu_lora_decoding.decoding.loop import load
 
     torch.set_num_threads(1)
-    lm, target = load(device='cpu', dtype='fp32'), str(embedded_folder())
+    lm = load(device='cpu', dtype='fp32')
+    target = str(embedded_folder())
     head = load_head(options.head, lm.model, torch.float32)
     prompts = [
         encode_one(lm, json.loads(line)['prompt']).tolist()

@@ -116,7 +116,8 @@ def mixed(prompts, adapter, zeros, refusal):
         stop_token_ids=[refusal],
         extra_args=PairRequest('unlike', role, 0.1, 0.5, refusal).args,
     )
-    e, z = LoRARequest(str(adapter), 1, str(adapter)), LoRARequest(str(zeros), 2, str(zeros))
+    e = LoRARequest(str(adapter), 1, str(adapter))
+    z = LoRARequest(str(zeros), 2, str(zeros))
     out = LLM.generate(
         [dict(prompt_token_ids=p) for p in (prompts[0], prompts[1], prompts[2])],
         [twin('expert'), SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True), twin('base')],
@@ -303,7 +304,8 @@ def check(options):
     from npu_lora_decoding.serving.vllm_plugin import engine_options, null_adapter
 
     torch.set_num_threads(1)
-    lm, target = load(adapter=ADAPTER, device='cpu', dtype='fp32'), str(embedded_folder())
+    lm = load(adapter=ADAPTER, device='cpu', dtype='fp32')
+    target = str(embedded_folder())
     items = king_james().test[: options.prompts]
     prompts = [encode_one(lm, i.messages).tolist() for i in items]
     how = dict(
@@ -312,7 +314,8 @@ def check(options):
         target=CoLD(options.alpha, options.beta),
         vocab=lm.vocab,
     )
-    pairs, context = max(options.batches), max(map(len, prompts)) + options.new_tokens + 16
+    pairs = max(options.batches)
+    context = max(map(len, prompts)) + options.new_tokens + 16
     with tempfile.TemporaryDirectory() as work:
         how['zeros'] = str(null_adapter(ADAPTER, Path(work) / 'zeros'))
         want = ours(lm, prompts, options.new_tokens, how['target'])

@@ -65,7 +65,8 @@ def speed(options):
     from npu_lora_decoding.decoding.loop import load
     from npu_lora_decoding.foundations.tasks import read_jsonl
 
-    lm, target = load(device='cpu', dtype='bf16'), str(embedded_folder())
+    lm = load(device='cpu', dtype='bf16')
+    target = str(embedded_folder())
     prompts = read_jsonl(options.questions, answer=None)[: options.prompts]
     with tempfile.TemporaryDirectory() as work:
         export_head(options.head, Path(work) / 'head', lm, 'vllm')
