@@ -378,6 +378,7 @@ class Naive:
         memory = MEMORIES[c.memory]
         self.memory = memory and replace(memory, amateur=c.amateur, max_repetition=c.max_repetition)
         self.learns = self.memory is not None and self.memory.lr > 0
+        s = subject(c.family)
         self.task = s.adapter if adapted(c) else None
         if c.entry.startswith('peft'):
             self.model = self.model if c.entry == 'peft, merged' else s.model

@@ -186,7 +186,7 @@ def test_filters_equal_transformers(row, temperature, top_k, top_p, min_p):
             MinPLogitsWarper(min_p),
         ]
     )
-    exactly(_filtered(x, temperature, top_k, top_p, min_p).softmax(-1), chain(None, x).softmax(-1))
+    exactly(_filtered(x, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p).softmax(-1), chain(None, x).softmax(-1))
 
 
 @settings(max_examples=150, deadline=None)
