@@ -660,6 +660,12 @@ def run(c, bench):
             )
     tokens = [[t.id for x in out.steps for t in x.tokens[b]] for b in range(len(ids))]
     streamed(c, stream, printed.getvalue(), ids, out.steps, tokens)
+    returned(c, s, ids, out, tokens)
+    return tokens, out.steps
+
+
+def returned(c, s, ids, out, tokens):
+    "Check that texts, sequences and records are those of the tokens"
     if of_lm(c):
         assert tokens == [[t.id for t in r] for r in out.tokens] and out.texts == [
             s.tokenizer.decode(t, skip_special_tokens=True) for t in tokens
@@ -671,7 +677,6 @@ def run(c, bench):
     assert all(
         (t.logp is not None) == c.record for x in out.steps for r in x.tokens for t in r
     ), 'records that nobody asked for, or none'
-    return tokens, out.steps
 
 
 REPORT = {}

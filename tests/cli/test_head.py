@@ -1,4 +1,6 @@
-"`nld train-head`, `nld accept` and `nld export-head` on a toy model: every kind of source, stopped and continued, and each thing a user can get wrong"
+"""`nld train-head`, `nld accept` and `nld export-head` on a toy model:
+every kind of source, stopped and continued, and each thing a user can get wrong
+"""
 
 import json
 from types import SimpleNamespace
@@ -15,7 +17,10 @@ from npu_lora_decoding.hass.config import HeadTraining
 from helpers.chats import CHATML, IM, lm_of
 from helpers.toys import toy_folder
 
-SMALL = '--steps 4 --tokens 256 --heldout 4 --save-every 2 --eval-every 2 --write-batch 4 --user-tokens 24 --new-tokens 10 --dtype fp32 --device cpu'.split()
+SMALL = (
+    '--steps 4 --tokens 256 --heldout 4 --save-every 2 --eval-every 2 --write-batch 4 --user-tokens 24 '
+    '--new-tokens 10 --dtype fp32 --device cpu'
+).split()
 
 
 @pytest.fixture(scope='module')
@@ -176,79 +181,22 @@ def test_a_head_for_another_vocabulary_is_named(model, tmp_path):
         )
 
 
+EVERY_OPTION = (
+    '--recipe align --steps 7 --tokens 99 --alignment-steps 2 --k 4 --topk .5 --feature .2 --step-weights 2,1 '
+    '--sample-one-step --cache-targets --vocab 20 --optimizer adamw --lr .01 --noise .3 --row 64 --seed 5 '
+    '--save-every 3 --eval-every 2 --name mine --online --init old --stop-after 4 --track tensorboard --tree '
+    '8 --conversations 30 --heldout 6 --write-batch 9 --user-tokens 11 --new-tokens 13 --dtype fp32 --device '
+    'cpu'
+).split()
+
+
 def test_every_option_of_training_arrives(model, tmp_path, monkeypatch):
     "Each option of `nld train-head` that names a setting, with a value that is not its default"
     import npu_lora_decoding.cli.head as cli_head
 
     got = []
     monkeypatch.setattr(cli_head, 'make_head', lambda *args, **options: got.append((args, options)))
-    run(
-        [
-            'train-head',
-            str(tmp_path),
-            '--model',
-            model,
-            '--recipe',
-            'align',
-            '--steps',
-            '7',
-            '--tokens',
-            '99',
-            '--alignment-steps',
-            '2',
-            '--k',
-            '4',
-            '--topk',
-            '.5',
-            '--feature',
-            '.2',
-            '--step-weights',
-            '2,1',
-            '--sample-one-step',
-            '--cache-targets',
-            '--vocab',
-            '20',
-            '--optimizer',
-            'adamw',
-            '--lr',
-            '.01',
-            '--noise',
-            '.3',
-            '--row',
-            '64',
-            '--seed',
-            '5',
-            '--save-every',
-            '3',
-            '--eval-every',
-            '2',
-            '--name',
-            'mine',
-            '--online',
-            '--init',
-            'old',
-            '--stop-after',
-            '4',
-            '--track',
-            'tensorboard',
-            '--tree',
-            '8',
-            '--conversations',
-            '30',
-            '--heldout',
-            '6',
-            '--write-batch',
-            '9',
-            '--user-tokens',
-            '11',
-            '--new-tokens',
-            '13',
-            '--dtype',
-            'fp32',
-            '--device',
-            'cpu',
-        ]
-    )
+    run(['train-head', str(tmp_path), '--model', model, *EVERY_OPTION])
     (((_, out, config, source), options),) = got
     assert config == HeadTraining(
         steps=7,
@@ -387,59 +335,18 @@ def test_the_target_is_as_it_was(model, tmp_path, monkeypatch):
 
 
 def test_write_and_accept_at_two_temperatures(model, tmp_path, capsys):
-    run(
-        [
-            'train-head',
-            str(tmp_path / 'out'),
-            '--model',
-            model,
-            '--data',
-            lines(tmp_path / 'rows.jsonl', [talk(i) for i in range(20)]),
-            *SMALL,
-        ]
-    )
-    run(
-        [
-            'write',
-            str(tmp_path / 'said'),
-            '--model',
-            model,
-            '--prompts',
-            lines(tmp_path / 'asked.jsonl', [prompt(i) for i in range(5)]),
-            '--temperatures',
-            '0,1',
-            '--conversations',
-            '3',
-            '--new-tokens',
-            '9',
-            '--user-tokens',
-            '24',
-            '--dtype',
-            'fp32',
-            '--device',
-            'cpu',
-        ]
-    )
+    data = lines(tmp_path / 'rows.jsonl', [talk(i) for i in range(20)])
+    run(['train-head', str(tmp_path / 'out'), '--model', model, '--data', data, *SMALL])
+    asked = lines(tmp_path / 'asked.jsonl', [prompt(i) for i in range(5)])
+    options = '--temperatures 0,1 --conversations 3 --new-tokens 9 --user-tokens 24 --dtype fp32 --device cpu'.split()
+    run(['write', str(tmp_path / 'said'), '--model', model, '--prompts', asked, *options])
     said = [json.loads(l) for l in (tmp_path / 'said' / 'shard-0000.jsonl').read_text().splitlines()]
     assert [(c['messages'][0]['content'], c['temperature']) for c in said] == [
         (f'say {i} words', t) for i in range(3) for t in (0.0, 1.0)
     ]
     capsys.readouterr()
-    run(
-        [
-            'accept',
-            str(tmp_path / 'out' / 'last'),
-            str(tmp_path / 'said'),
-            '--model',
-            model,
-            '--tree',
-            '0',
-            '--dtype',
-            'fp32',
-            '--device',
-            'cpu',
-        ]
-    )
+    folders = [str(tmp_path / 'out' / 'last'), str(tmp_path / 'said')]
+    run(['accept', *folders, '--model', model, *'--tree 0 --dtype fp32 --device cpu'.split()])
     shown = capsys.readouterr().out
     assert 'said T=0' in shown and 'said T=1' in shown
 

@@ -103,7 +103,10 @@ def test_compare_writes_the_contract(toy, tmp_path):
         ]
     )
     *rows, environment = json_rows(out)
-    wanted = 'method peer model device dtype batch new_tokens ms_per_token ms_spread tokens_per_s tau quality quality_interval peak_mb equal_tokens'.split()
+    wanted = (
+        'method peer model device dtype batch new_tokens ms_per_token ms_spread tokens_per_s tau quality '
+        'quality_interval peak_mb equal_tokens'
+    ).split()
     assert (
         all(set(wanted) <= set(r) for r in rows)
         and environment['method'] == 'environment'
@@ -252,7 +255,10 @@ def test_tune_advises(toy, data, tmp_path, capsys, monkeypatch):
 
 def test_a_loaded_model_can_generate_at_once(toy):
     "`load` is all a user imports; the method comes from a later room"
-    code = f'from npu_lora_decoding.foundations.models import load; print(len(load({str(toy[0])!r}, {str(toy[1])!r}).generate("hello", max_new_tokens=3, eos_token_id=None).tokens[0]))'
+    code = (
+        f'from npu_lora_decoding.foundations.models import load; print(len(load({str(toy[0])!r}, '
+        f'{str(toy[1])!r}).generate("hello", max_new_tokens=3, eos_token_id=None).tokens[0]))'
+    )
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '3'
 
 

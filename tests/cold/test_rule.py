@@ -243,7 +243,7 @@ def test_each_pair_ends_by_itself(pair, eos):
     free = run(model, ids, mask, target, bank)
     ends = [free[0, t + 2].item()] + ([free[1, t + 5].item()] if eos == 'several' else [])
     ours = run(model, ids, mask, target, bank, eos_token_id=ends)
-    same(ours, cold_two_pass(model, bank, ids, mask, N, target, ends))
+    same(ours, cold_two_pass(model, bank, ids, mask, new_tokens=N, target=target, eos_ids=ends))
     stop = [next((i + 1 for i, x in enumerate(row[t:].tolist()) if x in ends), N) for row in free]
     assert min(stop) < max(stop)  # one ends early, another goes on
     for row, full, n in zip(ours, free, stop):

@@ -100,7 +100,7 @@ def test_rows_do_not_meet(model):
 def test_beam_search(model, m, penalty, how):
     ids, mask = batch()
     eos = ends(model, ids, mask, how)
-    got = beam_search(model, ids, mask, m, 10, eos, PAD, penalty)
+    got = beam_search(model, ids, mask, num_beams=m, new_tokens=10, eos_ids=eos, pad_id=PAD, length_penalty=penalty)
     same(got, reference(model, ids, mask, 10, eos, num_beams=m, length_penalty=penalty, early_stopping=False))
 
 
@@ -113,7 +113,9 @@ def test_beam_search_sweep(seed):
     for m in (2, 4):
         for penalty in (-0.5, 1.0, 3.0):
             same(
-                beam_search(model, ids, mask, m, 8, eos, PAD, penalty),
+                beam_search(
+                    model, ids, mask, num_beams=m, new_tokens=8, eos_ids=eos, pad_id=PAD, length_penalty=penalty
+                ),
                 reference(model, ids, mask, 8, eos, num_beams=m, length_penalty=penalty, early_stopping=False),
             )
 
@@ -121,7 +123,10 @@ def test_beam_search_sweep(seed):
 def test_one_beam_is_greedy(model):
     ids, mask = batch()
     eos = ends(model, ids, mask, 'three')
-    same(beam_search(model, ids, mask, 1, 10, eos, PAD), greedy_cached(model, ids, mask, 10, eos, PAD))
+    same(
+        beam_search(model, ids, mask, num_beams=1, new_tokens=10, eos_ids=eos, pad_id=PAD),
+        greedy_cached(model, ids, mask, 10, eos, PAD),
+    )
 
 
 def test_beams_wider_than_the_vocabulary_are_exhaustive():
@@ -138,7 +143,10 @@ def test_beam_fills_with_the_pad_asked_for():
     model = toy_model()
     ids, mask = batch()
     eos = ends(model, ids, mask, 'three')
-    a, b = (beam_search(model, ids, mask, 4, 10, eos, pad, 0.0) for pad in (0, PAD))
+    a, b = (
+        beam_search(model, ids, mask, num_beams=4, new_tokens=10, eos_ids=eos, pad_id=pad, length_penalty=0.0)
+        for pad in (0, PAD)
+    )
     assert (a != b).any() and (a[a != b] == 0).all() and (b[a != b] == PAD).all()
 
 

@@ -247,7 +247,10 @@ def test_stop_strings(speaker, tokenizer, lengths):
     assert theirs.shape[1] < said.shape[1] or not torch.equal(theirs, said)
 
 
-NO_TOKENIZER = 'transformers drops tokenizer= when custom_generate is a callable, so stop_strings raises: there a user gives StopStringCriteria; lm.generate makes it'
+NO_TOKENIZER = (
+    'transformers drops tokenizer= when custom_generate is a callable, so stop_strings raises: there a user '
+    'gives StopStringCriteria; lm.generate makes it'
+)
 
 
 def test_stop_strings_of_generate(speaker, tokenizer):
@@ -730,7 +733,9 @@ def test_a_criterion_across_accepted_tokens(llama, rows, lengths):
 
 
 class Counts(StoppingCriteria):
-    "Keeps notes for each row and for the batch: row b ends after about five odd or ten even tokens and `b` more, later the more calls there were"
+    """Keeps notes for each row and for the batch: row b ends after about five odd or ten even tokens and `b`
+    more, later the more calls there were
+    """
 
     def __init__(self):
         self.seen = []
@@ -830,7 +835,7 @@ def test_processors_that_read_the_text(llama, bank, rows, target, lengths, kw):
     if 'logits_processor' in kw:
         kw = dict(logits_processor=LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.8)]))
     for seed in range(2):
-        plain, fast = trees_change_nothing(llama, bank, ids, mask, target, rows, seed, **kw)
+        plain, fast = trees_change_nothing(llama, bank, ids, mask, target=target, rows=rows, seed=seed, **kw)
         assert len(fast.steps) < len(plain.steps)
 
 
@@ -876,6 +881,11 @@ def test_a_guess_into_a_dead_end_is_only_a_wrong_guess(llama):
     )
 
 
+def chi_square_limit(k):
+    "The 99.9% point of chi-square with `k` degrees of freedom, by Wilson and Hilferty"
+    return k * (1 - 2 / (9 * k) + 3.09 * math.sqrt(2 / (9 * k))) ** 3
+
+
 def test_sampled_guesses_follow_the_distribution(llama):
     "Chi-square of the second token, given the first, over runs whose guesses favour one token"
     ids = torch.tensor([[5, 6, 7]])
@@ -899,30 +909,20 @@ def test_sampled_guesses_follow_the_distribution(llama):
         "Makes the first token certain"
 
         def __call__(self, text, scores):
-            return (
-                scores
-                if text.shape[1] > 3
-                else torch.full_like(scores, -torch.inf).index_fill(-1, torch.tensor(first), 0.0)
-            )
+            if text.shape[1] > 3:
+                return scores
+            return torch.full_like(scores, -torch.inf).index_fill(-1, torch.tensor(first), 0.0)
 
     batch = ids.repeat(runs, 1)
-    out = generate(
-        llama,
-        batch,
-        torch.ones_like(batch),
-        Decoder(drafter=Favours(), record=False),
-        max_new_tokens=2,
-        do_sample=True,
-        top_k=0,
-        logits_processor=LogitsProcessorList([First()]),
-    )
+    decoder, first_only = Decoder(drafter=Favours(), record=False), LogitsProcessorList([First()])
+    options = dict(max_new_tokens=2, do_sample=True, top_k=0, logits_processor=first_only)
+    out = generate(llama, batch, torch.ones_like(batch), decoder, **options)
     assert (out[:, 3] == first).all()
     counts = torch.bincount(out[:, 4], minlength=97).double()
     want = q.double() * runs
     big = want >= 5
     c, w = (torch.cat([x[big], x[~big].sum()[None]]) for x in (counts, want))
-    k = len(c) - 1
-    limit = k * (1 - 2 / (9 * k) + 3.09 * math.sqrt(2 / (9 * k))) ** 3  # 99.9% point, Wilson-Hilferty
+    limit = chi_square_limit(len(c) - 1)
     assert ((c - w) ** 2 / w).sum() < limit
     c = c + 0.0
     shift = 0.1 * c

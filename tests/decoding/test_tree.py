@@ -1,4 +1,6 @@
-"The accept rule loses nothing: over random trees and random targets, all draws are enumerated, so the distribution of what is emitted is known exactly"
+"""The accept rule loses nothing: over random trees and random targets, all draws are enumerated,
+so the distribution of what is emitted is known exactly
+"""
 
 from itertools import product
 import pytest, torch

@@ -42,11 +42,17 @@ def test_beams_use_the_adapter_on_every_row(lm, folder):
     merged = merged_model(lm, folder)
     ids, mask = encode(lm, [i.prompt for i in items])
     want = lm.tokenizer.batch_decode(
-        beam_search(merged, ids, mask, 4, 8, lm.eos_ids, lm.pad_id)[:, ids.shape[1] :], skip_special_tokens=True
+        beam_search(merged, ids, mask, num_beams=4, new_tokens=8, eos_ids=lm.eos_ids, pad_id=lm.pad_id)[
+            :, ids.shape[1] :
+        ],
+        skip_special_tokens=True,
     )
     assert answers(lm, items, ARMS['beam'], 8, batch=5) == want
     plain = lm.tokenizer.batch_decode(
-        beam_search(lm.model, ids, mask, 4, 8, lm.eos_ids, lm.pad_id)[:, ids.shape[1] :], skip_special_tokens=True
+        beam_search(lm.model, ids, mask, num_beams=4, new_tokens=8, eos_ids=lm.eos_ids, pad_id=lm.pad_id)[
+            :, ids.shape[1] :
+        ],
+        skip_special_tokens=True,
     )
     assert all(a != b for a, b in zip(want, plain))
 

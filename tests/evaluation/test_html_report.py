@@ -1,4 +1,6 @@
-"The page of a comparison: what a model says stays text, nothing is loaded, nothing is left out; and what is recommended follows from intervals"
+"""The page of a comparison: what a model says stays text, nothing is loaded, nothing is left out;
+and what is recommended follows from intervals
+"""
 
 import json, re
 from html.parser import HTMLParser
@@ -20,9 +22,18 @@ from helpers.toys import toy_folder, toy_items, toy_lm
 import npu_lora_decoding.cli.main  # registers every command
 from helpers.rows import row
 
-HOSTILE = '</td></title></style>"\'><script src="https://evil.example/x.js">alert(1)</script><img src=x onerror=alert(2)>&amp;\x00\x1b\u202e'
-OLD = 'method peer model device dtype batch new_tokens ms_per_token ms_spread tokens_per_s tau quality quality_interval peak_mb equal_tokens'.split()
-NEW = 'ms_to_first ms_runs speedup speedup_interval speedup_over flops_per_token metric items gain gain_interval gain_over scores same_as judged_as compiled'.split()
+HOSTILE = (
+    '</td></title></style>"\'><script src="https://evil.example/x.js">alert(1)</script><img src=x '
+    'onerror=alert(2)>&amp;\x00\x1b\u202e'
+)
+OLD = (
+    'method peer model device dtype batch new_tokens ms_per_token ms_spread tokens_per_s tau quality '
+    'quality_interval peak_mb equal_tokens'
+).split()
+NEW = (
+    'ms_to_first ms_runs speedup speedup_interval speedup_over flops_per_token metric items gain gain_interval '
+    'gain_over scores same_as judged_as compiled'
+).split()
 
 
 class Strict(HTMLParser):
@@ -449,41 +460,10 @@ def test_an_assistant_of_another_family_is_refused(toy, tmp_path):
 def test_compare_writes_table_page_and_rows(toy, tmp_path, capsys):
     (tmp_path / 'mine.csv').write_text('ask,want\n' + ''.join(f'say {i},{i}\n' for i in range(20)))
     (tmp_path / 'long.txt').write_text('the same again and again, ' * 60)
-    argv = [
-        'compare',
-        '--model',
-        toy / 'model',
-        '--adapter',
-        toy / 'adapter',
-        '--prompts',
-        tmp_path / 'mine.csv',
-        '--fields',
-        'ask,want',
-        '--metric',
-        'exact_match',
-        '--methods',
-        'greedy,cold',
-        '--timed',
-        '1',
-        '--new-tokens',
-        '4',
-        '--rounds',
-        '1',
-        '--dtype',
-        'fp32',
-        '--text',
-        tmp_path / 'long.txt',
-        '--text-tokens',
-        '700',
-        '--chunk',
-        '32',
-        '--window',
-        '96',
-        '--html',
-        tmp_path / 'page.html',
-        '--json',
-        tmp_path / 'rows.json',
-    ]
+    argv = ['compare', '--model', toy / 'model', '--adapter', toy / 'adapter', '--prompts', tmp_path / 'mine.csv']
+    argv += '--fields ask,want --metric exact_match --methods greedy,cold --timed 1 --new-tokens 4 --rounds 1'.split()
+    argv += ['--dtype', 'fp32', '--text', tmp_path / 'long.txt', *'--text-tokens 700 --chunk 32 --window 96'.split()]
+    argv += ['--html', tmp_path / 'page.html', '--json', tmp_path / 'rows.json']
     run(list(map(str, argv)))
     *rows, last = json_rows(tmp_path / 'rows.json')
     said = capsys.readouterr().out

@@ -75,7 +75,9 @@ def test_every_way_of_the_benchmark_does_the_same_work():
     assert set(out) == {'ours', 'loop', 'gather', 'peft'}
     for y in out.values():
         torch.testing.assert_close(y, out['loop'], rtol=1e-4, atol=1e-4)
-    rows = doctor.measure_lora(cpu, (24,), (4,), (2,), torch.float32, 1, 2, lambda _: None)
+    rows = doctor.measure_lora(
+        cpu, widths=(24,), ranks=(4,), rows=(2,), dtype=torch.float32, times=1, rounds=2, log=lambda _: None
+    )
     assert len(rows) == 1 and 0 < rows[0]['share_of_copy'] and rows[0]['loop'] > 0
 
 
@@ -101,7 +103,7 @@ def test_tokens_of_kernels_and_references(tmp_path, kernel_on_cpu, wrong):
 
     def kernel(y, x, A, B, scale, ranks, ids):
         calls.append(1)
-        return [o + wrong for o in ops.lora_torch(y, x, A, B, scale, ranks, ids)]
+        return [o + wrong for o in ops.lora_torch(y, x, A=A, B=B, scale=scale, ranks=ranks, ids=ids)]
 
     kernel_on_cpu(kernel)
     checks = doctor.check_tokens(lm, toy_items(4), 8)

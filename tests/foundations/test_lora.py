@@ -46,7 +46,9 @@ def one_slice(op):
     "The form for one layer of an operation on slices"
 
     def single(y, x, A, B, scale, ids):
-        return op([y], x, A[None], [B], scale[None], torch.full((1, len(A)), A.shape[1], dtype=torch.int32), ids)[0]
+        ranks = torch.full((1, len(A)), A.shape[1], dtype=torch.int32)
+        adapters = A[None], [B], scale[None], ranks
+        return op([y], x, *adapters, ids)[0]
 
     return single
 
@@ -176,7 +178,7 @@ def test_slices_equal_their_layers_one_by_one(ranks, seed):
     y = [rows(seed + z, 4, 2, 1, 7 + z)[0] for z in range(len(ranks))]
     s = stack_slices(layers)
     assert s.ranks.tolist() == ranks and s.scale.dtype == torch.float32
-    for y_z, got, stack in zip(y, ops.lora(y, x, s.A, s.B, s.scale, s.ranks, ids), map(stack_layers, layers)):
+    for y_z, got, stack in zip(y, ops.lora(y, x, *(s.A, s.B, s.scale, s.ranks), ids), map(stack_layers, layers)):
         torch.testing.assert_close(got, lora_torch(y_z, x, *stack, ids), **TOLERANCE)
         same_bits(got[2], y_z[2])
 

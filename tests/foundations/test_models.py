@@ -111,7 +111,10 @@ def retrain(**config):
 NO_LORA = (
     'which is not a LoRA matrix of a linear layer: train it on linear layers only (no embeddings, no modules_to_save).'
 )
-NAN = 'the adapter holds NaN or infinite weights in model.layers.0.self_attn.q_proj: its training diverged; train it again with a lower learning rate.'
+NAN = (
+    'the adapter holds NaN or infinite weights in model.layers.0.self_attn.q_proj: its training diverged; train '
+    'it again with a lower learning rate.'
+)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +139,10 @@ NAN = 'the adapter holds NaN or infinite weights in model.layers.0.self_attn.q_p
         ),
         (
             write(b'{"r": 4,'),
-            'FOLDER/adapter_config.json is not valid JSON (Expecting property name enclosed in double quotes: line 1 column 9 (char 8)): copy the adapter folder again.',
+            (
+                'FOLDER/adapter_config.json is not valid JSON (Expecting property name enclosed in double quotes: line 1 '
+                'column 9 (char 8)): copy the adapter folder again.'
+            ),
         ),
         (
             lambda f: configure(f, peft_type='IA3'),
@@ -182,11 +188,17 @@ NAN = 'the adapter holds NaN or infinite weights in model.layers.0.self_attn.q_p
         (poison(-float('inf')), NAN),
         (
             truncate,
-            'FOLDER/adapter_model.safetensors is damaged (Error while deserializing header: incomplete metadata, file not fully covered): copy or train the adapter again.',
+            (
+                'FOLDER/adapter_model.safetensors is damaged (Error while deserializing header: incomplete metadata, file '
+                'not fully covered): copy or train the adapter again.'
+            ),
         ),
         (
             lambda f: (f / 'adapter_model.safetensors').write_bytes(b''),
-            'FOLDER/adapter_model.safetensors is damaged (Error while deserializing header: header too small): copy or train the adapter again.',
+            (
+                'FOLDER/adapter_model.safetensors is damaged (Error while deserializing header: header too small): copy or '
+                'train the adapter again.'
+            ),
         ),
     ],
 )
@@ -316,9 +328,9 @@ def head_adapter(folder, vocab):
 def test_vocabulary(folder, base):
     assert load_adapter(head_adapter(folder, 97), base).rank == 4
     said = sentence(lambda: load_adapter(head_adapter(folder, 99), base))
-    assert (
-        said
-        == 'vocabulary mismatch: the adapter was trained for a lm_head of (99, 32), this model has (97, 32): load it with the base model it was trained on.'
+    assert said == (
+        'vocabulary mismatch: the adapter was trained for a lm_head of (99, 32), this model has (97, 32): load it '
+        'with the base model it was trained on.'
     )
 
 
@@ -464,11 +476,17 @@ MODEL_REMEDY = 'give a folder with config.json and *.safetensors, or a hub id yo
         ),
         (
             short,
-            f"cannot load a model from 'FOLDER' (Error while deserializing header: incomplete metadata, file not fully covered): {MODEL_REMEDY}",
+            (
+                "cannot load a model from 'FOLDER' (Error while deserializing header: incomplete metadata, file not fully "
+                f"covered): {MODEL_REMEDY}"
+            ),
         ),
         (
             lambda f: (f / 'config.json').write_text('{'),
-            f"cannot load a model from 'FOLDER' (It looks like the config file at 'FOLDER/config.json' is not a valid JSON file.): {MODEL_REMEDY}",
+            (
+                "cannot load a model from 'FOLDER' (It looks like the config file at 'FOLDER/config.json' is not a valid "
+                f"JSON file.): {MODEL_REMEDY}"
+            ),
         ),
         (
             lambda f: toy_tokenizer(extra=22).save_pretrained(f),

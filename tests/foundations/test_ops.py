@@ -209,15 +209,9 @@ def test_a_kernel_for_an_unknown_operator_is_refused():
         ops.register_kernel('nothing', 'cpu', None, '')
 
 
-case = st.tuples(
-    st.integers(1, 3),
-    st.integers(1, 3),
-    st.integers(1, 70),
-    st.lists(st.integers(1, 9), min_size=1, max_size=3),
-    st.integers(1, 3),
-    st.integers(1, 4),
-    st.data(),
-)
+sizes = st.integers(1, 3), st.integers(1, 3), st.integers(1, 70)
+widths = st.lists(st.integers(1, 9), min_size=1, max_size=3)
+case = st.tuples(*sizes, widths, st.integers(1, 3), st.integers(1, 4), st.data())
 
 
 @settings(max_examples=60, deadline=None)
@@ -230,8 +224,9 @@ def test_shrink_and_expand_are_lora_row_by_row(case):
     if not all(map(any, ranks)):
         ranks = [[max(1, r) for r in row] for row in ranks]
     ids = [data.draw(st.integers(-1, n - 1)) for _ in range(b)]
-    y, x, A, B, scale, own, ids = lora_args(0, b, t, d, widths, ranks, ids)
-    want = ops.lora(y, x, A, B, scale, own, ids)
+    y, x, A, B, scale, own, ids = lora_args(0, b=b, t=t, d=d, widths=widths, ranks=ranks, ids=ids)
+    layers = A, B, scale, own
+    want = ops.lora(y, x, *layers, ids)
     padding = torch.arange(A.shape[2]) >= own[..., None]
     A = A.masked_fill(padding[..., None], torch.nan)
     B = [B_z.masked_fill(p[..., None], torch.nan) for B_z, p in zip(B, padding)]

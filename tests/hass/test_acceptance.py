@@ -72,10 +72,14 @@ def test_lengths_equal_drafting_from_every_slot(family):
     ends = [24, 9, 3, 17]
     segments = torch.where(torch.arange(24) < torch.tensor(ends)[:, None], 0, -1)
     for k in (1, 2, 5):
-        lengths = chain_lengths(head, embed, lm_head, ids, f, segments, k)
+        lengths = chain_lengths(head, embed, lm_head, ids, f, segments=segments, k=k)
         for b, end in enumerate(ends):
             want = [
-                drafted(head, embed, lm_head, ids[b], f[b], s, end, draft_chain, k=k) if s < end - 2 else 0
+                (
+                    drafted(head, embed, lm_head, ids[b], f[b], slot=s, end=end, draft=draft_chain, k=k)
+                    if s < end - 2
+                    else 0
+                )
                 for s in range(24)
             ]
             assert lengths[b].tolist() == want
@@ -85,10 +89,11 @@ def test_lengths_equal_drafting_from_every_slot(family):
 def test_lengths_with_a_draft_vocabulary():
     _, head, embed, lm_head, ids, f = toy(v=9)
     vocab = torch.tensor([7, 1, 4, 0, 8])
-    lengths = chain_lengths(head, embed, lm_head[vocab], ids, f, torch.zeros_like(ids), 4, vocab)
+    lengths = chain_lengths(head, embed, lm_head[vocab], ids, f, segments=torch.zeros_like(ids), k=4, vocab=vocab)
     for b in range(4):
         assert lengths[b, :22].tolist() == [
-            drafted(head, embed, lm_head[vocab], ids[b], f[b], s, 24, draft_chain, k=4, vocab=vocab) for s in range(22)
+            drafted(head, embed, lm_head[vocab], ids[b], f[b], slot=s, end=24, draft=draft_chain, k=4, vocab=vocab)
+            for s in range(22)
         ]
     assert lengths.max() > 1
 
@@ -97,21 +102,28 @@ def test_packed_texts_do_not_see_each_other():
     _, head, embed, lm_head, ids, f = toy()
     alone = [
         chain_lengths(
-            head, embed, lm_head, ids[b : b + 1, :n], f[b : b + 1, :n], torch.zeros(1, n, dtype=torch.long), 3
+            head,
+            embed,
+            lm_head,
+            ids[b : b + 1, :n],
+            f[b : b + 1, :n],
+            segments=torch.zeros(1, n, dtype=torch.long),
+            k=3,
         )[0]
         for b, n in enumerate((7, 10, 2, 5))
     ]
     pack = lambda x: torch.cat([x[b, :n] for b, n in enumerate((7, 10, 2, 5))])[None]
     segments = pack(torch.arange(4)[:, None].expand(-1, 24))
     assert text_positions(segments)[0].tolist() == [*range(7), *range(10), *range(2), *range(5)]
-    assert chain_lengths(head, embed, lm_head, pack(ids), pack(f), segments, 3)[0].equal(torch.cat(alone))
+    assert chain_lengths(head, embed, lm_head, pack(ids), pack(f), segments=segments, k=3)[0].equal(torch.cat(alone))
 
 
 def test_starts_leave_other_slots_out():
     _, head, embed, lm_head, ids, f = toy()
     starts = torch.rand(4, 24) < 0.5
     full, some = (
-        chain_lengths(head, embed, lm_head, ids, f, torch.zeros_like(ids), 3, starts=s) for s in (None, starts)
+        chain_lengths(head, embed, lm_head, ids, f, segments=torch.zeros_like(ids), k=3, starts=s)
+        for s in (None, starts)
     )
     assert some.equal(full * starts)
 
@@ -120,7 +132,7 @@ def test_padding_may_be_any_token():
     _, head, embed, lm_head, ids, f = toy()
     segments = torch.where(torch.arange(24) < torch.tensor([[24], [9], [3], [17]]), 0, -1)
     other = torch.where(segments < 0, 3, ids), torch.where(segments[..., None] < 0, 1e3, f)
-    assert chain_lengths(head, embed, lm_head, ids, f, segments, 4).equal(
+    assert chain_lengths(head, embed, lm_head, ids, f, segments=segments, k=4).equal(
         chain_lengths(head, embed, lm_head, *other, segments, 4)
     )
 
@@ -176,7 +188,9 @@ def test_trees_equal_walking_one_text_at_a_time(size):
         rights = []
         emitted = 0
         while slot + 2 < end[b]:
-            rights.append(drafted(head, embed, lm_head, ids[b], f[b], slot, int(end[b]), draft_tree, **size))
+            rights.append(
+                drafted(head, embed, lm_head, ids[b], f[b], slot=slot, end=int(end[b]), draft=draft_tree, **size)
+            )
             n = min(rights[-1] + 1, int(end[b]) - 2 - slot)
             slot = slot + n
             emitted = emitted + n
@@ -190,8 +204,8 @@ def test_a_tree_of_one_child_is_a_chain():
     start = torch.tensor([2, 7, 1, 0])
     end = torch.tensor([24, 15, 4, 19])
     segments = torch.where(torch.arange(24) < end[:, None], 0, -1)
-    chain = replay(chain_lengths(head, embed, lm_head, ids, f, segments, 4), start, end, 4)
-    tree = tree_acceptance(head, embed, lm_head, ids, f, start, end, depth=3, top_k=1, nodes=5)
+    chain = replay(chain_lengths(head, embed, lm_head, ids, f, segments=segments, k=4), start, end, 4)
+    tree = tree_acceptance(head, embed, lm_head, ids, f, start=start, end=end, depth=3, top_k=1, nodes=5)
     for name in ('tokens', 'passes', 'tried', 'accepted'):
         assert getattr(chain, name).equal(getattr(tree, name)), name
 
@@ -360,7 +374,7 @@ def test_bad_texts():
     with pytest.raises(DecodingError, match='longer answers'):
         measure_acceptance(head, embed, lm_head, [Text(ids[0], 23, f[0])])
     with pytest.raises(DecodingError, match='at least one draft token'):
-        chain_lengths(head, embed, lm_head, ids, f, torch.zeros_like(ids), 0)
+        chain_lengths(head, embed, lm_head, ids, f, segments=torch.zeros_like(ids), k=0)
     with pytest.raises(DecodingError, match='temperature is -1'):
         target_texts(toy_lm(vocab=76), ['a'], temperature=-1)
     with pytest.raises(DecodingError, match='no prompts'):

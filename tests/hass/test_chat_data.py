@@ -26,7 +26,10 @@ def tagged(end_inside):
     return (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{%- generation %}{{ m['content']"
         + (" + '<|im_end|>\n' }}{% endgeneration %}" if end_inside else " }}{% endgeneration %}{{ '<|im_end|>\n' }}")
-        + "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        + (
+            "{% else %}{{ m['content'] + '<|im_end|>\n"
+            "' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        )
     )
 
 

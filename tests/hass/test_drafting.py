@@ -75,10 +75,23 @@ def test_tree_equals_recursion(family):
     for vocab in (None, torch.tensor([19, 2, 5, 11, 8, 3])):
         rows = lm_head if vocab is None else lm_head[vocab]
         for depth, top_k, nodes in [(0, 1, 2), (0, 4, 4), (1, 1, 3), (2, 3, 10), (3, 2, 8), (2, 9, 25)]:
-            tree = draft_tree(head, cache, last, outputs, embed, rows, vocab, depth, top_k, nodes)
+            tree = draft_tree(
+                head,
+                cache,
+                last,
+                outputs,
+                embed=embed,
+                lm_head=rows,
+                vocab=vocab,
+                depth=depth,
+                top_k=top_k,
+                nodes=nodes,
+            )
             assert tree.tokens.shape == (3, nodes) and tree.tokens[:, 0].equal(last)
             for b, n in enumerate(lengths):
-                assert paths(tree, b) == naive_tree(head, embed, rows, ids[b, :n], f[b], vocab, depth, top_k, nodes)
+                assert paths(tree, b) == naive_tree(
+                    head, embed, rows, ids[b, :n], f[b], vocab=vocab, depth=depth, top_k=top_k, nodes=nodes
+                )
 
 
 @pytest.mark.parametrize('family', ['llama', 'qwen3'])
@@ -89,7 +102,9 @@ def test_chain_is_a_tree_of_one_child(family):
         chain = draft_chain(head, cache, last, outputs, embed, lm_head, k=k)
         tree = draft_tree(head, cache, last, outputs, embed, lm_head, depth=k - 1, top_k=1, nodes=k + 1)
         assert chain.tokens.equal(tree.tokens) and chain.parents.equal(tree.parents)
-        assert paths(chain, 0) == naive_tree(head, embed, lm_head, ids[0, :3], f[0], None, k - 1, 1, k + 1)
+        assert paths(chain, 0) == naive_tree(
+            head, embed, lm_head, ids[0, :3], f[0], vocab=None, depth=k - 1, top_k=1, nodes=k + 1
+        )
 
 
 def test_a_parent_that_ties_its_child_is_kept():
@@ -188,7 +203,7 @@ def test_bad_input():
     with pytest.raises(DecodingError, match='at least one draft token'):
         draft_chain(head, cache, last, outputs, embed, lm_head, k=0)
     with pytest.raises(DecodingError, match='rows of the draft vocabulary'):
-        draft_chain(head, cache, last, outputs, embed, lm_head, torch.arange(4))
+        draft_chain(head, cache, last, outputs, embed=embed, lm_head=lm_head, vocab=torch.arange(4))
     with pytest.raises(DecodingError, match='take both from one target'):
         draft_tree(head, cache, last, outputs, embed, lm_head[:, :8])
     with pytest.raises(DecodingError, match='cache of 3 sequences'):

@@ -124,7 +124,9 @@ def test_scaling_changes_nothing(family, more, bias):
 
 
 def test_each_scale_stands_where_it_belongs():
-    "What the optimiser sees reads and writes unit scale: fc in all rows and columns, q, k, v by what they read, o and down by what they write"
+    """What the optimiser sees reads and writes unit scale: fc in all rows and columns, q, k,
+    v by what they read, o and down by what they write
+    """
     head = precondition(toy_head(), SCALES)
     e = SCALES.embed
     f = SCALES.feature

@@ -121,12 +121,19 @@ def test_chunks_change_nothing(linear, seed, b, t, chunk, k):
     objective = Objective(
         0.7, [(name, w) for name, w in EVERY if name in LINEAR or not linear], k, chunk
     )  # linear losses have a way of their own
-    total, parts = distill(guess, feature, keep, head, objective, scale, rarity)
-    want, wanted = plain(guess, feature, keep, head, objective, scale, rarity)
+    total, parts = distill(guess, feature, keep, head, objective=objective, scale=scale, rarity=rarity)
+    want, wanted = plain(guess, feature, keep, head, objective=objective, scale=scale, rarity=rarity)
     torch.testing.assert_close((total, parts), (want, wanted))
     torch.testing.assert_close(torch.autograd.grad(2.5 * total, guess)[0], torch.autograd.grad(2.5 * want, guess)[0])
     told, _ = distill(
-        guess, feature, keep, head, objective, scale, rarity, distill_targets(feature, keep, head, objective, rarity)
+        guess,
+        feature,
+        keep,
+        head,
+        objective=objective,
+        scale=scale,
+        rarity=rarity,
+        targets=distill_targets(feature, keep, head, objective, rarity),
     )
     assert torch.equal(told, total)
 
@@ -140,7 +147,7 @@ def test_no_place_counts():
 def test_places_that_do_not_count_may_hold_anything():
     guess, feature, keep, head, scale, rarity = setting(1)
     run = lambda g, f: torch.autograd.grad(
-        distill(g, f, keep, head, Objective(tokens=EVERY, k=4), scale, rarity)[0], g
+        distill(g, f, keep, head, objective=Objective(tokens=EVERY, k=4), scale=scale, rarity=rarity)[0], g
     )[0]
     want = run(guess, feature)
     with torch.no_grad():

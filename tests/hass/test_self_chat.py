@@ -402,8 +402,12 @@ def test_kill_9(tmp_path):
     lm = chat_lm()
     toy_folder(tmp_path / 'model', lm.model, lm.tokenizer)
     code = (
-        "import sys, torch; torch.set_num_threads(1)\nfrom npu_lora_decoding.decoding.loop import load\nfrom npu_lora_decoding.hass.continuous_batching import WriteConfig\nfrom npu_lora_decoding.hass.self_chat import write_conversations\n"
-        f"write_conversations(load({str(tmp_path/'model')!r}), sys.argv[1], WriteConfig(shards=4, per_shard=12, batch=4, user_tokens=60, new_tokens=40, min_p=0.), quiet=True)"
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from npu_lora_decoding.decoding.loop import load\n"
+        "from npu_lora_decoding.hass.continuous_batching import WriteConfig\n"
+        "from npu_lora_decoding.hass.self_chat import write_conversations\n"
+        "config = WriteConfig(shards=4, per_shard=12, batch=4, user_tokens=60, new_tokens=40, min_p=0.)\n"
+        f"write_conversations(load({str(tmp_path/'model')!r}), sys.argv[1], config, quiet=True)"
     )
     p = subprocess.Popen([sys.executable, '-c', code, str(tmp_path / 'killed')])
     for _ in range(12000):

@@ -292,18 +292,9 @@ def test_two_processes_are_as_one(tmp_path):
     with socket.socket() as s:
         s.bind(('localhost', 0))
         port = s.getsockname()[1]
+    launcher = [sys.executable, *'-m torch.distributed.run --nproc-per-node 2 --master-port'.split(), str(port)]
     done = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'torch.distributed.run',
-            '--nproc-per-node',
-            '2',
-            '--master-port',
-            str(port),
-            str(TESTS / 'helpers' / 'two_processes.py'),
-            str(tmp_path),
-        ],
+        [*launcher, str(TESTS / 'helpers' / 'two_processes.py'), str(tmp_path)],
         env=environment(OMP_NUM_THREADS='1'),
         capture_output=True,
         text=True,
@@ -409,18 +400,17 @@ def test_gradients_are_those_of_the_literal_objective(tmp_path, change):
         )  # fp32 sums over some hundred places
 
 
+def eagle_loss(guess, feature, lm_head, spread):
+    "The loss of every place: cross-entropy of the target's distribution, and the distance of the features"
+    entropy = F.cross_entropy(guess @ lm_head.T, (feature @ lm_head.T).softmax(-1), reduction='none')
+    distance = F.smooth_l1_loss(guess / spread, feature / spread, reduction='none').mean(-1)
+    return entropy + 0.05 * distance
+
+
 def test_next_feature_training_is_eagle_2(tmp_path):
     "n = 1, nothing of ours but the head: causal attention, two losses, torch's AdamW, clipping and the rate written out"
-    config = replace(
-        CONFIG,
-        alignment_steps=1,
-        noise=0.0,
-        scaled=False,
-        start='random',
-        optimizer='adamw',
-        losses=(('soft_ce', 1.0),),
-        steps=6,
-    )
+    options = dict(alignment_steps=1, noise=0.0, scaled=False, start='random', optimizer='adamw', steps=6)
+    config = replace(CONFIG, losses=(('soft_ce', 1.0),), **options)
     run = train(begin(tmp_path, config))
     head = random_start(DraftHead(head_config(LM.model.config)), 0)
     frozen = target_weights(LM.model)
@@ -561,7 +551,9 @@ def test_nan_is_named_and_nothing_is_spoilt(tmp_path, monkeypatch, row, hidden):
 
 
 def test_targets_may_be_cached(tmp_path):
-    "fp32: the same losses and weights as when they are computed again for every batch; over epochs, packed, and after a stop with an empty cache"
+    """fp32: the same losses and weights as when they are computed again for every batch;
+    over epochs, packed, and after a stop with an empty cache
+    """
     for name, change in dict(rows=dict(), packed=dict(row=48, tokens=96)).items():
         config = replace(CONFIG, steps=12, **change)
         plain = train(begin(tmp_path / f'{name}1', config), TEXTS)
@@ -669,7 +661,9 @@ def test_sampled_steps():
 
 
 def test_a_sampled_step_has_the_loss_and_the_gradient_of_that_step(tmp_path, monkeypatch):
-    "Against a run of all steps in which only that one has a weight; a weight says how often a step is drawn, and not how much it counts then"
+    """Against a run of all steps in which only that one has a weight;
+    a weight says how often a step is drawn, and not how much it counts then
+    """
     taken = {}
     monkeypatch.setattr(
         Accelerator,
@@ -953,9 +947,8 @@ def test_recorded_acceptance_is_that_of_the_saved_head(written, tmp_path):
     for name, row in (('last', run.history[-1]), ('best', best)):
         head = load_head(tmp_path / name, lm.model, torch.bfloat16)
         assert head.vocab.equal(run.head.vocab)
-        found = measure_acceptance(
-            head, frozen.embed.bfloat16(), draft_rows(head, frozen).bfloat16(), held, head.vocab, (3, 5), tree
-        )
+        embed, rows = frozen.embed.bfloat16(), draft_rows(head, frozen).bfloat16()
+        found = measure_acceptance(head, embed, rows, held, vocab=head.vocab, chain=(3, 5), tree=tree)
         assert [found[n].tau for n in ('chain 3', 'chain 5', 'tree 6')] == [
             row[n] for n in ('chain_3', 'chain_5', 'tree_6')
         ] and list(found['chain 5'].rates) == row['rates']

@@ -20,6 +20,12 @@ def wait_for(ask, what, seconds=120, every=0.1):
     return got
 
 
+OPTIONS = (
+    '--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
+    '--disable-component-update --disable-sync --remote-debugging-port=0 --remote-allow-origins=*'
+).split()
+
+
 class Browser:
     "One tab; `asked` holds every address that it wanted, `said` what the page wrote to its console"
 
@@ -30,25 +36,9 @@ class Browser:
         self.asked = []
         self.said = []
         self.ids = itertools.count(1)
+        own = [f'--window-size={width},{height}', f'--user-data-dir={self.user}']
         self.process = subprocess.Popen(
-            [
-                chromium(),
-                '--headless',
-                '--no-sandbox',
-                '--disable-gpu',
-                '--disable-quic',
-                '--no-first-run',
-                '--disable-background-networking',
-                '--disable-component-update',
-                '--disable-sync',
-                '--remote-debugging-port=0',
-                '--remote-allow-origins=*',
-                f'--window-size={width},{height}',
-                f'--user-data-dir={self.user}',
-                'about:blank',
-            ],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            [chromium(), *OPTIONS, *own, 'about:blank'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
             port = wait_for(

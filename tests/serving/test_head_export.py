@@ -383,9 +383,10 @@ def test_the_line_to_type(tmp_path):
     assert json.loads(line.partition("'")[2][:-1]) == dict(
         method='eagle', model='out', num_speculative_tokens=3
     ) and line.startswith('vllm serve target --speculative-config ')
-    assert (
-        serve_command('out', 'target', 'sglang', 4)
-        == 'python -m sglang.launch_server --model-path target --speculative-algorithm EAGLE --speculative-draft-model-path out --speculative-num-steps 4 --speculative-eagle-topk 8 --speculative-num-draft-tokens 32'
+    assert serve_command('out', 'target', 'sglang', 4) == (
+        'python -m sglang.launch_server --model-path target --speculative-algorithm EAGLE '
+        '--speculative-draft-model-path out --speculative-num-steps 4 --speculative-eagle-topk 8 '
+        '--speculative-num-draft-tokens 32'
     )
     with pytest.raises(DecodingError, match='0 draft tokens of a forward pass'):
         serve_command('out', 'target', tokens=0)

@@ -1,4 +1,6 @@
-"CoLD in vLLM without vLLM: rows against a table that remembers everything, faults that must be caught, and the two classes on stand-ins for vLLM's own"
+"""CoLD in vLLM without vLLM: rows against a table that remembers everything, faults that must be caught,
+and the two classes on stand-ins for vLLM's own
+"""
 
 import enum, sys, types
 import pytest, torch
@@ -27,7 +29,9 @@ def seat(pair, role, output=(), like=None, **dials):
 
 
 class Batch:
-    "A batch as vLLM keeps it, by its own rules, and what it tells a processor; `held[row]` is `(pair, role)`, or None for a request without contrast"
+    """A batch as vLLM keeps it, by its own rules, and what it tells a processor;
+    `held[row]` is `(pair, role)`, or None for a request without contrast
+    """
 
     def __init__(self, seed):
         self.gen = generator(seed)
@@ -382,6 +386,11 @@ def test_the_classes_need_vllm_only_when_asked_for():
         vllm_cold.ColdProcessors
 
 
+def changes(removed=(), added=(), moved=()):
+    "What vLLM tells a processor of a step"
+    return types.SimpleNamespace(removed=list(removed), added=list(added), moved=list(moved))
+
+
 def test_the_processor_reads_vllms_lists(vllm):
     config = types.SimpleNamespace(
         scheduler_config=types.SimpleNamespace(
@@ -396,30 +405,17 @@ def test_the_processor_reads_vllms_lists(vllm):
         and vllm.ColdProcessor is vllm.ColdProcessor
         and not p.is_argmax_invariant()
     )
-    p.update_state(
-        types.SimpleNamespace(
-            removed=[],
-            added=[
-                (0, params('a', 'expert'), [3, 4], []),
-                (1, params(), [9], []),
-                (2, params('a', 'base'), [3, 4], []),
-            ],
-            moved=[],
-        )
-    )
-    p.update_state(types.SimpleNamespace(removed=[1], added=[], moved=[(2, 1, Direction.UNIDIRECTIONAL)]))
+    pair = [(0, params('a', 'expert'), [3, 4], []), (2, params('a', 'base'), [3, 4], [])]
+    p.update_state(changes(added=[pair[0], (1, params(), [9], []), pair[1]]))
+    p.update_state(changes(removed=[1], moved=[(2, 1, Direction.UNIDIRECTIONAL)]))
     p.update_state(None)
-    p.update_state(types.SimpleNamespace(removed=[], added=[], moved=[(0, 1, Direction.SWAP)]))
+    p.update_state(changes(moved=[(0, 1, Direction.SWAP)]))
     x = logits(2)
     e = x[[1]].clone()
     e[:, REFUSAL] = -torch.inf
     want = CoLD(0.1, 0.5).combine(e, x[[0]])
     assert torch.equal(p.apply(x), want.repeat(2, 1))
-    p.update_state(
-        types.SimpleNamespace(
-            removed=[], added=[(3, params('b', 'expert'), [3, 4], []), (4, params('b', 'base'), [3, 5], [])], moved=[]
-        )
-    )
+    p.update_state(changes(added=[(3, params('b', 'expert'), [3, 4], []), (4, params('b', 'base'), [3, 5], [])]))
     x = logits(5)
     p.apply(x)
     assert refused(p.rows, x) == {3, 4}

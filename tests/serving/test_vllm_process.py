@@ -1,4 +1,6 @@
-"vLLM as a contestant, without vLLM: a stand-in on the path of the engine's process counts on from the last token of a prompt, and fails as it is told"
+"""vLLM as a contestant, without vLLM: a stand-in on the path of the engine's process counts on from the last
+token of a prompt, and fails as it is told
+"""
 
 import os, signal, subprocess, sys, textwrap, time
 from pathlib import Path
@@ -57,7 +59,9 @@ def set_num_threads(n): global threads; threads = n
 
 
 class Stand:
-    "An environment with a stand-in for vLLM: its Python, and what the stand-in saw; a stand-in for torch too, which would need seconds, where no contrast needs the real one"
+    """An environment with a stand-in for vLLM: its Python, and what the stand-in saw;
+    a stand-in for torch too, which would need seconds, where no contrast needs the real one
+    """
 
     def __init__(self, folder, torch=False):
         self.folder = folder / 'site' / 'vllm'
@@ -387,7 +391,9 @@ COMMAND = '''
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 from npu_lora_decoding.cli.main import main
-sys.argv = ['nld', 'compare', '--vllm', {python!r}, '--model', {model!r}, '--adapter', 'none', '--prompts', '1', '--methods', 'greedy,vllm_greedy', '--new-tokens', '4', '--rounds', '1', '--dtype', 'fp32', '--device', 'cpu']
+sys.argv = ['nld', 'compare', '--vllm', {python!r}, '--model', {model!r}]
+sys.argv += '--adapter none --prompts 1 --methods greedy,vllm_greedy'.split()
+sys.argv += '--new-tokens 4 --rounds 1 --dtype fp32 --device cpu'.split()
 main()
 '''
 

@@ -1,4 +1,6 @@
-"The page: switches become arguments, steps become HTML, a text can be left in the middle; and once, where gradio and a Chromium are installed, all of it in a real browser"
+"""The page: switches become arguments, steps become HTML, a text can be left in the middle;
+and once, where gradio and a Chromium are installed, all of it in a real browser
+"""
 
 import importlib.util, threading
 import pytest, torch
@@ -15,7 +17,10 @@ from npu_lora_decoding.evaluation.draft_plots import COLOURS, proposer_html
 from npu_lora_decoding.speculation.head_drafter import HASS
 from helpers.toys import toy_lm
 
-HOSTILE = '</span><script>document.title="bad"</script><img src=x onerror="document.title=\'bad\'">${document.title="bad"}{{value}}\x1b\u202e'
+HOSTILE = (
+    '</span><script>document.title="bad"</script><img src=x '
+    'onerror="document.title=\'bad\'">${document.title="bad"}{{value}}\x1b\u202e'
+)
 PROMPT = 'say it again'
 STEADY = {
     (False, False): None,
@@ -213,6 +218,16 @@ def rgb(hexed):
     return 'rgb({}, {}, {})'.format(*(int(hexed[i : i + 2], 16) for i in (1, 3, 5)))
 
 
+def refuses_an_empty_prompt(browser):
+    browser.type('#prompt textarea', ' ')
+    browser.click('#go')
+    wait_for(
+        lambda: 'there is no prompt: type one.'
+        in (browser.js('document.querySelector("#answer .refused")?.textContent') or ''),
+        'the refusal',
+    )
+
+
 @needs_gradio
 @needs_chromium
 @needs_websocket
@@ -251,13 +266,7 @@ def test_a_reader_types_presses_and_switches(shown, tmp_path):
     assert [t for *_, t in press_and_wait(64)] and len(
         lm.generate(PROMPT, CoLD(0.1, 0.1), STEADY[False, True], max_new_tokens=64).tokens[0]
     ) == 64
-    browser.type('#prompt textarea', ' ')
-    browser.click('#go')
-    wait_for(
-        lambda: 'there is no prompt: type one.'
-        in (browser.js('document.querySelector("#answer .refused")?.textContent') or ''),
-        'the refusal',
-    )
+    refuses_an_empty_prompt(browser)
     browser.picture(tmp_path / 'page.png')
     elsewhere = [u for u in browser.asked if not u.startswith((url, url.replace('http', 'ws'), 'data:', 'blob:'))]
     assert elsewhere == [] and len(browser.asked) > 5 and [s for s in browser.said if 'Content Security' in s] == []

@@ -1,4 +1,6 @@
-"Sizes: what a pass costs, what guesses are worth, and when not to guess; counts and rates against loops, passes whose time the test decides"
+"""Sizes: what a pass costs, what guesses are worth, and when not to guess;
+counts and rates against loops, passes whose time the test decides
+"""
 
 import bisect, contextlib
 from types import SimpleNamespace

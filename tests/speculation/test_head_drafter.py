@@ -1,4 +1,6 @@
-"Decoding with a head: the tokens and the distribution of plain decoding whatever is guessed, and a head's cache that equals one pass over the text"
+"""Decoding with a head: the tokens and the distribution of plain decoding whatever is guessed,
+and a head's cache that equals one pass over the text
+"""
 
 import copy, math
 from dataclasses import dataclass

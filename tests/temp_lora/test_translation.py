@@ -39,7 +39,9 @@ GOLD = [s.upper() + '.' for s in SOURCES]
 
 
 def translate(mode='own', s=STILL, lm=TOY, sources=SOURCES, references=GOLD, form=PLAIN, new_tokens=N, **options):
-    return translate_document(lm, sources, s, mode, references, form, new_tokens, **options)
+    return translate_document(
+        lm, sources, s, mode=mode, references=references, form=form, new_tokens=new_tokens, **options
+    )
 
 
 def document(mode, said, sources=SOURCES, references=GOLD, form=PLAIN):

@@ -140,9 +140,6 @@ def texts_of(lm, prompts, answers):
 
 def check_chain(lm, head, prompts, endless, *, target, folder, new_tokens, k):
     "Serve with a chain of `k` and return rows and failures"
-    from npu_lora_decoding.hass.acceptance import measure_acceptance
-    from npu_lora_decoding.hass.head import target_weights
-
     want = [until_end(a, set(lm.eos_ids), new_tokens) for a in endless]
     got, counts = alone(
         serve, target, prompts, new_tokens, dict(method='eagle', model=str(folder), num_speculative_tokens=k)
@@ -152,10 +149,7 @@ def check_chain(lm, head, prompts, endless, *, target, folder, new_tokens, k):
     drafts, reached = replayed(lm, head, texts_of(lm, prompts, endless), list(map(len, want)), k)
     theirs = [a / max(1, counts['drafts']) for a in counts['accepted_tokens_per_pos']]
     ours = [r / max(1, drafts) for r in reached]
-    frozen = target_weights(lm.model)
-    measured = measure_acceptance(head, frozen.embed, frozen.lm_head, texts_of(lm, prompts, want), None, (k,))[
-        f'chain {k}'
-    ]
+    measured = measured_chain(lm, head, texts_of(lm, prompts, want), k)
     rows = [
         dict(
             method='vllm_equality',
@@ -181,14 +175,28 @@ def check_chain(lm, head, prompts, endless, *, target, folder, new_tokens, k):
             measured_interval=measured.interval,
         ),
     ]
+    say(f'chain {k}: {summary(*rows)}')
+    return rows, [f'chain {k}: {o}' for o in failures_of(broken, counts, theirs, ours)]
+
+
+def measured_chain(lm, head, texts, k):
+    "Return the acceptance of a chain of `k` over texts, as the package measures it"
+    from npu_lora_decoding.hass.acceptance import measure_acceptance
+    from npu_lora_decoding.hass.head import target_weights
+
+    frozen = target_weights(lm.model)
+    return measure_acceptance(head, frozen.embed, frozen.lm_head, texts, vocab=None, chain=(k,))[f'chain {k}']
+
+
+def failures_of(broken, counts, theirs, ours):
+    "Return what is wrong with a chain: answers that differ, no drafts, or rates of acceptance that are not ours"
     failures = [f'{len(broken)} answers differ: {broken[:3]}'] if broken else []
     if not counts['drafts']:
         failures.append('vLLM drafted nothing')
     for j, (a, b) in enumerate(zip(theirs, ours), 1):
         if abs(a - b) > RATE:
             failures.append(f'draft token {j} is accepted in {a:.3f} of vLLM\'s drafts but {b:.3f} of ours')
-    say(f'chain {k}: {summary(*rows)}')
-    return rows, [f'chain {k}: {o}' for o in failures]
+    return failures
 
 
 def summary(equality, acceptance):
