@@ -400,10 +400,10 @@ def test_gradients_are_those_of_the_literal_objective(tmp_path, change):
         )  # fp32 sums over some hundred places
 
 
-def eagle_loss(guess, feature, lm_head, spread):
+def eagle_loss(predicted, feature, lm_head, spread):
     "The loss of every place: cross-entropy of the target's distribution, and the distance of the features"
-    entropy = F.cross_entropy(guess @ lm_head.T, (feature @ lm_head.T).softmax(-1), reduction='none')
-    distance = F.smooth_l1_loss(guess / spread, feature / spread, reduction='none').mean(-1)
+    entropy = F.cross_entropy(predicted @ lm_head.T, (feature @ lm_head.T).softmax(-1), reduction='none')
+    distance = F.smooth_l1_loss(predicted / spread, feature / spread, reduction='none').mean(-1)
     return entropy + 0.05 * distance
 
 

@@ -140,8 +140,11 @@ def test_only_notebooks_that_exist_become_links(root):
 
 
 def test_a_page_written_by_hand_gets_links_on_notebooks(root):
-    page = root/'docs'/'pages'/'limits.md'
-    page.write_text('# Limits\n`2_cold/01_rule`, [`2_cold/02_more`](../../nbs/2_cold/07_more.ipynb), [x](results.md#a)\n\n```\n`2_cold/01_rule`\n```\n')
+    page = root / 'docs' / 'pages' / 'limits.md'
+    page.write_text(
+        '# Limits\n`2_cold/01_rule`, [`2_cold/02_more`](../../nbs/2_cold/07_more.ipynb), [x](results.md#a)\n\n```\n'
+        '`2_cold/01_rule`\n```\n'
+    )
     rule, more = ('../../nbs/2_cold/' + name for name in ('01_rule.ipynb', '02_more.ipynb'))
     linked = f'[`2_cold/01_rule`]({rule}), [`2_cold/02_more`]({more}), [x](results.md#a)'
     assert pages(root)[page] == f'# Limits\n{linked}\n\n```\n`2_cold/01_rule`\n```\n'
