@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from helpers.faults import *
 from npu_lora_decoding.cli import main as cli, registry as commands
 from npu_lora_decoding.foundations import files as core
-from npu_lora_decoding.hass import continuous_batching as ring
+from npu_lora_decoding.hass import continuous_batching as ring, training_step
 from npu_lora_decoding.decoding import loop as decode_module
 from npu_lora_decoding.foundations import models
 from npu_lora_decoding.temp_lora import adapter as temp_lora
@@ -338,7 +338,7 @@ def test_nan_in_a_gradient(case, said, tmp_path):
     with mock.patch.object(
         *{
             'train a LoRA adapter': (ft, 'answer_loss', poisoned(ft.answer_loss)),
-            'train a head': (th.AlignedLoss, 'forward', poisoned_tuple(calls, last)),
+            'train a head': (training_step.AlignedLoss, 'forward', poisoned_tuple(calls, last)),
             'read a document': (temp_lora.F, 'cross_entropy', poisoned(temp_lora.F.cross_entropy)),
         }[case]
     ):
@@ -352,7 +352,7 @@ def test_nan_in_a_gradient(case, said, tmp_path):
 
 
 def poisoned_tuple(calls, last):
-    true = th.AlignedLoss.forward
+    true = training_step.AlignedLoss.forward
 
     def forward(self, *args):
         calls.append(1)

@@ -26,17 +26,17 @@ from ..evaluation.recommend import recommendation, verdicts
 from ..evaluation.plots import plot_speed, token_ansi, save_plot
 from ..evaluation.html_report import Looks, save_page
 from ..serving.vllm_process import vllm_methods
-from .registry import command
+from .registry import UNSET, command
 from .memory import checked_ids, long_text, model_fields, reading_row
 
 # %% ../../nbs/8_cli/05_compare.ipynb #b9f54345
 @dataclass(frozen=True)
 class _Output:
     "What is shown and written"
-    relative_to:str=None  # Method whose step counts as 1 in the table (default: the first)
-    plot:str=None  # Write a picture of the step times here
-    json:str=None  # Write the rows here
-    html:str=None  # Write the page here: recommendation, table, pictures, tokens
+    relative_to:str=UNSET  # Method whose step counts as 1 in the table (default: the first)
+    plot:str=UNSET  # Write a picture of the step times here
+    json:str=UNSET  # Write the rows here
+    html:str=UNSET  # Write the page here: recommendation, table, pictures, tokens
     shown:int=2  # Prompts whose tokens the page shows
 
     def finish(self, rows, looks, about):
@@ -60,7 +60,7 @@ class _Output:
 @dataclass(frozen=True)
 class _LongText:
     "A long text, read with and without Temp-LoRA"
-    text:str=None  # A UTF-8 file, or king_james
+    text:str=UNSET  # A UTF-8 file, or king_james
     text_tokens:int=16384  # Of its beginning
     chunk:int=512  # Tokens of it that are learned at once
     window:int=2048  # Most tokens of it that the model sees
@@ -92,9 +92,9 @@ def _with_reading(rows, found):
 @dataclass(frozen=True)
 class _Helpers:
     "What some methods need beside the model"
-    head:str=None  # Folder of a draft head, for hass_chain, hass_tree, hass_lookup, and these after cold_ or sample_
-    assistant:str=None  # Folder or hub id of a smaller model of the family, for transformers_assisted
-    vllm:str=None  # Python of an environment with vLLM, for vllm_greedy, vllm_lora and vllm_cold
+    head:str=UNSET  # Folder of a draft head, for hass_chain, hass_tree, hass_lookup, and these after cold_ or sample_
+    assistant:str=UNSET  # Folder or hub id of a smaller model of the family, for transformers_assisted
+    vllm:str=UNSET  # Python of an environment with vLLM, for vllm_greedy, vllm_lora and vllm_cold
 
 @command
 def compare(

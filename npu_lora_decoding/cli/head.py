@@ -22,7 +22,7 @@ from ..hass.pipeline import Source, acceptance_rows, make_head, texts_of
 from ..evaluation.methods import load_target
 from ..evaluation.benchmark import environment
 from ..serving.head_export import export_head as write_export, serve_command
-from .registry import command
+from .registry import UNSET, command
 
 # %% ../../nbs/8_cli/07_head.ipynb #4d8245cc
 def _current(earlier, value, given):
@@ -37,9 +37,9 @@ class _Training:
     recipe:str='hass'  # eagle2, topk, align or hass
     steps:int=1000  # Optimiser updates
     tokens:int=4096  # Tokens a batch, over all devices
-    alignment_steps:int=None  # Context alignment, n in the paper (default: the recipe's)
+    alignment_steps:int=UNSET  # Context alignment, n in the paper (default: the recipe's)
     k:int=10  # Of the Top-K loss
-    topk:float=None  # Weight of the Top-K loss (default: the recipe's)
+    topk:float=UNSET  # Weight of the Top-K loss (default: the recipe's)
     feature:float=.05  # Weight of the feature loss
     step_weights:str=''  # Of each alignment step, separated by commas (default: 1 each)
     sample_one_step:bool=False  # A batch trains one alignment step, drawn by its weight, instead of all: faster
@@ -52,7 +52,7 @@ class _Training:
     seed:int=0  # Of everything
     save_every:int=100  # Steps between saves
     eval_every:int=200  # Steps between measurements
-    n:int=None  # Earlier name of --alignment-steps
+    n:int=UNSET  # Earlier name of --alignment-steps
     drawn:bool=False  # Earlier name of --sample-one-step
     remember:bool=False  # Earlier name of --cache-targets
 
@@ -73,9 +73,9 @@ class _Training:
 @dataclass(frozen=True)
 class _Texts:
     "What it learns from; without data and prompts the target generates both sides"
-    data:str=None  # Conversations: folder of shards, JSON lines, or dataset (name:split)
-    prompts:str=None  # Or prompts that the target answers: JSON lines, or dataset (name:split)
-    column:str=None  # Of either (default: messages, prompt)
+    data:str=UNSET  # Conversations: folder of shards, JSON lines, or dataset (name:split)
+    prompts:str=UNSET  # Or prompts that the target answers: JSON lines, or dataset (name:split)
+    column:str=UNSET  # Of either (default: messages, prompt)
     conversations:int=2048  # Without data and prompts: how many the target generates
     heldout:int=64  # How many are held out for measuring acceptance
     write_batch:int=48  # Conversations that the target generates at once

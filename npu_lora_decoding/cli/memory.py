@@ -25,7 +25,7 @@ from ..temp_lora.budget import cost_of
 from ..evaluation.methods import load_target
 from ..evaluation.benchmark import environment
 from ..evaluation.plots import save_plot
-from .registry import command
+from .registry import UNSET, command
 
 # %% ../../nbs/8_cli/04_memory.ipynb #c3b5de37
 def perplexity_table(
@@ -141,7 +141,7 @@ class _Learning:
     "How Temp-LoRA learns"
     chunk:int=1024  # Tokens learned at once
     window:int=4096  # Most tokens that the model sees
-    context:int=None  # Tokens in context when a chunk begins with a fresh cache (default: window - chunk)
+    context:int=UNSET  # Tokens in context when a chunk begins with a fresh cache (default: window - chunk)
     train_context:int=1024  # Tokens before a chunk that training reads
     epochs:int=2  # Updates a chunk
     rank:int=64  # Of the adapter; alpha is the same

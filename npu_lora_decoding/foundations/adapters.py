@@ -13,6 +13,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -49,7 +50,7 @@ def toy_adapter(
     "Save a random, non-zero PEFT adapter for `model`, for unit tests only"
     import copy
     from peft import LoraConfig, get_peft_model
-    fields = dict(r=r, lora_alpha=2*r, target_modules='all-linear', init_lora_weights=False) | config
+    fields:dict = dict(r=r, lora_alpha=2*r, target_modules='all-linear', init_lora_weights=False) | config
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         peft = get_peft_model(copy.deepcopy(model), LoraConfig(**fields))
@@ -170,7 +171,8 @@ def layer_names(
 def _pattern(table, path, default):
     "Return the value of a PEFT `rank_pattern` or `alpha_pattern` for `path`"
     from peft.utils.other import get_pattern_key
-    try: return (table or {}).get(get_pattern_key(table or {}, path), default)
+    patterns:Any = table or {}  # a dict, which PEFT's hint does not say
+    try: return patterns.get(get_pattern_key(patterns, path), default)
     except re.error as e:
         problem = f'a pattern of the adapter configuration is not a regular expression ({e})'
         raise DecodingError(f'{problem}: {_COPY_AGAIN}.') from e

@@ -8,6 +8,7 @@ __all__ = ['TARGETS', 'inner_layer', 'base_weight', 'head_width', 'linear_layers
 
 # %% ../../nbs/0_foundations/11_model_shape.ipynb #6c317a1b
 from dataclasses import dataclass
+from typing import Any
 import torch
 from transformers import PreTrainedModel
 from .errors import require
@@ -15,7 +16,7 @@ from .errors import require
 # %% ../../nbs/0_foundations/11_model_shape.ipynb #2ccd78d2
 def inner_layer(
     layer:torch.nn.Module,  # A linear layer, or PEFT's wrapper of one
-) -> torch.nn.Module:
+) -> Any:  # `torch.nn.Linear`, or a quantised layer with the same attributes
     "Return the linear layer itself"
     return getattr(layer, 'base_layer', layer)
 

@@ -433,7 +433,7 @@ def test_every_option_of_export_arrives(model, toy_head, tmp_path, monkeypatch, 
     [
         (['--engine', 'tgi'], "unknown engine 'tgi': use one of vllm, sglang"),
         (['--dtype', 'int4'], "unknown dtype 'int4'"),
-        (['--tokens', '0'], '0 guesses a pass'),
+        (['--tokens', '0'], '0 draft tokens of a forward pass'),
     ],
 )
 def test_export_refused(model, toy_head, tmp_path, options, message):

@@ -223,7 +223,7 @@ def test_an_evaluation_continues(toy, data, tmp_path, monkeypatch):
 
 
 def test_tune_advises(toy, data, tmp_path, capsys, monkeypatch):
-    from npu_lora_decoding import advise
+    from npu_lora_decoding.evaluation import judging as advise
 
     better = lambda lm, items, arm, n, batch: [
         i.answer if getattr(arm.target, 'beta', 0) == 0.2 or k % 3 == 0 else 'no' for k, i in enumerate(items)
@@ -254,9 +254,9 @@ def test_tune_advises(toy, data, tmp_path, capsys, monkeypatch):
 
 
 def test_a_loaded_model_can_generate_at_once(toy):
-    "`load` is all a user imports; the method comes from a later room"
+    "`load` is all a user imports"
     code = (
-        f'from npu_lora_decoding.foundations.models import load; print(len(load({str(toy[0])!r}, '
+        f'from npu_lora_decoding import load; print(len(load({str(toy[0])!r}, '
         f'{str(toy[1])!r}).generate("hello", max_new_tokens=3, eos_token_id=None).tokens[0]))'
     )
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '3'

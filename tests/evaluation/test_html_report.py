@@ -490,7 +490,7 @@ def test_compare_writes_table_page_and_rows(toy, tmp_path, capsys):
     'more, said',
     [
         (['--prompts', '/no/such.csv'], 'no file /no/such.csv'),
-        (['--fields', 'a'], 'write for example question,answer'),
+        (['--fields', 'a'], 'pass e.g. --fields question,answer'),
         (['--methods', 'transformers_assisted'], 'give one with --assistant'),
         (['--text', 'x', '--chunk', '64', '--window', '64'], 'choose a smaller chunk'),
         (['--prompts', '0'], 'there is no prompt'),

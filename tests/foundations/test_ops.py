@@ -340,7 +340,7 @@ def test_packed_weights_are_shared(monkeypatch):
         share(graph)
         counts.append((len(before), packed(graph)))
 
-    monkeypatch.setattr(ops, '_share_packed', counted)
+    monkeypatch.setitem(ops._FAST_ON_CPU, 'post_grad_custom_pre_pass', counted)
     run = torch.compile(net, dynamic=False, fullgraph=True)
     with ops.compiler_settings(torch.device('cpu'), False):
         for rows in (8, 8, 16):

@@ -138,7 +138,7 @@ def test_what_cannot_be_read(tmp_path):
         (('', S), 'empty'),
         ((TEXT, replace(S, window=4096)), 'smaller window'),
         ((TEXT, replace(S, train_context=4096)), 'train_context'),
-        ((TEXT[None], S), 'no document'),
+        ((TEXT[None], S), 'expected the tokens of one document'),
         ((TEXT + 90, S), 'vocabulary'),
         ((TEXT, replace(S, recompute='x')), 'policy'),
         ((TEXT, replace(S, recompute='slide:32')), 'fewer sinks'),

@@ -83,7 +83,7 @@ def backward(*shape, holes=False, broken=False, work=''):
     return Case('distill', name, topk_loss_backward, ops.topk_loss_backward_torch, make, tolerance=ROUNDED, work=work)
 
 
-SHAPES = [
+SHAPES: list[tuple[tuple, dict]] = [
     ((0, 97, 1), {}),
     ((1, 97, 1), {}),
     ((5, 97, 10), {}),
