@@ -118,7 +118,8 @@ def test_one_id_is_for_all_rows(op):
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('t', [1, 200])
 def test_half_precision_is_the_rounded_fp32_result(dtype, t):
-    "Whichever form runs, many tokens or few, the result is within the rounding of shrink, expand and sum; expert rows change, base rows do not"
+    """Whichever form runs, many tokens or few, the result is within the rounding of shrink, expand and sum;
+    expert rows change, base rows do not"""
     y, x = rows(0, 3, t, 40, 24)
     layers = weights(0, 40, 24, [4])
     ids = torch.tensor([0, -1, 0])

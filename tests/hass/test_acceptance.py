@@ -182,7 +182,7 @@ def test_trees_equal_walking_one_text_at_a_time(size):
         lm_head = lm_head[size['vocab']]
     start = torch.tensor([2, 7, 1, 0])
     end = torch.tensor([24, 15, 3, 19])
-    got = tree_acceptance(head, embed, lm_head, ids, f, start, end, **size)
+    got = tree_acceptance(head, embed, lm_head, ids, features=f, start=start, end=end, **size)
     for b in range(4):
         slot = int(start[b])
         rights = []

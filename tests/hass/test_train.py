@@ -312,7 +312,8 @@ def test_two_processes_are_as_one(tmp_path):
         one = begin(tmp_path / 'one' / name, config)
         norms = noting(one)
         one = train(one, TEXTS)
-        # sums of halves round differently in fp32, 1e-7 of a loss; updates of nearly zero gradients (their sign in AdamW, bf16 in Muon) amplify that to some 1e-2 of the rate, 3e-3, each step
+        # sums of halves round differently in fp32, 1e-7 of a loss; updates of nearly zero gradients (their sign in
+        # AdamW, bf16 in Muon) amplify that to some 1e-2 of the rate, 3e-3, each step
         torch.testing.assert_close(torch.tensor(many[0]['losses']), torch.tensor(one.losses), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(torch.tensor(many[0]['norms']), torch.stack(norms), rtol=1e-3, atol=0.0)
         assert [h['step'] for h in many[0]['history']] == [h['step'] for h in one.history] and not many[1]['history']

@@ -30,7 +30,8 @@ shapes = st.integers(2, 12).flatmap(
 @examples(max_examples=60)
 @given(shapes, st.sampled_from(RULES), st.sampled_from([0.0, 3e-3]), st.integers(20, 120))
 def test_reading_is_reading(shape, rule, lr, length):
-    "What is in sight never exceeds the window; at rate zero the losses are those of a model that reads the same tokens from scratch, whatever the policy"
+    """What is in context never exceeds the window; at rate zero the losses are those of a model that reads the same
+    tokens from scratch, whatever the policy"""
     d, w, c = shape
     losses = []
     s = TempLoRA(chunk=d, window=w, context=c, train_context=8, r=2, alpha=2.0, lr=lr, recompute=rule, epochs=1)
@@ -132,7 +133,8 @@ def test_drift_is_measured_and_the_cache_is_not_touched():
 @examples(max_examples=40)
 @given(shapes, st.integers(0, 5), st.integers(20, 120))
 def test_sliding_is_seeing_the_sinks_and_the_latest(shape, sinks, length):
-    "With one layer, whose keys remember nothing but their own token, sliding equals reading sinks and latest tokens from scratch; every token is read once"
+    """With one layer, whose keys remember nothing but their own token, sliding equals reading sinks and latest tokens
+    from scratch; every token is read once"""
     d, w, _ = shape
     one = toy_model(num_hidden_layers=1)
     read = []
