@@ -8,6 +8,7 @@ import pytest, torch, torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from npu_lora_decoding.foundations import files as core
 from npu_lora_decoding.hass import config as recipe, train as th, training_step as ts
@@ -255,7 +256,7 @@ def test_death_at_every_write(tmp_path, server):
 def step_in(folder):
     "How far the saved state is"
     try:
-        with th.safe_open(folder / 'state.safetensors', 'pt') as f:
+        with safe_open(folder / 'state.safetensors', 'pt') as f:
             return int(f.metadata()['step'])
     except OSError:
         return 0
@@ -796,7 +797,7 @@ def test_a_run_of_an_earlier_version_is_continued_to_the_bit(whole, tmp_path):
     train(begin(tmp_path), TEXTS, stop_after=3)
     file = tmp_path / 'state.safetensors'
     tensors = {name: x.clone() for name, x in load_file(file).items()}
-    with th.safe_open(file, 'pt') as f:
+    with safe_open(file, 'pt') as f:
         meta = f.metadata()
     old = with_earlier_names(json.loads(meta['config']))
     assert {'n', 'drawn', 'remember'} <= set(old) and 'alignment_steps' not in old
@@ -815,7 +816,7 @@ def test_damaged_state_is_refused(tmp_path):
     file = tmp_path / 'state.safetensors'
     good = file.read_bytes()
     tensors = {k: v.clone() for k, v in load_file(file).items()}  # clones: what is loaded stays mapped to the file
-    with th.safe_open(file, 'pt') as f:
+    with safe_open(file, 'pt') as f:
         meta = f.metadata()
     lost = {k: v for k, v in tensors.items() if k != 'weight/layers.0.post_attention_layernorm.weight'}
     half = {k: v[:1] if k.startswith('weight/') else v for k, v in tensors.items()}
