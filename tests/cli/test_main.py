@@ -53,7 +53,7 @@ def nld(*argv):
         (['generate', 'word ' * 9000], 'tokens but the context holds 8192: shorten it.'),
         (['generate', 'hi', '--adapter', '/no/such'], 'has no adapter_config.json'),
         (['generate', 'hi', '--method', 'best'], "nld: unknown method 'best'"),
-        (['evaluate', '--arms', 'cold:x'], 'has a setting that is no number'),
+        (['evaluate', '--arms', 'cold:x'], 'has a setting that is not a number'),
         (['tune', '--prompts', '/no/such.jsonl'], 'nld: no file /no/such.jsonl'),
         (['compare', '--methods', 'magic'], "nld: unknown method 'magic'"),
         (['train-lora', 'x', '--task', 'gsm8k'], 'give their folder with --data.'),
