@@ -248,7 +248,7 @@ def test_tune_advises(toy, data, tmp_path, capsys, monkeypatch):
     ]
     run(argv)
     assert 'Use CoLD(alpha=0.1, beta=0.2)' in capsys.readouterr().out and (tmp_path / 'a.png').stat().st_size > 1000
-    monkeypatch.setattr(advise, 'answers', lambda lm, items, *_: [i.answer for i in items])
+    monkeypatch.setattr(advise, 'answers', lambda lm, items, *_, **__: [i.answer for i in items])
     run(argv)
     assert 'Do not use CoLD here' in capsys.readouterr().out
 
