@@ -107,8 +107,15 @@ def test_lists_get_their_blank_line():
 # --- API
 
 
-def whole(a: int, b, c=2, *rest, d: str = 'x|y') -> int:  # First  # Sizes  # More  # `p | q`, or a | b  # The sum
+# fmt: off  # docments stand beside their parameters
+def whole(
+    a:int,  # First
+    b, c=2,  # Sizes
+    *rest,  # More
+    d:str='x|y',  # `p | q`, or a | b
+) -> int:  # The sum
     "Return a sum"
+# fmt: on
 
 
 def silent(a, b: int = 1):
