@@ -132,8 +132,8 @@ def lora_ways(weight, x, A, B, scale, ranks, ids):  # From `lora_problem`
     peft = peft_layer(weight, A, B, scale)
     names = [str(k) for k in ids.tolist()]
     ways = dict(ours=ops.lora, loop=lora_loop, gather=lora_gather)
-    given = dict(scale=scale, ranks=ranks, ids=ids)
-    def applied(f): return lambda: f([F.linear(x, weight)], x, A, B, **given)[0]
+    rest = (scale, ranks, ids)
+    def applied(f): return lambda: f([F.linear(x, weight)], x, A, B, *rest)[0]
     return {name: applied(f) for name, f in ways.items()} | dict(peft=lambda: peft(x, adapter_names=names))
 
 # %% ../../nbs/6_evaluation/07_kernel_check.ipynb #ed1e6963
@@ -169,7 +169,7 @@ def cold_calls(
     ranks = torch.full((1, calls * rows), r, dtype=torch.int32, device=device)
     x, y = (torch.randn(rows, 1, d, device=device).to(dtype) for _ in range(2))
     ids = itertools.cycle(torch.arange(calls * rows, device=device).view(calls, rows))
-    return lambda: ops.lora([y], x, A, [B], scale=scale, ranks=ranks, ids=next(ids))
+    return lambda: ops.lora([y], x, A, [B], *(scale, ranks, next(ids)))
 
 @torch.no_grad()
 def measure_lora(
