@@ -439,7 +439,7 @@ def test_the_full_table(compared):
         and len({l.count('|') for l in full}) == 1
         and len(full) == len(rows) + 1
     )
-    with pytest.raises(DecodingError, match="'best' is none of the methods: name one of greedy"):
+    with pytest.raises(DecodingError, match="'best' is not among the methods: name one of greedy"):
         table(rows, 'best')
 
 

@@ -301,7 +301,7 @@ def test_unknown_names_and_a_missing_adapter(stand, lm):
         (None, 'is not a program'),
         ('#!/bin/sh\necho Python 3.12\n', 'is not a Python:'),
         ('not a program', 'is not a Python that answers'),
-        ('#!/bin/sh\nsleep 60\n', 'is no Python that answers'),
+        ('#!/bin/sh\nsleep 60\n', 'is not a Python that answers'),
         (f'#!/bin/sh\nexec {sys.executable} "$@"\n', 'has no vLLM'),
     ],
 )
