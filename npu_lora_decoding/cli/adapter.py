@@ -54,7 +54,7 @@ def custom_generate(
     head:str=None,  # Folder of a draft head to copy in, or 'shipped'
     lookup:bool=False,  # Copy what followed the same tokens earlier; beside a head, or alone
     compile:bool=False,  # Static cache and compiled steps
-    model:str=None,  # Folder of a model to copy in, for transformers serve, or 'embedded' (default: no model, for model.generate)
+    model:str=None,  # Folder of a model to copy in, for transformers serve, or 'embedded' (default: none)
 ):
     "Write a folder for transformers' custom_generate= and transformers serve"
     settings = Settings(method, alpha, beta, _drafter_name(head, lookup), head=head is not None, compile=compile)

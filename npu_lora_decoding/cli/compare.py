@@ -65,6 +65,9 @@ class _LongText:
     chunk:int=512  # Tokens of it that are learned at once
     window:int=2048  # Most tokens of it that the model sees
 
+    def __post_init__(self):
+        if self.text: self.settings  # raises where they do not fit each other
+
     @property
     def settings(self):
         context = max(1, min(self.chunk, self.window - self.chunk))
@@ -101,7 +104,7 @@ def compare(
     methods:str='greedy,cold,transformers_greedy,peft_greedy,peft_mixed',  # Names, separated by commas
     model:str=None,  # Folder or hub id (default: the embedded model)
     adapter:str=None,  # PEFT folder, or 'none'
-    prompts:str='4',  # A number of held-out verses; or prompts (and answers): a .jsonl, .json, .csv or .parquet file, or a folder
+    prompts:str='4',  # A number of held-out verses; or a .jsonl, .json, .csv or .parquet file, or a folder of them
     fields:str='prompt,answer',  # The columns of that file with prompt and answer
     timed:int=None,  # Only so many of the prompts are timed (default: all)
     new_tokens:int=32,  # Tokens that each method generates while it is timed
@@ -113,7 +116,7 @@ def compare(
     dtype:str='bf16',  # fp32, bf16 or fp16
     device:str=None,  # cpu, cuda or npu (default: the best present)
     compile:bool=False,  # Our loop on a static cache with torch.compile
-    metric:str=None,  # Also score the answers: exact_match, final_number, chrf or module:function (default: chrf for verses with --html)
+    metric:str=None,  # Also score: exact_match, final_number, chrf or module:function (default: chrf for verses with --html)
     seed:int=0,  # Of torch's global generator
     helpers:_Helpers=_Helpers(),  # What some methods need beside the model
     output:_Output=_Output(),  # What is shown and written
@@ -123,8 +126,7 @@ def compare(
     torch.manual_seed(seed)
     source = _source_of(prompts, fields)
     if source.is_verses and output.html and metric is None: metric = 'chrf'
-    settings = reading.settings if reading.text else None  # a mistake in options or prompts is named before the model is loaded
-    items = source.items(has_answers=metric is not None)
+    items = source.items(has_answers=metric is not None)  # mistakes are named before the model is loaded
     lm, folder = load_target(model, adapter, dtype, device)
     looks = Looks(lm, items, new_tokens, output.shown) if output.html else None
     judged = answer_tokens or (96 if source.is_verses else new_tokens)
@@ -136,13 +138,14 @@ def compare(
             assistant=helpers.assistant, look=looks and looks.add)
     rows = [row | (seen if row['method'] == 'environment' else source.fields_of(folder)) for row in rows]
     print(table(rows, output.relative_to, full=True))
-    if settings: rows = _with_reading(rows, _reading_rows(lm, reading.text, reading.text_tokens, settings))
-    output.finish(rows, looks, _about(f'{len(items)} {source.title}', len(items[:timed]), rounds, folder=folder, target=target))
+    if reading.text: rows = _with_reading(rows, _reading_rows(lm, reading.text, reading.text_tokens, reading.settings))
+    counts = f'{len(items)} {source.title}, {len(items[:timed])} of them timed in {rounds} rounds'
+    output.finish(rows, looks, _about(counts, folder, target))
 
-def _about(prompts, timed, rounds, *, folder, target):
+def _about(counts, folder, target):
     "Return what the page says about a comparison"
     adapter = f'adapter {Path(folder).name}' if folder else 'no adapter'
-    return f'{prompts}, {timed} of them timed in {rounds} rounds; {adapter}; CoLD alpha {target.alpha:g}, beta {target.beta:g}'
+    return f'{counts}; {adapter}; CoLD alpha {target.alpha:g}, beta {target.beta:g}'
 
 @dataclass(frozen=True)
 class _Source:
@@ -203,8 +206,8 @@ def demo(
         head=str(shipped_head('king_james')), timed=timed, answer_tokens=64, look=looks.add, once=True)
     print(table(rows, full=True), flush=True)
     if text_tokens: rows = _with_reading(rows, _demo_reading(lm, text_tokens))
-    about = _about(f'{items} held-out verses', timed, rounds, folder=folder, target=target)
-    _Output(html=html).finish(rows, looks, about)
+    counts = f'{items} held-out verses, {timed} of them timed in {rounds} rounds'
+    _Output(html=html).finish(rows, looks, _about(counts, folder, target))
     print(f'Open {Path(html).absolute()} in a browser.')
     print('A few verses show how it works, not which method is better: the README has results on hundreds of items.')
 

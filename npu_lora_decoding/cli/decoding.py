@@ -101,8 +101,8 @@ def verify(
     compile:bool=False,  # Check compiled code too
     json:str=None,  # Write a row a check here
     head:str=None,  # Folder of a draft head: check decoding with it too
-    only:str='',  # Checks whose names begin with this, separated by commas: one drafter a process needs a third of the memory
-    resume:bool=False,  # Leave out the checks that the JSON file already holds, made by the same code with the same options
+    only:str='',  # Checks whose names begin with one of these, separated by commas: a third of the memory each
+    resume:bool=False,  # Leave out the checks that the JSON file holds already, made by this code with these options
 ):
     "Check in fp32 that every fast way generates what the slow way generates"
     lm, folder = load_target(model, adapter, 'fp32', device)
@@ -116,10 +116,13 @@ def verify(
         print(check, flush=True)
         if json: save_rows(kept + check_rows(checks, **about) + [environment()], json)
     verify_ways(
-        lm, folder, prompts_of(prompts, None), new_tokens=new_tokens, batch=batch, target=CoLD(alpha, beta), compile=compile,
-        log=note, head=head, skip=tuple(row['check'] for row in kept), only=tuple(only.split(',')))
+        lm, folder, prompts_of(prompts, None), new_tokens=new_tokens, batch=batch, target=CoLD(alpha, beta),
+        compile=compile, log=note, head=head, skip=tuple(row['check'] for row in kept), only=tuple(only.split(',')))
     wrong = [c.name for c in checks if c.unexplained]
-    require(not wrong, f'not equal: {", ".join(wrong)}', 'report this with the lines above; until then decode without what is named')
+    require(
+        not wrong,
+        f'not equal: {", ".join(wrong)}',
+        'report this with the lines above; until then decode without what is named')
 
 # %% ../../nbs/8_cli/03_decoding.ipynb #d5b95b11
 @command

@@ -7,7 +7,7 @@ __all__ = ['train_head', 'write', 'accept', 'export_head']
 
 # %% ../../nbs/8_cli/07_head.ipynb #cf51cd7c
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from ..foundations.errors import require
 from ..foundations.devices import get_dtype
@@ -56,15 +56,17 @@ class _Training:
     drawn:bool=False  # Earlier name of --sample-one-step
     remember:bool=False  # Earlier name of --cache-targets
 
-    def config(self, dtype):
+    def config(self, dtype:str) -> HeadTraining:
         "Return the settings, for a target in `dtype`"
         steps = _current('n', self.n, self.alignment_steps)
         one_step = _current('drawn', self.drawn or None, self.sample_one_step or None)
         cached = _current('remember', self.remember or None, self.cache_targets or None)
-        as_they_are = ('steps', 'tokens', 'k', 'feature', 'vocab', 'optimizer', 'lr', 'noise', 'row', 'seed', 'save_every', 'eval_every')
-        settings = {name: getattr(self, name) for name in as_they_are} | _recipe(self.recipe, steps, self.topk)
+        given_below = {'alignment_steps', 'step_weights', 'sample_one_step', 'cache_targets'}
+        known = {field.name for field in fields(HeadTraining)} - given_below
+        settings:dict = {name: value for name, value in asdict(self).items() if name in known}
         return HeadTraining(
             **settings,
+            **_recipe(self.recipe, steps, self.topk),
             step_weights=tuple(float(w) for w in self.step_weights.split(',') if w),
             sample_one_step=bool(one_step),
             cache_targets=bool(cached),
@@ -124,7 +126,8 @@ def train_head(
     source = texts.source(training.seed)
     lm, _ = load_target(model, adapter, dtype, device)
     make_head(
-        lm, out, config, source, name=name, online=online, tree=_tree_of(tree), init=init, stop_after=stop_after, track=track)
+        lm, out, config, source, name=name, online=online, tree=_tree_of(tree), init=init, stop_after=stop_after,
+        track=track)
 
 def _tree_of(nodes):
     "Return the shape of the tree to measure, or None"
@@ -181,7 +184,9 @@ def accept(
 ):
     "Measure how many draft tokens of a head the target accepts"
     lm, _ = load_target(model, adapter, dtype, device)
-    sets = {name: texts_of(lm, found[:texts], new_tokens) for path in data.split(',') for name, found in _by_temperature(path)}
+    sets = {}
+    for path in data.split(','):
+        for name, found in _by_temperature(path): sets[name] = texts_of(lm, found[:texts], new_tokens)
     lengths = tuple(int(c) for c in chain.split(','))
     rows = acceptance_rows(lm, heads.split(','), sets, lengths, tree=_tree_of(tree), full=full)
     for row in rows: print(_acceptance_line(row))
@@ -197,7 +202,8 @@ def _acceptance_line(row):
     "Return a line with tokens per forward pass, their interval, and the acceptance rate of each position"
     low, high = row['interval']
     rates = ' '.join(f'{x:.2f}' for x in row['rates'] if x is not None)
-    return f'{row["head"]:<12} {row["set"]:<28} {row["draft"]:<8} tau {row["tau"]:.3f} ({low:.2f} to {high:.2f})  {rates}'
+    what = f'{row["head"]:<12} {row["set"]:<28} {row["draft"]:<8}'
+    return f'{what} tau {row["tau"]:.3f} ({low:.2f} to {high:.2f})  {rates}'
 
 # %% ../../nbs/8_cli/07_head.ipynb #e21b7a90
 @command
@@ -217,7 +223,7 @@ def export_head(
     serve_command(out, 'TARGET', engine, tokens)  # what is misspelt is named before the model is loaded
     lm, adapter = load_target(model, adapter, 'bf16', device)
     found = write_export(head, out, lm, engine, weights, full)
-    features = f'{found["slots"]} features differ by {found["error"]:.0e} of their length at most (tolerance {found["tolerance"]:.0e})'
-    print(f'{out}: {found["tensors"]} tensors agree; {features}')
+    error = f'{found["error"]:.0e} of their length at most (tolerance {found["tolerance"]:.0e})'
+    print(f'{out}: {found["tensors"]} tensors agree; {found["slots"]} features differ by {error}')
     if adapter: print('TARGET is the model with the adapter merged into it: save model.merge_and_unload() of PEFT.')
     print(serve_command(out, 'TARGET' if adapter else model or embedded_folder(), engine, tokens))

@@ -21,9 +21,11 @@ TABLE = {  # Name -> module, and the docstring of its function
     'generate': (
         'cli.decoding', 'Answer one prompt'),
     'compare': (
-        'cli.compare', 'Measure methods side by side on the same prompts: a table, a recommendation, and with --html a page'),
+        'cli.compare',
+        'Measure methods side by side on the same prompts: a table, a recommendation, and with --html a page'),
     'page': (
-        'cli.decoding', 'Open a page in the browser to type prompts on and switch methods; only this computer can open it'),
+        'cli.decoding',
+        'Open a page in the browser to type prompts on and switch methods; only this computer can open it'),
     'tune': (
         'cli.decoding', "Sweep CoLD's alpha and beta on a development set and advise"),
     'evaluate': (

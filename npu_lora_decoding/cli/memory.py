@@ -130,7 +130,8 @@ def plot_gain(
         ax.plot(at / 1000, change, label=labels[i] if labels else row['method'])
     ax.axhline(0, c='gray', lw=.8)
     against = 'the base' if labels else rows[0]['method']
-    ax.set(xlabel='thousand tokens so far', ylabel=f'perplexity of the last {width:,} tokens,\nchange against {against} (%)')
+    ax.set_xlabel('thousand tokens so far')
+    ax.set_ylabel(f'perplexity of the last {width:,} tokens,\nchange against {against} (%)')
     ax.legend()
 
 # %% ../../nbs/8_cli/04_memory.ipynb #ab07b919
@@ -242,5 +243,8 @@ def _edges(segments):
     try: edges = tuple(int(x) for x in segments.split(','))
     except ValueError: edges = ()
     is_rising = len(edges) > 0 and list(edges) == sorted(set(edges)) and edges[0] == 0
-    require(is_rising, f'expected rising numbers from 0 as segments, got {segments!r}', 'write for example 0,50000,100000')
+    require(
+        is_rising,
+        f'expected rising numbers from 0 as segments, got {segments!r}',
+        'write for example 0,50000,100000')
     return edges

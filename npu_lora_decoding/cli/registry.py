@@ -94,7 +94,8 @@ def run_command(
     for unused in ('pdb', 'xtra'): given.pop(unused)  # fastcore adds them for its own scripts
     try: f(**_arguments(f, given))
     except (RuntimeError, MemoryError) as e:
-        from npu_lora_decoding.foundations.devices import is_out_of_memory  # here, because it loads torch, which `nld --help` does without
+        # here, because it loads torch, which `nld --help` does without
+        from npu_lora_decoding.foundations.devices import is_out_of_memory
         if not is_out_of_memory(e): raise
         first = (str(e) or type(e).__name__).strip().splitlines()[0][:120]
         raise DecodingError(f'memory ran out ({first}): {_smaller(given)}; what was saved is kept.') from e

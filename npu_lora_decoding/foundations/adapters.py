@@ -34,7 +34,7 @@ def toy_model(
     **config,  # Any field of the family's config
 ) -> PreTrainedModel:  # A random causal LM with two layers, in fp32
     "Return a tiny random model, for unit tests only"
-    fields = _TOY | dict(vocab_size=vocab, max_position_embeddings=context) | config
+    fields:dict = _TOY | dict(vocab_size=vocab, max_position_embeddings=context) | config
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields))
@@ -165,7 +165,10 @@ def layer_names(
             'train it on linear layers only (no embeddings, no modules_to_save)')
         layers.setdefault(path, {})[part[0]] = x
     half = [path for path, pair in layers.items() if len(pair) < 2]
-    require(not half, f'the adapter holds only one of the two matrices of {half[:1]}', 'copy or train the adapter again')
+    require(
+        not half,
+        f'the adapter holds only one of the two matrices of {half[:1]}',
+        'copy or train the adapter again')
     return layers
 
 def _pattern(table, path, default):
@@ -204,9 +207,10 @@ def check_layer(
     "Raise `DecodingError` unless `A` and `B` fit the linear layer at `path` and are finite"
     weight = _linear_weight(model, path)
     again = 'copy or train the adapter again'
+    found = f'{A.dtype} of {tuple(A.shape)} and {B.dtype} of {tuple(B.shape)}'
     require(
         A.dim() == B.dim() == 2 and A.is_floating_point() and B.is_floating_point(),
-        f'the adapter holds no matrices for {path}, but {A.dtype} of {tuple(A.shape)} and {B.dtype} of {tuple(B.shape)}',
+        f'the adapter holds no matrices for {path}, but {found}',
         again)
     require(
         A.shape[0] == B.shape[1] == rank,

@@ -152,7 +152,8 @@ def json_lines(
 def _object(line, place, form):
     "Return the JSON object of a line; raises `DecodingError` where it is anything else"
     try: found = json.loads(line)
-    except (ValueError, RecursionError) as e: raise DecodingError(f'{place} is not valid JSON ({e}): write {form}.') from e
+    except (ValueError, RecursionError) as e:
+        raise DecodingError(f'{place} is not valid JSON ({e}): write {form}.') from e
     require(isinstance(found, dict), f'{place} is not a JSON object', f'write {form}')
     return found
 
@@ -163,7 +164,8 @@ def save_tensors(
     metadata:dict,  # Name -> text
 ):
     "Write a safetensors file, equal bytes for equal content; raises `DecodingError` where the disk is full"
-    # A copy of each: tensors that share memory cannot be saved. And not by save_file, whose own temporary file would outlive a kill
+    # A copy of each: tensors that share memory cannot be saved.
+    # And not by save_file, whose own temporary file would outlive a kill
     copies = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
     header, tail = _ordered_header(save(copies, metadata))
     try:

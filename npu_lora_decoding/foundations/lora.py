@@ -150,7 +150,7 @@ def lora_torch(
     ranks:torch.Tensor,  # `(z, n)`; torch multiplies the padding, which is zero
     ids:torch.Tensor,  # Adapter of each row `(b,)`, -1 for none; `(1,)` for all rows
 ) -> list:  # z tensors `(b, t, o_z)`
-    "Return every slice with each row's own adapter added, by the quicker form where this runs; base rows keep their bits"
+    "Return every slice with each row's own adapter added, by the quicker form; base rows keep their bits"
     can_read_ids = ids.device.type == 'cpu' and not torch.compiler.is_compiling()
     form = lora_segments if can_read_ids else lora_stacked
     return [form(y_z, x, A_z, B_z, s_z, ids) for y_z, A_z, B_z, s_z in zip(y, A, B, scale)]
@@ -290,7 +290,10 @@ def adapter_from_peft(
     "Return an adapter of a PEFT model in memory; raises `DecodingError` when it cannot ride on a row"
     from peft.tuners.lora import LoraLayer
     tuned = {path: m for path, m in model.named_modules() if isinstance(m, LoraLayer)}
-    require(len(tuned) > 0, 'the model has no LoRA adapter', 'load one with peft.PeftModel.from_pretrained, or give adapter=')
+    require(
+        len(tuned) > 0,
+        'the model has no LoRA adapter',
+        'load one with peft.PeftModel.from_pretrained, or give adapter=')
     require(
         not any(m.merged for m in tuned.values()),
         'the adapter is merged into the weights, so there is no base to contrast with',
@@ -308,7 +311,7 @@ def adapter_from_peft(
     return Adapter('+'.join(names), layers)
 
 def _remove_named_rows(layers):
-    "Return whether PEFT's `adapter_names=` is at work; its hooks are removed, because PEFT leaves them behind when we refuse"
+    "Return whether PEFT's `adapter_names=` is at work; remove its hooks, which PEFT leaves behind when we refuse"
     def is_named(hook): return 'adapter_names' in getattr(hook, 'keywords', {})
     found = [(m, key) for m in layers for key, hook in m._forward_pre_hooks.items() if is_named(hook)]
     for m, key in found: del m._forward_pre_hooks[key]

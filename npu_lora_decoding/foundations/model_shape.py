@@ -41,7 +41,8 @@ def linear_layers(
     found = {}
     for path, layer in model.named_modules():
         inner = inner_layer(layer)
-        if isinstance(inner, torch.nn.Linear) and inner is not head and not inside & set(path.split('.')): found[path] = layer
+        is_part = bool(inside & set(path.split('.')))
+        if isinstance(inner, torch.nn.Linear) and inner is not head and not is_part: found[path] = layer
     return found
 
 # %% ../../nbs/0_foundations/11_model_shape.ipynb #ab12336a

@@ -85,7 +85,8 @@ def embedded_folder() -> Path:
     "Return the folder of the converted embedded model, made first (or again, if damaged) when needed"
     folder = cache_dir()/f'{EMBEDDED.lower()}-{_GGUF_SHA}'
     if not _is_sealed(folder):
-        if folder.exists(): warnings.warn(f'the cached model in {folder} was incomplete or damaged and is converted again')
+        if folder.exists():
+            warnings.warn(f'the cached model in {folder} was incomplete or damaged and is converted again')
         _convert(folder)
     return folder
 
@@ -153,7 +154,7 @@ def _check_index(folder):
     require(are_inside, f'{file} names no safetensors files beside it', _COPY_FOLDER)
 
 def _check_size(folder, config):
-    "Raise `DecodingError` for a configuration of a larger model than the weights beside it, before memory is taken for it"
+    "Raise `DecodingError` for a configuration of a larger model than the weights beside it, before memory is taken"
     files = list(folder.glob('*.safetensors'))
     names:set = set()
     try:
@@ -186,7 +187,7 @@ class LoadedModel:
         return self.model.config.max_position_embeddings
     @property
     def vocab(self):
-        "Columns of the logits that are tokens, where some are not: models round their vocabulary up; None where all are"
+        "Columns of the logits that are tokens, where some are not (models round up); None where all are"
         return len(self.tokenizer) if len(self.tokenizer) < self.model.config.vocab_size else None
     @property
     def eos_ids(self):
@@ -278,7 +279,10 @@ def encode_one(
 ) -> torch.Tensor:  # `(t,)`
     "Return the token ids of one prompt; raises `DecodingError` when it is empty or too long for the context"
     kind = _kind(prompt)
-    require(kind is not None, f'cannot read a prompt from {type(prompt).__name__}', 'give text, a list of messages, or token ids')
+    require(
+        kind is not None,
+        f'cannot read a prompt from {type(prompt).__name__}',
+        'give text, a list of messages, or token ids')
     longest = lm.context if longest is None else longest
     if kind != 'ids': _check_text(lm.tokenizer, prompt, longest)
     if kind == 'text' and chat and lm.tokenizer.chat_template:
@@ -300,7 +304,7 @@ def _tokenized(tokenizer, prompt, kind):
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
 
 def _check_text(tokenizer, prompt, longest):
-    "Raise `DecodingError` for a text that is empty, broken or far too long, the last by its beginning: 10 MB take many seconds"
+    "Raise `DecodingError` for a text that is empty, broken or far too long; the last by its beginning, for speed"
     texts = [prompt] if isinstance(prompt, str) else [str(m['content']) for m in prompt]
     require(texts[-1].strip() != '', 'the prompt is empty', 'give at least one word')
     text = ''.join(texts)

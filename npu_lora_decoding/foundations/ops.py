@@ -80,7 +80,8 @@ def register_kernel(
     _KERNELS.setdefault(device, {})[name] = label
 
 # %% ../../nbs/0_foundations/10_ops.ipynb #eab202ab
-_TRITON = dict(cuda=('nvidia', 'triton'), npu=('ascend', 'triton-ascend'))  # Device -> Triton's backend, and its package
+# Device -> Triton's backend, and its package
+_TRITON = dict(cuda=('nvidia', 'triton'), npu=('ascend', 'triton-ascend'))
 
 def find_kernels(
     kind:str,  # Device type
@@ -93,8 +94,9 @@ def find_kernels(
     try:
         import npu_lora_kernels
         import triton
-        if wanted in triton.backends.backends: return npu_lora_kernels.kernels(), f'{package} {triton.__version__}', None
-        return none(f'no kernels on {kind}: the Triton that is installed is not {package}')
+        if wanted not in triton.backends.backends:
+            return none(f'no kernels on {kind}: the Triton that is installed is not {package}')
+        return npu_lora_kernels.kernels(), f'{package} {triton.__version__}', None
     except Exception as e:  # a driver or a library it needs is missing, each in its own words
         return none(f'no kernels on {kind}: Triton does not start ({e})')
 
@@ -170,7 +172,8 @@ def lora_expand_torch(
     is_base = (ids == -1)[:, None, None]
     summed = h.sum(0)
     def expand(y_z, h_z, B_z, ranks_z):
-        real = torch.arange(h.shape[-1], device=h.device) < ranks_z[i, None]  # (b, r); above an adapter's rank nothing is used
+        # (b, r): above an adapter's rank nothing is used
+        real = torch.arange(h.shape[-1], device=h.device) < ranks_z[i, None]
         h_own = torch.where(real[:, None], h_z, 0)
         B_own = torch.where(real[..., None], B_z[i].float(), 0)
         delta = torch.einsum('btr,bro->bto', h_own, B_own)
@@ -358,8 +361,8 @@ def topk_loss_forward_torch(
     draft:torch.Tensor,  # Logits of the draft `(t, v)`, any float dtype; finite on the Top-K
     target:torch.Tensor,  # Logits of the target `(t, v)`
     k:int,  # How many of the target's likeliest tokens count
-) -> tuple:  # Loss `(t,)`, the draft's log-sum-exp `(t,)`, the target's `k` largest probabilities and their tokens `(t, k)`
-    "Return - sum of p log q over the target's `k` likeliest tokens, with what its gradient needs; among ties `torch.topk` chooses"
+) -> tuple:  # Loss `(t,)`, the draft's log-sum-exp `(t,)`; the target's `k` largest probabilities, their tokens `(t, k)`
+    "Return - sum of p log q over the target's `k` likeliest tokens (of ties `torch.topk`'s), with what its gradient needs"
     top, top_i = target.topk(k)
     lse = _logsumexp(_wide(draft))
     top_p = (_wide(top) - _logsumexp(_wide(target))[:, None]).exp()
@@ -417,7 +420,7 @@ def topk_loss(
     target:torch.Tensor,  # Logits of the target `(t, v)`
     k:int=10,  # How many of the target's likeliest tokens count
 ) -> torch.Tensor:  # `(t,)` fp32
-    "Return the Top-K distillation loss of every row, differentiable in `draft`, without a softmax of the whole vocabulary in memory"
+    "Return the Top-K distillation loss of every row, differentiable in `draft`, without a whole softmax in memory"
     args = draft.contiguous(), target.contiguous(), k
     # through the operator, for its lean gradient, unless a kernel is there that must not take this call
     is_through = served('topk_loss_forward', args) or 'topk_loss_forward' not in _KERNELS[draft.device.type]

@@ -231,7 +231,7 @@ def read_items(
     answer:str|None='answer',  # Field with the reference answer; None: there is none
     system:str='',  # Instruction put before each prompt that has none of its own in the field `system`
 ) -> list:  # `Item`s in their order
-    "Return the items of a data set on disk (of its parts: test, else validation, else the only one), or raise `DecodingError`"
+    "Return the items of a data set on disk; of its parts: test, else validation, else the only one"
     path = Path(path)
     require(path.exists(), f'no file {path}', 'give a .jsonl, .json, .csv or .parquet file, or a folder of them')
     if path.name.endswith(('.jsonl', '.jsonl.gz')): return read_jsonl(path, prompt, answer, system)
