@@ -28,7 +28,8 @@ def tree_sizes(
     widest = 32 if device.type == 'cpu' else 128  # Rows of a product that reads weights for longer than it computes
     top = max(2, min(nodes, widest // b))
     if few:
-        return (1, *sorted({max(2, top // 2), top}))
+        half = max(2, top // 2)
+        return (1, *sorted({half, top}))
     powers = [2**i for i in range(top.bit_length())]
     return (*(n for n in powers if n < top), top)
 

@@ -36,7 +36,8 @@ def committed_slots(
         follows = pad(follows, (0, missing))
         committed = pad(committed, (0, missing))
     order = (~committed).long().argsort(dim=-1, stable=True)[:, :width]
-    return hidden.take_along_dim(order[..., None], 1), follows.gather(1, order), count
+    features = hidden.take_along_dim(order[..., None], 1)
+    return features, follows.gather(1, order), count
 
 # %% ../../nbs/4_speculation/05_head_drafter.ipynb #72e7fd91
 @dataclass(eq=False)
@@ -139,7 +140,8 @@ class _CompiledHeadDrafter(_HeadDrafter):
         inputs = *committed_slots(hidden, follows, committed, width=self.width), roots
         if several:
             self._compile(inputs)
-        tokens, parents, scores, finite = self._program(self.depth)(*self.cache.tensors, *inputs)
+        program = self._program(self.depth)
+        tokens, parents, scores, finite = program(*self.cache.tensors, *inputs)
         return Tree(tokens, parents, 'head', scores=scores), bool(finite)
 
     def _program(self, depth):
@@ -161,7 +163,9 @@ class _CompiledHeadDrafter(_HeadDrafter):
         if features.shape[1] > 1:
             self.cache.extend(self.loaded.head, self.loaded.embed[follows], features, before)
         last = features.take_along_dim(before[:, None, None], 1)
-        return last, follows.gather(1, before[:, None]), (count > 0)[:, None]
+        followed_by = follows.gather(1, before[:, None])
+        is_new = (count > 0)[:, None]
+        return last, followed_by, is_new
 
 # %% ../../nbs/4_speculation/05_head_drafter.ipynb #c72692fa
 @dataclass(eq=False)

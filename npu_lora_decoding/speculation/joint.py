@@ -78,7 +78,8 @@ def matched_depth(
     paths = torch.nn.functional.pad(paths, (0, max(-short, 0)))
     accepted = torch.nn.functional.pad(accepted, (0, max(short, 0)))
     begins = (paths == accepted[:, None]) | (paths == 0)
-    matches = begins.all(-1) & (tree.parents > -2)
+    real = tree.parents > -2
+    matches = begins.all(-1) & real
     depth = (paths > 0).sum(-1) - 1
     return depth.masked_fill(~matches, 0).amax(-1)
 

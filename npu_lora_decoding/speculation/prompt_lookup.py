@@ -62,7 +62,8 @@ class PromptLookup(AdaptiveDrafter):
         require(self.draft_tokens >= 1 and self.max_ngram >= self.min_ngram >= 1,
                 f'{self.draft_tokens} draft tokens after a match of {self.min_ngram} to {self.max_ngram} tokens',
                 'give at least 1 of each, and max_ngram no smaller than min_ngram')
-        self.corpus = tuple(torch.as_tensor(c).flatten().long() for c in self.corpus)
+        texts = map(torch.as_tensor, self.corpus)
+        self.corpus = tuple(text.flatten().long() for text in texts)
         self.max_draft_depth = self.draft_tokens
         self.nodes = self.draft_tokens + 1
         self.depths = (self.draft_tokens,)
