@@ -32,7 +32,6 @@ def small(tmp_path):
     return tmp_path
 
 
-@pytest.mark.xfail(reason='chapters are being mended')
 def test_the_book_is_in_order():
     assert book.problems() == []
 

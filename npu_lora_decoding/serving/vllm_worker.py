@@ -63,8 +63,8 @@ def contrasted(
     vocab:int|None,  # Columns of the logits that are tokens; None: all
 ):  # `answer(ids, n, eos)`
     "Return CoLD inside vLLM, which passes the probe before its first answer"
-    from npu_lora_decoding.cold.rule import CoLD
-    from npu_lora_decoding.serving.vllm_client import generate, probe
+    from npu_lora_decoding.cold.rule import CoLD  # plain decoding by vLLM does without it
+    from npu_lora_decoding.serving.vllm_client import generate, probe  # likewise
     passed = []
     def answer(ids, n, eos):
         if not passed:
