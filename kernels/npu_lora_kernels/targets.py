@@ -75,5 +75,6 @@ def _target_of(kind, index):
 def _npu_target(index):
     "Ask triton-ascend's driver for the cores, because a product number does not tell all of them"
     from triton.runtime import driver
+    npu = getattr(torch, 'npu')  # torch_npu adds it
     cores = driver.active.utils.get_device_properties(index)
-    return Target(torch.npu.get_device_name(index), cores['num_vectorcore'], cores['num_aicore'])
+    return Target(npu.get_device_name(index), cores['num_vectorcore'], cores['num_aicore'])

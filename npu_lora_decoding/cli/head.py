@@ -96,7 +96,7 @@ class _Texts:
 def _recipe(name, alignment_steps, topk):
     "Return the settings of a recipe, with what the user wants otherwise"
     require(name in RECIPES, f'unknown recipe {name!r}', f'use one of {", ".join(RECIPES)}')
-    out = dict(RECIPES[name])
+    out:dict = dict(RECIPES[name])
     if alignment_steps is not None:
         out['alignment_steps'] = alignment_steps
     if topk is not None:

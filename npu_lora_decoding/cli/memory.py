@@ -92,7 +92,7 @@ def _paired_chunks(base, memory):
 def _gained(chunks):
     "Return three cells for paired chunks"
     if not chunks: return ' | | |'
-    _, base, memory, tokens = zip(*chunks)
+    _, base, memory, tokens = map(list, zip(*chunks))
     def perplexity_of(nats): return math.exp(sum(nats) / sum(tokens))
     by = change(memory, base, tokens)
     bold = '**' if by.low > 0 or by.high < 0 else ''

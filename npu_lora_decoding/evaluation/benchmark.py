@@ -165,7 +165,7 @@ def _work(lm, run, method, batch, n):
     run(ids, mask, 2)  # loads a head, and measures what forward passes cost
     heads = getattr(run, 'heads', list)()
     helper = getattr(run, 'assistant', None)
-    with watched(run.model, ids.shape[1], [h for h, _ in heads], helper) as passes:
+    with watched(run.model, ids.shape[1], tuple(h for h, _ in heads), helper) as passes:
         run(ids, mask, n)
     shapes = dict(target=shape_of(lm.model))
     shapes |= {'draft': draft_shape(h, words) for h, words in heads}

@@ -67,8 +67,8 @@ _BOTTOM = 40
 @dataclass(frozen=True)
 class _Axes:
     "Ranges of both axes, and where their values lie in the picture"
-    x:tuple  # Lowest and highest value
-    y:tuple
+    x:tuple[float, float]  # Lowest and highest value
+    y:tuple[float, float]
 
     def at_x(self, value): return _scaled(value, *self.x, _LEFT, _WIDTH - _RIGHT)
 
@@ -265,7 +265,7 @@ class Looks:
         run,  # As `Method.build` returns
     ):
         "Let one method answer"
-        is_recorded = hasattr(run, 'write')
+        is_recorded = getattr(run, 'write', None) is not None
         for i, prompt in enumerate(self.prompts if is_recorded else self.prompts[:self.shown]):
             ids, mask = encode(self.lm, [prompt_of(self.lm, prompt)])
             answer = self._recorded if is_recorded else self._plain

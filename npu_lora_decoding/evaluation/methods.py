@@ -8,7 +8,7 @@ __all__ = ['EVAL_BATCH_SIZE', 'SAMPLING', 'peft_model', 'merged_model', 'assista
 
 # %% ../../nbs/6_evaluation/02_methods.ipynb #e34cca8a
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,23 @@ from ..speculation.head_drafter import HASS
 from .judging import adapted
 
 # %% ../../nbs/6_evaluation/02_methods.ipynb #55fb7279
+@dataclass(eq=False)
+class _Run:
+    "A way of decoding built for one model, and what a benchmark wants to see of it"
+    decode:Callable  # `(ids, mask, n, eos) -> new tokens`
+    model:torch.nn.Module  # Whose forward passes are counted
+    assistant:torch.nn.Module|None=None  # transformers' draft model
+    write:Callable|None=None  # As `decode`, returns a `Result`
+    heads:Callable=list  # Returns the draft heads, each with the number of LM head rows that it draws from
+    uncompiled:Callable|None=None  # Builds the same without compiled forward passes, which are not seen
+    taus:list=field(default_factory=list)  # Tokens per forward pass of every call
+
+    def __call__(self, ids, mask, n, eos=()): return self.decode(ids, mask, n, eos)
+
+    def eager(self):
+        "Return the same way of decoding, with forward passes that can be seen"
+        return self if self.uncompiled is None else self.uncompiled()
+
 def _ours(target, compile=False, make=lambda: None, **options):
     "Return how to build decoding by our loop"
     def build(lm, adapter):
@@ -33,15 +50,17 @@ def _ours(target, compile=False, make=lambda: None, **options):
             end = list(eos) or None
             how = dict(max_new_tokens=n, eos_token_id=end, compile=compile, record=record)
             return lm.generate(rows, target, drafter, **how, **options)
-        def run(ids, mask, n, eos=()):
+        def decode(ids, mask, n, eos):
             out = write(ids, mask, n, eos)
             if n > 1: run.taus.append(out.tau)
             return _padded(lm, [[t.id for t in ts] for ts in out.tokens])
-        run.taus = []
-        run.model = lm.model
-        run.write = write
-        run.heads = lambda: _bound_heads(drafter)
-        run.eager = lambda: _ours(target, False, make, **options)(lm, adapter) if compile else run
+        def uncompiled(): return _ours(target, False, make, **options)(lm, adapter)
+        run = _Run(
+            decode, lm.model,
+            write=write,
+            heads=lambda: _bound_heads(drafter),
+            uncompiled=uncompiled if compile else None,
+        )
         return run
     return build
 
@@ -53,29 +72,28 @@ def _padded(lm, rows):
 def _bound_heads(drafter):
     "Return the heads that a drafter has loaded, each with the number of LM head rows that it draws from"
     each = drafter.drafters if isinstance(drafter, JointDrafter) else (drafter,)
-    return [(d._bound.head, len(d._bound.lm_head)) for d in each if isinstance(d, HASS)]
+    loaded = [d._bound for d in each if isinstance(d, HASS) and d._bound is not None]
+    return [(bound.head, len(bound.lm_head)) for bound in loaded]
 
 # %% ../../nbs/6_evaluation/02_methods.ipynb #8593b7ac
 def _two_pass(target):
     "Return how to build CoLD by two forward passes a step"
     def build(lm, adapter):
-        def run(ids, mask, n, eos=()):
-            out = cold_two_pass(
-                lm.model, bank_of(lm), ids, mask, new_tokens=n, target=target, eos_ids=eos, pad_id=lm.pad_id, vocab=lm.vocab
-            )
-            return out[:, ids.shape[1]:]
-        run.model = lm.model
-        return run
+        def decode(ids, mask, n, eos):
+            bank = bank_of(lm)
+            assert bank is not None  # The method needs an adapter
+            how = dict(new_tokens=n, target=target, eos_ids=eos, pad_id=lm.pad_id, vocab=lm.vocab)
+            return cold_two_pass(lm.model, bank, ids, mask, **how)[:, ids.shape[1]:]
+        return _Run(decode, lm.model)
     return build
 
 def _beam(lm, adapter):
     "Build beam search with four beams"
-    def run(ids, mask, n, eos=()):
+    def decode(ids, mask, n, eos):
         with adapted(lm):
             out = beam_search(lm.model, ids, mask, num_beams=4, new_tokens=n, eos_ids=eos, pad_id=lm.pad_id)
         return out[:, ids.shape[1]:]
-    run.model = lm.model
-    return run
+    return _Run(decode, lm.model)
 
 # %% ../../nbs/6_evaluation/02_methods.ipynb #6ba86fe2
 def peft_model(
@@ -107,10 +125,8 @@ def _transformers(make, assistant=None, **options):
         model = make(lm, adapter)
         helper = assistant and assistant_model(lm, assistant)
         more = options | (dict(assistant_model=helper) if helper else {})
-        def run(ids, mask, n, eos=()): return _greedily(model, lm, ids, mask, n, eos=eos, **more)
-        run.model = model
-        run.assistant = helper
-        return run
+        def decode(ids, mask, n, eos): return _greedily(model, lm, ids, mask, n, eos=eos, **more)
+        return _Run(decode, model, assistant=helper)
     return build
 
 def assistant_model(
@@ -133,12 +149,11 @@ def _peft_mixed(target):
             expert, base = scores.float()[:, :lm.vocab].chunk(2)
             beyond = scores.shape[1] - expert.shape[1]  # columns that are not tokens
             return F.pad(target.combine(expert, base), (0, beyond), value=-torch.inf).repeat(2, 1)
-        def run(ids, mask, n, eos=()):
+        def decode(ids, mask, n, eos):
             names = ['default'] * len(ids) + ['__base__'] * len(ids)
             more = dict(logits_processor=[contrast], adapter_names=names)
             return _greedily(model, lm, ids.repeat(2, 1), mask.repeat(2, 1), n, eos=eos, **more)[:len(ids)]
-        run.model = model
-        return run
+        return _Run(decode, model)
     return build
 
 # %% ../../nbs/6_evaluation/02_methods.ipynb #f68a7ad6
@@ -213,14 +228,14 @@ def _third_parties(target, assistant):
     "Return transformers' and PEFT's methods"
     def merged(**options): return Method(_transformers(merged_model, **options), third_party=True, share=0)
     def drafting(**options): return replace(merged(**options), single=True, hides_tau=True, same_as='transformers_greedy')
-    unmerged = dict(third_party=True, needs_adapter=True)
+    def unmerged(build, share=1.): return Method(build, third_party=True, needs_adapter=True, share=share)
     assisted = dict(transformers_assisted=drafting(assistant=assistant)) if assistant else {}
     return assisted, dict(
         transformers_greedy=merged(),
         transformers_beam=merged(num_beams=4),
         transformers_lookup=drafting(prompt_lookup_num_tokens=8),
-        peft_greedy=Method(_transformers(peft_model), **unmerged),
-        peft_mixed=Method(_peft_mixed(target), **unmerged, share=.5),
+        peft_greedy=unmerged(_transformers(peft_model)),
+        peft_mixed=unmerged(_peft_mixed(target), share=.5),
     )
 
 def methods(

@@ -115,7 +115,7 @@ class Writer:
     ):
         self.lm = lm
         self.over = threading.Event()
-        self.thread = None
+        self.thread:threading.Thread|None = None
 
     def stop(self):
         "End the text under way, if there is one, and wait until the model is free"

@@ -12,14 +12,17 @@ class Mismatch(AssertionError):
 def poisoned():
     "Fill what `torch.empty` returns inside the block with NaN or the largest integer"
     before = torch.are_deterministic_algorithms_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    # A property that its module adds to itself, so type checkers do not know it
+    settings = torch.utils.deterministic
+    name = 'fill_uninitialized_memory'
+    filled = getattr(settings, name)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    setattr(settings, name, True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        setattr(settings, name, filled)
 
 
 def outcome(function, arguments, mutates):
