@@ -316,7 +316,7 @@ class NoNumber(torch.autograd.Function):
 @fault(
     'a gradient is NaN though the loss is a number',
     {
-        'train a LoRA adapter': 'its gradient is no number: train again with a lower learning rate',
+        'train a LoRA adapter': 'its gradient is NaN or infinite: train again with a lower learning rate',
         'train a head': 'its gradient is not finite at step 2',
         'read a document': 'it was not learned',
     },

@@ -190,7 +190,7 @@ REFUSED = {  # a part of the sentence -> when it, or another that holds as well,
     'decode with compile=False': lambda c: c.memory != 'none' and c.cache == 'static',
     'slide is for reading': lambda c: c.memory == 'slide',
     'choose a smaller window': lambda c: c.memory == 'wide',
-    'see all of the window': lambda c: c.memory == 'drift' and 'sliding_window' in FAMILIES[c.family][1],
+    'needs layers that see the window of': lambda c: c.memory == 'drift' and 'sliding_window' in FAMILIES[c.family][1],
     'needs a task adapter': lambda c: c.memory != 'none' and c.amateur != 'base' and cold(c) and not adapted(c),
 }
 
