@@ -35,7 +35,7 @@ def fault(name, cases, what=None):
     return (
         pytest.mark.parametrize('case', list(cases))
         if what
-        else pytest.mark.parametrize('case, said', list(cases.items()), ids=list(cases))
+        else pytest.mark.parametrize('case, message', list(cases.items()), ids=list(cases))
     )
 
 
@@ -85,7 +85,7 @@ def test_a_new_writer_is_noticed(tmp_path):
 
 
 def old_or_new(folder, before, after):
-    "Whether everything in sight is whole: what it was, or what it shall be"
+    "Whether every file is whole: what it was, or what it shall be"
     now = contents(folder)
     for k in before.keys() | now.keys():
         assert k in now and now[k] in (before.get(k), after.get(k)) or k not in now and k not in before, k
@@ -166,9 +166,9 @@ def sentence(work):
     "Return what `work` is refused with: one sentence of ours"
     with pytest.raises(DecodingError) as e:
         work()
-    said = str(e.value)
-    assert len(said) < 900 and '\n' not in said and said.endswith('.') and 'Traceback' not in said, said
-    return said
+    message = str(e.value)
+    assert len(message) < 900 and '\n' not in message and message.endswith('.') and 'Traceback' not in message, message
+    return message
 
 
 FULL = 'one sentence says to make room; the old file stays, nothing else is left; the same command goes on'
@@ -292,10 +292,10 @@ NAN = 'the model gave NaN or infinite logits'
         'train a head': 'not finite|no number',
     },
 )
-def test_nan_in_the_base(case, said, tmp_path):
+def test_nan_in_the_base(case, message, tmp_path):
     more = {'generate by drawing': ask(do_sample=True, seed=0), 'beam search': _beams, 'train a head': _on_nan_features}
     lm = nan_lm(case == 'write conversations', 'contrast' in case)
-    assert re.search(said, sentence(lambda: more.get(case, WORKS[case].do if case in WORKS else None)(lm, tmp_path)))
+    assert re.search(message, sentence(lambda: more.get(case, WORKS[case].do if case in WORKS else None)(lm, tmp_path)))
     assert not list(tmp_path.rglob('adapter*'))
     for file in tmp_path.rglob('*.safetensors'):
         assert all(x.isfinite().all() for x in load_file(file).values())
@@ -321,7 +321,7 @@ class NoNumber(torch.autograd.Function):
         'read a document': 'it was not learned',
     },
 )
-def test_nan_in_a_gradient(case, said, tmp_path):
+def test_nan_in_a_gradient(case, message, tmp_path):
     "At the last step, where what is wrong would be saved"
     calls = []
     last = dict(zip(('train a LoRA adapter', 'train a head', 'read a document'), (2, 5, 3)))[case]
@@ -343,9 +343,9 @@ def test_nan_in_a_gradient(case, said, tmp_path):
         }[case]
     ):
         if case == 'read a document':
-            assert said in ' '.join(read_document(lm, TEXT, READING).notes)
+            assert message in ' '.join(read_document(lm, TEXT, READING).notes)
         else:
-            assert re.search(said, sentence(lambda: WORKS[case].do(lm, tmp_path)))
+            assert re.search(message, sentence(lambda: WORKS[case].do(lm, tmp_path)))
     assert len(calls) >= last and not (tmp_path / 'adapter').exists()
     for file in tmp_path.rglob('*.safetensors'):
         assert all(x.isfinite().all() for x in load_file(file).values())
@@ -356,8 +356,8 @@ def poisoned_tuple(calls, last):
 
     def forward(self, *args):
         calls.append(1)
-        guess, loss, more = true(self, *args)
-        return guess, NoNumber.apply(loss) if len(calls) == last else loss, more
+        predicted, loss, more = true(self, *args)
+        return predicted, NoNumber.apply(loss) if len(calls) == last else loss, more
 
     return forward
 
@@ -426,16 +426,16 @@ def test_out_of_memory(case, tmp_path):
         for n, w in WORKS.items()
     },
 )
-def test_ctrl_c(case, said, tmp_path):
+def test_ctrl_c(case, message, tmp_path):
     old = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         ended = disturb(case, tmp_path, lambda: signal.raise_signal(signal.SIGINT))
     finally:
         signal.signal(signal.SIGINT, old)
-    assert isinstance(ended, KeyboardInterrupt) == ('at once' in said)
+    assert isinstance(ended, KeyboardInterrupt) == ('at once' in message)
 
 
-ROWS.append(('Ctrl-C between two passes', 'generate', 'left at once; base, hooks and flags are what they were'))
+ROWS.append(('Ctrl-C between two forward passes', 'generate', 'left at once; base, hooks and flags are what they were'))
 
 
 def test_ctrl_c_between_passes(tmp_path):
@@ -477,7 +477,7 @@ COMMANDS_THAT_FILL_MEMORY = {
 
 
 @fault('memory runs out in a command', COMMANDS_THAT_FILL_MEMORY)
-def test_out_of_memory_in_a_command(case, said, shell, tmp_path, capsys):
+def test_out_of_memory_in_a_command(case, message, shell, tmp_path, capsys):
     argv = {
         'nld generate': ['generate', 'hi', '--method', 'greedy'],
         'nld perplexity': [
@@ -514,7 +514,7 @@ def test_out_of_memory_in_a_command(case, said, shell, tmp_path, capsys):
     assert (
         left.value.code == 2
         and error.startswith('nld: memory ran out')
-        and re.search(said, error)
+        and re.search(message, error)
         and error.count('\n') == 1
     ), error
 
@@ -614,7 +614,7 @@ def test_nothing_unpickles_or_evaluates():
         'auto_map of an unknown family': 'never run',
     },
 )
-def test_code_in_a_folder(case, said, model_folder, tmp_path):
+def test_code_in_a_folder(case, message, model_folder, tmp_path):
     folder = shutil.copytree(model_folder, tmp_path / 'x')
     (folder / 'evil.py').write_text(
         f'import os; os.mkdir({str(tmp_path/"mark")!r})\nfrom transformers import LlamaConfig as C, LlamaForCausalLM '
@@ -644,7 +644,7 @@ OUTSIDE = ('../other.safetensors', '/etc/passwd', 'sub/../../x.safetensors', '..
     'a file name that leads out of the folder',
     {'index of a model': 'names no safetensors files beside it', 'index of a head': 'names no files beside it'},
 )
-def test_path_traversal(case, said, written, model_folder, tmp_path):
+def test_path_traversal(case, message, written, model_folder, tmp_path):
     folder = shutil.copytree(model_folder if 'model' in case else written['draft head'][0] / 'head', tmp_path / 'x')
     _index(folder, 'other.safetensors')
     read = load if 'model' in case else lambda f: load_head(f, LM.model)
@@ -654,7 +654,7 @@ def test_path_traversal(case, said, written, model_folder, tmp_path):
         (folder / 'model.safetensors.index.json').write_text(
             json.dumps(dict(metadata={}, weight_map={k: name for k in load_file(folder / 'other.safetensors')}))
         )
-        assert said in sentence(lambda: read(folder))
+        assert message in sentence(lambda: read(folder))
 
 
 def _edit(file, **changes):
@@ -697,7 +697,7 @@ def test_huge_numbers(case, written, model_folder, tmp_path):
 
 
 @fault('a prompt of 10 MB', {'letters': '', 'words': '', 'messages': '', 'half a character': 'half a character'}, None)
-def test_huge_prompts(case, said):
+def test_huge_prompts(case, message):
     lm = new_lm(chat=case == 'messages')
     n = 10_000_000
     prompt = dict(letters='a' * n, words='word ' * (n // 5), messages=[dict(role='user', content='a' * n)]).get(
@@ -705,9 +705,9 @@ def test_huge_prompts(case, said):
     )
     start = time.process_time()
     with mock.patch.object(type(lm.model), 'forward', side_effect=AssertionError('a forward pass')):
-        told = sentence(lambda: lm.generate(prompt))
+        refusal = sentence(lambda: lm.generate(prompt))
     assert time.process_time() < start + 1.5
-    assert re.search(said or r'more than \d+ tokens but the context holds \d+: shorten it', told)
+    assert re.search(message or r'more than \d+ tokens but the context holds \d+: shorten it', refusal)
 
 
 NASTY = [
@@ -775,7 +775,7 @@ def test_html(case):
         'an error message': 'written out',
     },
 )
-def test_terminal(case, said, tmp_path, capsys, shell):
+def test_terminal(case, message, tmp_path, capsys, shell):
     if 'tokens' in case:
         text = token_ansi(nasty(), colour='coloured' in case)
         ours = re.sub(r'\x1b\[(48;2;\d+;\d+;\d+;30(;1;4)?|0)m', '', text)
@@ -817,7 +817,7 @@ def test_a_picture_of_hostile_tokens(tmp_path):
     'a symlink where something is written',
     {'a file': 'the link is replaced', 'a folder': 'the link is replaced', 'the temporary name': 'the link is removed'},
 )
-def test_symlinks(case, said, tmp_path):
+def test_symlinks(case, message, tmp_path):
     victim = tmp_path / 'victim'
     victim.mkdir()
     (victim / 'mine').write_text('mine')
@@ -831,7 +831,7 @@ def test_symlinks(case, said, tmp_path):
     else:
         for n, to in (('rows.json', tmp_path / 'file'), ('head', victim)):
             (out / f'.{n}.{core._HOST}-{os.getpid()}.part').symlink_to(to)
-    (victim / 'mine').rename(victim / 'README.md')  # a folder of something that is no head is refused before
+    (victim / 'mine').rename(victim / 'README.md')  # a folder of something else than a head is refused before
     for name in ('result rows', 'draft head'):
         WRITERS[name].make(out, 0)
     assert not (out / 'rows.json').is_symlink()
@@ -930,8 +930,8 @@ def test_writers_race_for_a_folder(tmp_path):
 # --- faults that are tested beside their module
 
 ELSEWHERE = {
-    ('a draft head gives NaN', 'guess with a head'): (
-        'decoded without guesses from there on, and said so',
+    ('a draft head gives NaN', 'draft with a head'): (
+        'decoded without draft tokens from there on, and a note says so',
         'speculation/test_head_drafter.py::test_a_head_that_fails_on_the_way',
     ),
     ('an adapter holds NaN', 'load_adapter'): (
@@ -960,7 +960,7 @@ ELSEWHERE = {
         'hass/test_train.py::test_death_at_every_write',
     ),
     ('the cached model is damaged', 'first use'): (
-        'converted again, and said so',
+        'converted again, and a note says so',
         'foundations/test_models.py::test_damaged_cache_is_converted_again',
     ),
 }

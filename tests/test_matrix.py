@@ -51,7 +51,17 @@ from npu_lora_decoding.temp_lora.generation import repetition
 from helpers.loops import Pair, eager_dynamo
 
 # `small` is a fixture
-from helpers.loops import Collects, Uncompiled, calm_model, chi_square, exact, guessed, knowing_head, sampled, small
+from helpers.loops import (
+    Collects,
+    Uncompiled,
+    calm_model,
+    chi_square,
+    exact,
+    count_drafted,
+    knowing_head,
+    sampled,
+    small,
+)
 from helpers.memories import traces
 from helpers.toys import toy_tokenizer
 
@@ -156,7 +166,7 @@ def of_lm(c):
 
 
 def outside(c):
-    "Whether a case is no part of the product: lm.generate pads batches only, and some wishes are granted in plain decoding"
+    "Whether a case is not a part of the product: lm.generate pads batches only, and some wishes are granted in plain decoding"
     return (
         of_lm(c)
         and c.batch == 'padded'
@@ -170,7 +180,7 @@ def outside(c):
     )
 
 
-REFUSED = {  # a part of the sentence -> when it, or another that holds as well, is said
+REFUSED = {  # a part of the sentence -> when it, or another that holds as well, is reported
     'only one answer can be streamed': lambda c: c.stream == 'text' and c.batch == 'three',
     'give max_new_tokens': lambda c: c.ask == 'max_length',
     'use beam_search of': lambda c: c.ask == 'beams' and of_lm(c),
@@ -287,7 +297,7 @@ def subject(family):
 
 
 class Draws:
-    "Adds Gumbel noise that depends on the text alone: the best of the noisy scores is a draw, and the same draw whoever guessed"
+    "Adds Gumbel noise that depends on the text alone: the best of the noisy scores is a draw, and the same draw whoever drafted it"
 
     known = {}
 
@@ -316,18 +326,18 @@ def batch(c):
 
 
 def free(c):
-    return naive(c._replace(ends='length'))  # what would be said: tells where to end, and what to ban
+    return naive(c._replace(ends='length'))  # what would be generated: shows where to end, and what to ban
 
 
 def banned(c):
     if refusals(c):
         return [[5], [6, 7]]
-    said = naive(c._replace(ends='length', rules='none'))[0][0]
-    return [[said[2]], said[5:7]]
+    written = naive(c._replace(ends='length', rules='none'))[0][0]
+    return [[written[2]], written[5:7]]
 
 
 def constraints(c):
-    "Return what transformers is told, and the same as processors: before the contrast, and after it"
+    "Return the arguments of transformers, and the same as processors: before the contrast, and after it"
     if c.rules == 'penalty':
         return dict(repetition_penalty=1.3), [], [RepetitionPenaltyLogitsProcessor(1.3)]
     if c.rules == 'n-grams':
@@ -342,24 +352,24 @@ def constraints(c):
 def endings(c):
     "Return the end tokens, stop strings and pairs of tokens that end a text, and how long it may become"
     if refusals(c) or c.how == 'torch':
-        said = [[5] * 10]
+        written = [[5] * 10]
     else:
-        said = [] if c.ends in ('length', 'one') else [x[0] for x in free(c)]
-    eos = [said[0][6], said[-1][3], 75] if c.ends == 'eos' else []
+        written = [] if c.ends in ('length', 'one') else [x[0] for x in free(c)]
+    eos = [written[0][6], written[-1][3], 75] if c.ends == 'eos' else []
     words = (
-        [subject(c.family).tokenizer.decode(said[0][5:7]), subject(c.family).tokenizer.decode(said[-1][8:9])]
+        [subject(c.family).tokenizer.decode(written[0][5:7]), subject(c.family).tokenizer.decode(written[-1][8:9])]
         if c.ends == 'strings'
         else []
     )
     return (
         eos,
         [w for w in words if w],
-        [tuple(t[k : k + 2]) for k, t in zip((4, 7, 9), said)] if c.ends == 'pair' else [],
+        [tuple(t[k : k + 2]) for k, t in zip((4, 7, 9), written)] if c.ends == 'pair' else [],
         1 if c.ends == 'one' else N,
     )
 
 
-# --- a loop without rows, trees and marks: every sequence alone, one cache a role, one token a pass
+# --- a loop without rows, trees and marks: every sequence alone, one cache a role, one token a forward pass
 
 
 class Naive:
@@ -400,19 +410,21 @@ class Naive:
             self.begin(len(self.text))
             eos, words, pairs, n = endings(self.c)
             stop = ([StopStringCriteria(subject(self.c.family).tokenizer, words)] if words else []) + [Pair(set(pairs))]
-            said = []
+            written = []
             while True:
-                said.append(self.next())
-                self.text, self.padded = (torch.cat([x, x.new_tensor([said[-1][0]])]) for x in (self.text, self.padded))
-                if len(said) == n or said[-1][0] in eos or any(f(self.padded[None], None).item() for f in stop):
+                written.append(self.next())
+                self.text, self.padded = (
+                    torch.cat([x, x.new_tensor([written[-1][0]])]) for x in (self.text, self.padded)
+                )
+                if len(written) == n or written[-1][0] in eos or any(f(self.padded[None], None).item() for f in stop):
                     break
                 if self.learn():
                     self.begin(len(self.text) - 1)
                 self.feed(self.text[-1:])
-        return [list(x) for x in zip(*said)]
+        return [list(x) for x in zip(*written)]
 
     def learn(self):
-        "Learn what is complete; return whether the cache is to be made anew"
+        "Learn what is complete; return whether the cache is to be recomputed"
         if self.memory is None:
             return False
         m = self.memory
@@ -473,7 +485,7 @@ class Naive:
         )
 
 
-def told_apart(c):
+def distinguished(c):
     "Return the case without what a naive loop does not know"
     drop = {k: FACTORS[k][0] for k in ('drafter', 'cache', 'sizing', 'stream', 'record', 'ask', 'attention')}
     if c.memory == 'roomy' and (not cold(c) or c.amateur == 'base' and adapted(c)):
@@ -497,14 +509,14 @@ def _naive(c):
 
 
 def naive(c):
-    return _naive(told_apart(c))
+    return _naive(distinguished(c))
 
 
 # --- one case through the library
 
 
 class Bench:
-    "What can be seen of a run from outside: how many passes the model made, and whether the global generator was used"
+    "What can be seen of a run from outside: how many forward passes the model made, and whether the global generator was used"
 
     def __enter__(self):
         self.passes = 0
@@ -681,7 +693,7 @@ def returned(c, s, ids, out, tokens):
 
 REPORT = {}
 TIES = []
-SAID = Counter()
+REPORTED = Counter()
 
 
 def state(c):
@@ -694,7 +706,7 @@ def check(c, part):
     count = REPORT.setdefault(part, Counter())
     bench = Bench()
     subject(c.family).called(c)  # a trace of making it is none of ours
-    said = refusals(c)
+    reasons = refusals(c)
     before, error, got = (state(c), None, None)
     try:
         got = run(c, bench)
@@ -702,14 +714,14 @@ def check(c, part):
         error = str(e)
     except Exception as e:
         error = f'{type(e).__name__}: {e}'
-    count['refused' if said else 'valid'] += 1
-    if said:
-        ours = [x for x in said if x in (error or '')]
+    count['refused' if reasons else 'valid'] += 1
+    if reasons:
+        ours = [x for x in reasons if x in (error or '')]
         if not ours:
-            return f'{c}: {error!r} is none of {said}'
+            return f'{c}: {error!r} is none of {reasons}'
         if bench.passes:
             return f'{c}: refused after {bench.passes} passes: {error}'
-        SAID[ours[0]] += 1
+        REPORTED[ours[0]] += 1
     elif error is not None:
         return f'{c}: {error}'
     elif wrong := compare(c, *got, count):
@@ -722,13 +734,13 @@ def check(c, part):
 
 
 def compare(c, tokens, steps, count):
-    count['guessed'] += sum(t.proposer != 'target' for x in steps for r in x.tokens for t in r)
+    count['drafted'] += sum(t.proposer != 'target' for x in steps for r in x.tokens for t in r)
     count['passes'] += len(steps)
     count['tokens'] += sum(map(len, tokens))
     if c.how == 'torch':
         if c.drafter == 'none' or c.batch != 'three':
             return None if run(c._replace(drafter='none'), Bench())[0] == tokens else 'another text from the same seed'
-        # in a batch the sequences take their draws from one generator in turns, which guesses change: see the
+        # in a batch the sequences take their draws from one generator in turns, which drafting changes: see the
         # distribution below
         return None
     for b, (ours, (want, gaps, *logps)) in enumerate(zip(tokens, naive(c), strict=True)):
@@ -774,10 +786,10 @@ def test_all_of_the_core(target, memory):
 def test_each_factor_acts():
     "Else a matrix would compare one text with itself"
     # tokens; with log-probabilities
-    said = lambda **kw: tuple(naive(Case(**kw))[0][0])
+    written = lambda **kw: tuple(naive(Case(**kw))[0][0])
     seen = lambda **kw: str(naive(Case(**kw))[0])
     # alpha 1 and beta 0 are the expert's own choice
-    assert said(target='one') == said(target='still') == said() == said(memory='roomy')
+    assert written(target='one') == written(target='still') == written() == written(memory='roomy')
     shown = [
         seen(target=t, memory=m)
         for t in ('plain', 'cold', 'back', 'all')
@@ -786,19 +798,19 @@ def test_each_factor_acts():
     assert len(set(shown)) == len(shown)
     for name in ('how', 'rules'):
         for x in FACTORS[name][1:]:
-            assert x == 'torch' or any(said(family=f, **{name: x}) != said(family=f) for f in FAMILIES), x
-    assert len({said(target='cold', memory='window', amateur=a) for a in FACTORS['amateur']}) == 3
-    assert len({said(entry=e) for e in ENTRIES}) > 1
+            assert x == 'torch' or any(written(family=f, **{name: x}) != written(family=f) for f in FAMILIES), x
+    assert len({written(target='cold', memory='window', amateur=a) for a in FACTORS['amateur']}) == 3
+    assert len({written(entry=e) for e in ENTRIES}) > 1
     assert any(
         seen(family=f, memory='window', max_repetition=0.05) != seen(family=f, memory='window') for f in FAMILIES
     )
-    assert len({len(said(ends=e)) for e in ('length', 'eos', 'strings', 'one')}) > 2
+    assert len({len(written(ends=e)) for e in ('length', 'eos', 'strings', 'one')}) > 2
 
 
 @pytest.mark.parametrize('memory', ['none', 'window'])
-def test_guesses_are_accepted(memory):
+def test_draft_tokens_are_accepted(memory):
     for d in DRAFTERS[1:]:
-        assert guessed(SimpleNamespace(steps=run(Case(drafter=d, memory=memory), Bench())[1])) > 1, d
+        assert count_drafted(SimpleNamespace(steps=run(Case(drafter=d, memory=memory), Bench())[1])) > 1, d
 
 
 def pairs_of(c):
@@ -938,7 +950,7 @@ def test_drawn_tokens_have_the_distribution(small, target, drafter, warp, cache)
     got, limit = chi_square(counts, exact(small, TARGETS[target], [3, 1, 2], 2).clamp(min=1e-9), 500)
     assert got > limit, 'the wish does nothing here'
     REPORT.setdefault('drawn by torch: chi-square of all continuations', Counter()).update(
-        valid=1, tokens=1000, guessed=hits
+        valid=1, tokens=1000, drafted=hits
     )
 
 
@@ -954,17 +966,17 @@ def table(rows):
 
 def tables():
     "Return what was covered, as Markdown"
-    cells = lambda c: [c[k] for k in ('valid', 'refused', 'tokens', 'guessed', 'passes')]
+    cells = lambda c: [c[k] for k in ('valid', 'refused', 'tokens', 'drafted', 'passes')]
     whole = sum(REPORT.values(), Counter())
     parts = table(
         [
-            ('combinations', 'valid', 'refused', 'tokens compared', 'of them guessed', 'passes'),
+            ('combinations', 'valid', 'refused', 'tokens compared', 'of them drafted', 'passes'),
             *((k, *cells(c)) for k, c in REPORT.items()),
             ('together', *cells(whole)),
         ]
     )
     excused = f'Mismatches excused because the two best scores lie within {TIE:g}: {len(TIES)}. Unexplained: 0.'
-    return '\n\n'.join([parts, excused, table([('refused by', 'combinations'), *SAID.most_common()])])
+    return '\n\n'.join([parts, excused, table([('refused by', 'combinations'), *REPORTED.most_common()])])
 
 
 def main():

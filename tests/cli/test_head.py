@@ -38,7 +38,7 @@ def talk(i, answer=None):
     return dict(
         messages=[
             dict(role='user', content=f'say {i} words'),
-            dict(role='assistant', content=f'{i} words are said ' * 2 if answer is None else answer),
+            dict(role='assistant', content=f'{i} words are written ' * 2 if answer is None else answer),
         ]
     )
 
@@ -339,16 +339,16 @@ def test_write_and_accept_at_two_temperatures(model, tmp_path, capsys):
     run(['train-head', str(tmp_path / 'out'), '--model', model, '--data', data, *SMALL])
     asked = lines(tmp_path / 'asked.jsonl', [prompt(i) for i in range(5)])
     options = '--temperatures 0,1 --conversations 3 --new-tokens 9 --user-tokens 24 --dtype fp32 --device cpu'.split()
-    run(['write', str(tmp_path / 'said'), '--model', model, '--prompts', asked, *options])
-    said = [json.loads(l) for l in (tmp_path / 'said' / 'shard-0000.jsonl').read_text().splitlines()]
-    assert [(c['messages'][0]['content'], c['temperature']) for c in said] == [
+    run(['write', str(tmp_path / 'written'), '--model', model, '--prompts', asked, *options])
+    conversations = [json.loads(l) for l in (tmp_path / 'written' / 'shard-0000.jsonl').read_text().splitlines()]
+    assert [(c['messages'][0]['content'], c['temperature']) for c in conversations] == [
         (f'say {i} words', t) for i in range(3) for t in (0.0, 1.0)
     ]
     capsys.readouterr()
-    folders = [str(tmp_path / 'out' / 'last'), str(tmp_path / 'said')]
+    folders = [str(tmp_path / 'out' / 'last'), str(tmp_path / 'written')]
     run(['accept', *folders, '--model', model, *'--tree 0 --dtype fp32 --device cpu'.split()])
     shown = capsys.readouterr().out
-    assert 'said T=0' in shown and 'said T=1' in shown
+    assert 'written T=0' in shown and 'written T=1' in shown
 
 
 @pytest.fixture(scope='module')

@@ -3,7 +3,7 @@
 import json, subprocess, sys
 import pytest
 from npu_lora_decoding.cli import main as cli
-from npu_lora_decoding.evaluation import judging as quality
+from npu_lora_decoding.evaluation import judging
 from npu_lora_decoding.cli.registry import COMMANDS, parser_of
 from npu_lora_decoding.cli.main import run
 from npu_lora_decoding.evaluation.plots import save_plot
@@ -42,7 +42,7 @@ def nld(*argv):
 
 
 @pytest.mark.parametrize(
-    'argv,said',
+    'argv,message',
     [
         (['decode'], "nld: unknown command 'decode'"),
         (['generate', ''], 'nld: the prompt is empty: give at least one word.'),
@@ -59,12 +59,12 @@ def nld(*argv):
         (['train-lora', 'x', '--task', 'gsm8k'], 'give their folder with --data.'),
     ],
 )
-def test_a_mistake_is_one_sentence(argv, said, monkeypatch, capsys):
+def test_a_mistake_is_one_sentence(argv, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['nld', *argv])
     with pytest.raises(SystemExit) as left:
         cli.main()
     error = capsys.readouterr().err
-    assert left.value.code == 2 and said in error and len(error.strip().split('\n')) == 1
+    assert left.value.code == 2 and message in error and len(error.strip().split('\n')) == 1
 
 
 def test_a_mistake_in_a_process_of_its_own():
@@ -73,8 +73,8 @@ def test_a_mistake_in_a_process_of_its_own():
 
 
 def test_help_names_every_command():
-    said = nld('--help').stdout
-    assert all(name in said for name in COMMANDS)
+    printed = nld('--help').stdout
+    assert all(name in printed for name in COMMANDS)
     for name in COMMANDS:
         assert '_' not in ''.join(s for a in parser_of(name)._actions for s in a.option_strings)
 
@@ -186,7 +186,7 @@ def test_a_verification_continues(toy, data, tmp_path, monkeypatch):
     )
     run(argv + ['--resume'])
     assert len(made) == len(set(made)) == 8 and [r['check'] for r in json_rows(tmp_path / 'v.json')[:-1]] == made
-    run(argv + ['--resume', '--new-tokens', '2'])  # other options: everything anew
+    run(argv + ['--resume', '--new-tokens', '2'])  # other options: everything again
     assert len(made) == 16
     with pytest.raises(DecodingError, match='nothing to resume'):
         run(argv[:-2] + ['--resume'])
@@ -196,7 +196,7 @@ def test_an_evaluation_continues(toy, data, tmp_path, monkeypatch):
     out = tmp_path / 'rows.json'
     asked = []
     monkeypatch.setattr(
-        quality, 'answers', lambda lm, items, arm, n, batch: asked.append(arm) or [i.answer for i in items]
+        judging, 'answers', lambda lm, items, arm, n, batch: asked.append(arm) or [i.answer for i in items]
     )
     argv = [
         'evaluate',
@@ -223,12 +223,10 @@ def test_an_evaluation_continues(toy, data, tmp_path, monkeypatch):
 
 
 def test_tune_advises(toy, data, tmp_path, capsys, monkeypatch):
-    from npu_lora_decoding.evaluation import judging as advise
-
     better = lambda lm, items, arm, n, batch: [
         i.answer if getattr(arm.target, 'beta', 0) == 0.2 or k % 3 == 0 else 'no' for k, i in enumerate(items)
     ]
-    monkeypatch.setattr(advise, 'answers', better)
+    monkeypatch.setattr(judging, 'answers', better)
     argv = [
         'tune',
         '--model',
@@ -248,7 +246,7 @@ def test_tune_advises(toy, data, tmp_path, capsys, monkeypatch):
     ]
     run(argv)
     assert 'Use CoLD(alpha=0.1, beta=0.2)' in capsys.readouterr().out and (tmp_path / 'a.png').stat().st_size > 1000
-    monkeypatch.setattr(advise, 'answers', lambda lm, items, *_, **__: [i.answer for i in items])
+    monkeypatch.setattr(judging, 'answers', lambda lm, items, *_, **__: [i.answer for i in items])
     run(argv)
     assert 'Do not use CoLD here' in capsys.readouterr().out
 

@@ -225,9 +225,10 @@ def begun(tmp_path):
 )
 def test_other_settings_are_refused(begun, other):
     before = (begun / 'state.safetensors').read_bytes()
-    said = sentence(lambda: finetune(toy_lm(), ITEMS, begun, replace(CONFIG, **other)), begun)
+    message = sentence(lambda: finetune(toy_lm(), ITEMS, begun, replace(CONFIG, **other)), begun)
     assert (
-        said == 'FOLDER holds a run with other settings: continue it with the same ones, or train into another folder.'
+        message
+        == 'FOLDER holds a run with other settings: continue it with the same ones, or train into another folder.'
     )
     assert (begun / 'state.safetensors').read_bytes() == before
 
@@ -433,7 +434,7 @@ def test_epochs_and_seeds_differ():
     assert len(set(orders)) == 9
 
 
-def test_every_epoch_and_window_shuffles_its_batches_anew():
+def test_every_epoch_and_window_shuffles_its_batches_again():
     "With one window over all items and no two of one length, the batches are the same sets in every epoch: only their order can differ"
     lengths = list(range(64))
     epochs = [[tuple(batch_of_step(lengths, 16 * e + k, 4)) for k in range(16)] for e in range(4)]

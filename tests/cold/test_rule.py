@@ -1,4 +1,4 @@
-"CoLD: one pass against two passes and against PEFT's mixed batch, its identities, and the order of constraints"
+"CoLD: one forward pass against two and against PEFT's mixed batch, its identities, and the order of constraints"
 
 import copy, math
 import pytest, torch
@@ -16,7 +16,7 @@ from npu_lora_decoding.foundations.models import FAMILIES
 from npu_lora_decoding.decoding.loop import LM
 from helpers.toys import toy_tokenizer
 
-DIALS = (CoLD(), CoLD(0.05, 1.0), CoLD(0.3, -0.7), CoLD(0.01, 2.0))
+TARGETS = (CoLD(), CoLD(0.05, 1.0), CoLD(0.3, -0.7), CoLD(0.01, 2.0))
 WINDOWED = ('mistral', 'gemma2', 'gemma3_text')
 N = 12
 
@@ -61,8 +61,8 @@ def llama(tmp_path_factory):
 
 
 @pytest.mark.parametrize('lengths', [(5,), (7, 3, 5)])
-@pytest.mark.parametrize('target', DIALS, ids=str)
-def test_one_pass_is_two_passes(pair, target, lengths):
+@pytest.mark.parametrize('target', TARGETS, ids=str)
+def test_one_forward_pass_is_two(pair, target, lengths):
     model, bank, _ = pair
     ids, mask = prompts(lengths)
     ours = run(model, ids, mask, target, bank)
@@ -72,16 +72,18 @@ def test_one_pass_is_two_passes(pair, target, lengths):
         same(row[ids.shape[1] :], run(model, alone, torch.ones_like(alone), target, bank)[0, alone.shape[1] :])
 
 
-def test_dials_matter(pair):
+def test_alpha_and_beta_matter(pair):
     "The equalities above compare different texts"
     model, bank, _ = pair
     ids, mask = prompts()
-    texts = [run(model, ids, mask, t, bank) for t in DIALS] + [run(model, ids, mask, Plain(), b) for b in (bank, None)]
+    texts = [run(model, ids, mask, t, bank) for t in TARGETS] + [
+        run(model, ids, mask, Plain(), b) for b in (bank, None)
+    ]
     assert len({tuple(t.flatten().tolist()) for t in texts}) >= 4
 
 
-@pytest.mark.parametrize('target', DIALS, ids=str)
-def test_one_pass_is_pefts_mixed_batch(pair, target):
+@pytest.mark.parametrize('target', TARGETS, ids=str)
+def test_one_forward_pass_is_pefts_mixed_batch(pair, target):
     from npu_lora_decoding.evaluation.methods import _peft_mixed
 
     model, bank, path = pair
@@ -90,7 +92,7 @@ def test_one_pass_is_pefts_mixed_batch(pair, target):
     same(run(model, ids, mask, target, bank)[:, ids.shape[1] :], theirs)
 
 
-def test_several_seeds_against_two_passes(llama):
+def test_several_seeds_against_two_forward_passes(llama):
     model, bank = llama
     for seed in range(6):
         ids, mask = prompts((4, 9, 1, 6), seed)
@@ -171,7 +173,7 @@ def test_minus_one_scores_by_the_base():
     assert torch.equal(s.isfinite(), CoLD(0.1).plausible(e)) and 1 < s.isfinite().sum() < s.numel()
 
 
-@pytest.mark.parametrize('target', DIALS, ids=str)
+@pytest.mark.parametrize('target', TARGETS, ids=str)
 def test_select_is_the_best_of_combine(target):
     for seed in range(20):
         e, a = (x.round() for x in logits(seed, scale=2))  # whole numbers: many ties
@@ -204,7 +206,7 @@ def test_minus_infinity_of_the_base_is_its_finite_minimum():
 # --- one value for each sequence, and the end of each
 
 
-def test_dials_for_each_sequence(pair):
+def test_alpha_and_beta_for_each_sequence(pair):
     model, bank, _ = pair
     ids, mask = prompts()
     target = CoLD((0.05, 0.1, 0.3), (1.0, 0.0, -0.7))
@@ -216,10 +218,10 @@ def test_dials_for_each_sequence(pair):
             ours[b, ids.shape[1] :], run(model, alone, torch.ones_like(alone), target.of(b), bank)[0, alone.shape[1] :]
         )
     others = run(model, ids, mask, CoLD((0.05, 0.1, 0.3), (-0.7, 1.0, 1.0)), bank)
-    assert (ours != others).any()  # dials of the wrong sequence would show
+    assert (ours != others).any()  # alpha and beta of the wrong sequence would show
 
 
-def test_dials_for_each_sequence_with_processors(llama):
+def test_alpha_and_beta_for_each_sequence_with_processors(llama):
     model, bank = llama
     ids, mask = prompts()
     target = CoLD((0.05, 0.1, 0.3), (1.0, 0.0, -0.7))
@@ -229,7 +231,7 @@ def test_dials_for_each_sequence_with_processors(llama):
         same(ours[b], padded[0])
 
 
-def test_a_wrong_number_of_dials_is_named(llama):
+def test_a_wrong_number_of_alphas_or_betas_is_named(llama):
     with pytest.raises(DecodingError, match='2 values of alpha or beta for 3 sequences'):
         run(llama[0], *prompts(), CoLD(beta=(0.1, 0.2)), llama[1])
 
@@ -344,7 +346,7 @@ def test_nan_in_the_loop_is_named(llama, options):
         dict(beta=(0.0, math.nan)),
     ],
 )
-def test_bad_dials_are_named(bad):
+def test_bad_alphas_and_betas_are_named(bad):
     with pytest.raises(DecodingError, match=f'{next(iter(bad))} is '):
         CoLD(**bad)
 

@@ -61,10 +61,12 @@ def same(a, b):
 
 def ends(model, ids, mask, how):
     "End tokens that occur in what the model says: none, one, or three"
-    said = greedy_naive(model, ids, mask, 10)[:, ids.shape[1] :]
-    return {'none': [], 'one': [said[0, 2].item()], 'three': [said[0, 2].item(), said[1, 5].item(), said[2, 0].item()]}[
-        how
-    ]
+    written = greedy_naive(model, ids, mask, 10)[:, ids.shape[1] :]
+    return {
+        'none': [],
+        'one': [written[0, 2].item()],
+        'three': [written[0, 2].item(), written[1, 5].item(), written[2, 0].item()],
+    }[how]
 
 
 @pytest.mark.parametrize('how', ['none', 'one', 'three'])
@@ -194,7 +196,10 @@ def test_filters_equal_transformers(row, temperature, top_k, top_p, min_p):
             MinPLogitsWarper(min_p),
         ]
     )
-    exactly(_filtered(x, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p).softmax(-1), chain(None, x).softmax(-1))
+    exactly(
+        _filtered(x, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p).softmax(-1),
+        chain(None, x).softmax(-1),
+    )
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,4 +1,4 @@
-"The loop: transformers' tokens when nothing is plugged in, the same tokens whatever is guessed, and a model left as it was"
+"The loop: transformers' tokens when nothing is plugged in, the same tokens whatever is drafted, and a model left as it was"
 
 import copy, math
 import pytest, torch
@@ -78,11 +78,11 @@ def test_tokens_of_transformers(model, how, lengths, ends):
     ids, mask = prompts(lengths)
     t = ids.shape[1]
     for seed in range(2):
-        said = loop_is_transformers(model, ids, mask, seed=seed, **how)
+        written = loop_is_transformers(model, ids, mask, seed=seed, **how)
         if ends == 'none':
             continue
-        eos = [said[0, t + 3].item(), said[-1, t + 6].item(), 96]
-        assert not torch.equal(loop_is_transformers(model, ids, mask, seed=seed, eos_token_id=eos, **how), said)
+        eos = [written[0, t + 3].item(), written[-1, t + 6].item(), 96]
+        assert not torch.equal(loop_is_transformers(model, ids, mask, seed=seed, eos_token_id=eos, **how), written)
 
 
 def test_sampling_depends_on_the_seed(llama):
@@ -93,10 +93,10 @@ def test_sampling_depends_on_the_seed(llama):
 PROCESSORS = dict(
     repetition_penalty=dict(repetition_penalty=20.0),
     no_repeat_ngram_size=dict(no_repeat_ngram_size=2),
-    bad_words_ids=dict(bad_words_ids='said'),
-    min_new_tokens=dict(min_new_tokens=8, eos_token_id='said'),
-    suppress_tokens=dict(suppress_tokens='said'),
-    begin_suppress_tokens=dict(begin_suppress_tokens='said'),
+    bad_words_ids=dict(bad_words_ids='seen'),
+    min_new_tokens=dict(min_new_tokens=8, eos_token_id='seen'),
+    suppress_tokens=dict(suppress_tokens='seen'),
+    begin_suppress_tokens=dict(begin_suppress_tokens='seen'),
     temperature=SAMPLED | dict(temperature=0.4),
     top_k=SAMPLED | dict(top_k=3),
     top_p=SAMPLED | dict(top_p=0.4),
@@ -109,7 +109,7 @@ PROCESSORS = dict(
         min_p=0.05,
         repetition_penalty=1.3,
         no_repeat_ngram_size=2,
-        suppress_tokens='said',
+        suppress_tokens='seen',
     ),
 )
 
@@ -122,9 +122,9 @@ def test_processors_of_transformers(family, name, lengths):
     ids, mask = prompts(lengths)
     kw = dict(PROCESSORS[name])
     usual = {k: kw[k] for k in ('do_sample', 'eos_token_id') if k in kw} | (SAMPLED if kw.get('do_sample') else {})
-    said = generate(model, ids, mask, max_new_tokens=20)[:, ids.shape[1] : ids.shape[1] + 4].unique().tolist()
+    written = generate(model, ids, mask, max_new_tokens=20)[:, ids.shape[1] : ids.shape[1] + 4].unique().tolist()
     fill = lambda o: {
-        k: ([[t] for t in said] if k == 'bad_words_ids' else said) if v == 'said' else v for k, v in o.items()
+        k: ([[t] for t in written] if k == 'bad_words_ids' else written) if v == 'seen' else v for k, v in o.items()
     }
     got = loop_is_transformers(model, ids, mask, max_new_tokens=20, **fill(kw))
     plain = generate(model, ids, mask, max_new_tokens=20, **fill(usual))
@@ -148,7 +148,7 @@ def test_lengths_of_transformers(model, kw):
 
 @pytest.mark.parametrize('lengths', [(5,), (7, 3, 5)])
 def test_guidance_of_transformers(llama, bank, lengths):
-    "Its passes are its own, so it goes with plain decoding alone"
+    "Its forward passes are its own, so it goes with plain decoding alone"
     assert not torch.equal(
         loop_is_transformers(llama, *prompts(lengths), guidance_scale=1.5), generate(llama, *prompts(lengths))
     )
@@ -165,10 +165,10 @@ def test_several_answers_a_prompt(llama):
 def test_a_criterion_of_ours(model, lengths):
     ids, mask = prompts(lengths)
     t = ids.shape[1]
-    said = generate(model, ids, mask)
-    stop = StoppingCriteriaList([EndsOn([said[0, t + 2].item(), said[-1, t + 4].item()])])
+    written = generate(model, ids, mask)
+    stop = StoppingCriteriaList([EndsOn([written[0, t + 2].item(), written[-1, t + 4].item()])])
     # With an end token transformers pads what has ended, as we always do; without one it goes on writing there.
-    assert not torch.equal(loop_is_transformers(model, ids, mask, stopping_criteria=stop, eos_token_id=96), said)
+    assert not torch.equal(loop_is_transformers(model, ids, mask, stopping_criteria=stop, eos_token_id=96), written)
     free = generate(model, ids, mask, stopping_criteria=stop)
     ours = generate(model, ids, mask, Decoder(), stopping_criteria=stop)
     assert free.shape == ours.shape
@@ -229,8 +229,8 @@ def speaker(tokenizer):
 def test_stop_strings(speaker, tokenizer, lengths):
     ids, mask = prompts(lengths)
     t = ids.shape[1]
-    said = generate(speaker, ids, mask, eos_token_id=2)
-    words = [tokenizer.decode(said[0, t + 3 : t + 5])[1:], tokenizer.decode(said[-1, t + 5 : t + 6])]
+    written = generate(speaker, ids, mask, eos_token_id=2)
+    words = [tokenizer.decode(written[0, t + 3 : t + 5])[1:], tokenizer.decode(written[-1, t + 5 : t + 6])]
     assert all(words)
     theirs = generate(speaker, ids, mask, stop_strings=words, tokenizer=tokenizer, eos_token_id=2)
     same(
@@ -244,7 +244,7 @@ def test_stop_strings(speaker, tokenizer, lengths):
         ),
         theirs,
     )
-    assert theirs.shape[1] < said.shape[1] or not torch.equal(theirs, said)
+    assert theirs.shape[1] < written.shape[1] or not torch.equal(theirs, written)
 
 
 NO_TOKENIZER = (
@@ -341,11 +341,11 @@ def test_a_merged_adapter_has_no_base(llama, folder):
         generate(model, *prompts(), Decoder(CoLD()))
 
 
-@pytest.mark.parametrize('guess', [False, True])
-def test_streamed_text_is_the_answer(speaker, tokenizer, capsys, guess):
+@pytest.mark.parametrize('drafts', [False, True])
+def test_streamed_text_is_the_answer(speaker, tokenizer, capsys, drafts):
     ids, mask = prompts((5,))
     answer = generate(speaker, ids, mask)
-    drafter = Guesser(answer, 5, 0.9) if guess else None
+    drafter = PlantedDrafter(answer, 5, 0.9) if drafts else None
     generate(speaker, ids, mask, Decoder(drafter=drafter, streamer=TextStreamer(tokenizer, skip_prompt=True)))
     assert capsys.readouterr().out == tokenizer.decode(answer[0, 5:]) + '\n'
 
@@ -371,7 +371,7 @@ def test_a_streamer_gets_what_transformers_gives_it(llama, peft, where, lengths)
     ids, mask = prompts(lengths)
     answer = generate(model, ids, mask, streamer=(theirs := Collects()))
     assert theirs.got == [ids.flatten().tolist(), *answer.T[ids.shape[1] :].tolist(), 'end']
-    for drafter in (None, *([Guesser(answer, 5, 0.9)] if len(ids) == 1 else [])):
+    for drafter in (None, *([PlantedDrafter(answer, 5, 0.9)] if len(ids) == 1 else [])):
         ours = Collects()
         decoder = Decoder(drafter=drafter, streamer=ours if where in ('bound', 'both') else None)
         called = (lambda *args, **kw: decoder(*args, **kw)) if where == 'wrapped' else decoder
@@ -421,8 +421,8 @@ def test_output_has_sequences_and_steps(llama, bank):
     out = generate(llama, ids, mask, Decoder(CoLD(0.05, 1.0), bank=bank), return_dict_in_generate=True)
     assert isinstance(out, Output) and out.scores is None and len(out.steps) == N
     same(out.sequences, generate(llama, ids, mask, Decoder(CoLD(0.05, 1.0), bank=bank)))
-    said = torch.tensor([[t.id for s in out.steps for t in s.tokens[b]] for b in range(3)])
-    same(said, out.sequences[:, 7:])
+    written = torch.tensor([[t.id for s in out.steps for t in s.tokens[b]] for b in range(3)])
+    same(written, out.sequences[:, 7:])
     for s in out.steps:
         for (t,) in s.tokens:
             assert (
@@ -489,7 +489,7 @@ def test_embeddings_as_input_are_named(llama):
         llama.generate(inputs_embeds=torch.zeros(1, 4, 32), custom_generate=Decoder(), max_new_tokens=3)
 
 
-def test_transformers_own_guesser_is_named(llama):
+def test_transformers_own_drafter_is_named(llama):
     with pytest.raises((DecodingError, ValueError)):
         generate(llama, *prompts((5,)), Decoder(), prompt_lookup_num_tokens=3)
 
@@ -545,10 +545,10 @@ def test_no_trace_in_the_model(llama, bank, peft, where, error):
     same(generate(model, *prompts()), plain)
 
 
-# --- trees: guesses change nothing but the number of passes
+# --- trees change nothing but the number of forward passes
 
 
-class Guesser(Drafter):
+class PlantedDrafter(Drafter):
     "Random trees whose nodes continue the known answer with probability `p`; `n` nodes at most"
 
     def __init__(self, answers, first, p=0.7, seed=0, n=9):
@@ -585,7 +585,7 @@ class Guesser(Drafter):
         made = [self._row(b, t) for b, t in enumerate(state.text)]
         n = max(len(t) for t, _ in made)
         fill = lambda x, v: torch.tensor([o + [v] * (n - len(o)) for o in x])
-        return Tree(fill([t for t, _ in made], 0), fill([p for _, p in made], -2), 'guess')
+        return Tree(fill([t for t, _ in made], 0), fill([p for _, p in made], -2), 'planted')
 
 
 @pytest.fixture(params=['growing', 'static'])
@@ -604,7 +604,7 @@ def trees_change_nothing(model, bank, ids, mask, target, rows, seed=0, p=0.7, dr
         model,
         ids,
         mask,
-        Decoder(target, drafter or Guesser(plain.sequences, ids.shape[1], p, seed), bank=bank, **rows),
+        Decoder(target, drafter or PlantedDrafter(plain.sequences, ids.shape[1], p, seed), bank=bank, **rows),
         **options,
     )
     same(fast.sequences, plain.sequences)
@@ -614,7 +614,7 @@ def trees_change_nothing(model, bank, ids, mask, target, rows, seed=0, p=0.7, dr
 @pytest.mark.parametrize('lengths', [(5,), (7, 3, 5)])
 @pytest.mark.parametrize('target', [Plain(), CoLD(0.05, 1.0)], ids=str)
 @pytest.mark.parametrize('p', [0.1, 0.6, 0.95])
-def test_guesses_change_nothing(llama, bank, rows, target, lengths, p):
+def test_trees_change_nothing(llama, bank, rows, target, lengths, p):
     for seed in range(3):
         plain, fast = trees_change_nothing(llama, bank, *prompts(lengths, seed), target, rows, seed, p)
         assert len(fast.steps) <= len(plain.steps)
@@ -623,12 +623,12 @@ def test_guesses_change_nothing(llama, bank, rows, target, lengths, p):
 
 
 @pytest.mark.parametrize('family', ['qwen2', 'qwen3', 'gemma'])
-def test_guesses_change_nothing_in_other_families(family, rows):
+def test_trees_change_nothing_in_other_families(family, rows):
     trees_change_nothing(toy(family), None, *prompts(), Plain(), rows)
 
 
 @pytest.mark.parametrize('family', [*WINDOWED, 'qwen2', 'qwen3'])
-def test_guesses_change_nothing_within_a_window(family, rows):
+def test_trees_change_nothing_within_a_window(family, rows):
     # layers with a window and layers without one (qwen), a window smaller than the prompts, sequences that accept different lengths
     model = toy(
         family,
@@ -638,14 +638,14 @@ def test_guesses_change_nothing_within_a_window(family, rows):
         trees_change_nothing(model, None, *prompts((7, 3, 9), seed), Plain(), rows, seed, 0.7)
 
 
-def test_guesses_change_nothing_for_any_attention(rows):
+def test_trees_change_nothing_for_any_attention(rows):
     for attention in ('eager', 'sdpa'):  # the eager one adds its mask to the scores, whatever it is
         model = toy()
         model.set_attn_implementation(attention)
         trees_change_nothing(model, None, *prompts((7, 3, 9)), Plain(), rows)
 
 
-def test_guesses_need_attention_that_reads_a_mask():
+def test_trees_need_attention_that_reads_a_mask():
     model = toy()
     model.config._attn_implementation = 'flash_attention_2'
     with pytest.raises(DecodingError, match='load the model with attn_implementation'):
@@ -653,11 +653,11 @@ def test_guesses_need_attention_that_reads_a_mask():
 
 
 def test_a_text_that_has_ended_takes_no_columns(llama, rows):
-    "Sequence 0 is over at once, and a lucky drafter goes on guessing for it: the static cache would be full before the others are done"
+    "Sequence 0 is over at once, and a lucky drafter goes on drafting for it: the static cache would be full before the others are done"
     ids, mask = prompts((100, 3))
     kept = []
 
-    class Lucky(Guesser):
+    class Lucky(PlantedDrafter):
         def propose(self, state, rows):
             kept.append(rows.valid.sum(-1).tolist())
             return super().propose(state, rows)
@@ -671,16 +671,16 @@ def test_a_text_that_has_ended_takes_no_columns(llama, rows):
     assert len(kept) > 2 and {k[0] for k in kept} == {100}
 
 
-def test_records_survive_guesses(llama, bank, rows):
+def test_records_survive_drafting(llama, bank, rows):
     plain, fast = trees_change_nothing(llama, bank, *prompts(), CoLD(0.05, 1.0), rows)
-    guessed = 0
+    drafted = 0
     for b in range(3):
         ours, theirs = ([t for s in o.steps for t in s.tokens[b]] for o in (fast, plain))
         for x, y in zip(ours, theirs, strict=True):
             assert (x.id, x.expert_top1, x.plausible) == (y.id, y.expert_top1, y.plausible)
             assert x.logp == pytest.approx(y.logp, abs=1e-3) and x.base_logp == pytest.approx(y.base_logp, abs=1e-3)
-            guessed += x.proposer == 'guess'
-    assert guessed > 10
+            drafted += x.proposer == 'planted'
+    assert drafted > 10
 
 
 @pytest.mark.parametrize('lengths', [(5,), (7, 3, 5)])
@@ -691,10 +691,10 @@ def test_an_end_inside_an_accepted_run(llama, bank, rows, target, lengths):
     inside = 0
     for at in range(2, 12, 3):
         eos = [row[ids.shape[1] + at + i].item() for i, row in enumerate(free)]
-        guesser = Guesser(free, ids.shape[1], 0.95, at)
-        _, fast = trees_change_nothing(llama, bank, ids, mask, target, rows, drafter=guesser, eos_token_id=eos)
+        drafter = PlantedDrafter(free, ids.shape[1], 0.95, at)
+        _, fast = trees_change_nothing(llama, bank, ids, mask, target, rows, drafter=drafter, eos_token_id=eos)
         last = [[t for s in fast.steps for t in s.tokens[b]][-1] for b in range(len(ids))]
-        inside += sum(t.id in eos and t.proposer == 'guess' for t in last)
+        inside += sum(t.id in eos and t.proposer == 'planted' for t in last)
     assert inside > 0
 
 
@@ -704,7 +704,14 @@ def test_the_length_limit_inside_a_tree(llama, bank, rows, n):
     longer = generate(llama, ids, mask, Decoder(CoLD(0.05, 1.0), bank=bank), max_new_tokens=24)
     for seed in range(3):
         _, fast = trees_change_nothing(
-            llama, bank, ids, mask, CoLD(0.05, 1.0), rows, drafter=Guesser(longer, 7, 0.95, seed), max_new_tokens=n
+            llama,
+            bank,
+            ids,
+            mask,
+            CoLD(0.05, 1.0),
+            rows,
+            drafter=PlantedDrafter(longer, 7, 0.95, seed),
+            max_new_tokens=n,
         )
         assert fast.sequences.shape[1] == 7 + n
 
@@ -723,12 +730,12 @@ def test_a_criterion_across_accepted_tokens(llama, rows, lengths):
             mask,
             Plain(),
             rows,
-            drafter=Guesser(free, ids.shape[1], 0.95, at),
+            drafter=PlantedDrafter(free, ids.shape[1], 0.95, at),
             stopping_criteria=StoppingCriteriaList([Pair(pairs)]),
         )
         assert fast.sequences.shape[1] < free.shape[1] or (fast.sequences == 0).any()
         for b in range(len(ids)):
-            inside += [t.proposer for s in fast.steps for t in s.tokens[b]][-2:] == ['guess', 'guess']
+            inside += [t.proposer for s in fast.steps for t in s.tokens[b]][-2:] == ['planted', 'planted']
     assert inside > 0
 
 
@@ -755,8 +762,8 @@ def test_a_criterion_that_keeps_notes(llama, bank, rows, target, lengths, ends):
     ids, mask = prompts(lengths)
     free = generate(llama, ids, mask, Decoder(target, bank=bank), max_new_tokens=24)
 
-    def run(guesser=None):
-        decoder = Decoder(target, guesser, bank=bank, **(rows if guesser else {}))
+    def run(drafter=None):
+        decoder = Decoder(target, drafter, bank=bank, **(rows if drafter else {}))
         out = generate(
             llama,
             ids,
@@ -770,14 +777,14 @@ def test_a_criterion_that_keeps_notes(llama, bank, rows, target, lengths, ends):
         return out, stop.seen
 
     plain, seen = run()
-    guessed = 0
+    drafted = 0
     assert plain.sequences.shape[1] < free.shape[1] and (len(ids) == 1 or (plain.sequences[:, 7:] == 0).any())
     for seed in range(3):
-        fast, shown = run(Guesser(free, ids.shape[1], 0.8, seed))
+        fast, shown = run(PlantedDrafter(free, ids.shape[1], 0.8, seed))
         same(fast.sequences, plain.sequences)
         assert shown == seen
-        guessed += sum(t.proposer == 'guess' for s in fast.steps for row in s.tokens for t in row)
-    assert ends or guessed > 3
+        drafted += sum(t.proposer == 'planted' for s in fast.steps for row in s.tokens for t in row)
+    assert ends or drafted > 3
 
 
 def test_criteria_of_transformers_leave_each_text_its_own_pace(llama, tokenizer):
@@ -787,7 +794,7 @@ def test_criteria_of_transformers_leave_each_text_its_own_pace(llama, tokenizer)
         llama,
         ids,
         mask,
-        Decoder(drafter=Guesser(free, 7, 0.7)),
+        Decoder(drafter=PlantedDrafter(free, 7, 0.7)),
         max_new_tokens=24,
         return_dict_in_generate=True,
         stopping_criteria=StoppingCriteriaList([stop]),
@@ -813,7 +820,7 @@ def test_the_criterion_of_the_harness(speaker, tokenizer, rows):
             max_new_tokens=24,
             stopping_criteria=utils.stop_sequences_criteria(tokenizer, [*words], 7, 3),
         )
-        for d in (None, Guesser(free, 7, 0.8), Guesser(free, 7, 0.95))
+        for d in (None, PlantedDrafter(free, 7, 0.8), PlantedDrafter(free, 7, 0.95))
     ]
     for out in outs[1:]:
         same(out, outs[0])
@@ -839,7 +846,7 @@ def test_processors_that_read_the_text(llama, bank, rows, target, lengths, kw):
         assert len(fast.steps) < len(plain.steps)
 
 
-def test_dials_for_each_sequence_with_guesses(llama, bank, rows):
+def test_alpha_and_beta_for_each_sequence_with_drafting(llama, bank, rows):
     for kw in ({}, dict(logits_processor=LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3)]))):
         trees_change_nothing(llama, bank, *prompts(), CoLD((0.05, 0.1, 0.3), (1.0, 0.0, -0.7)), rows, **kw)
 
@@ -847,11 +854,11 @@ def test_dials_for_each_sequence_with_guesses(llama, bank, rows):
 ONE_ROW = 'the node-by-node path gives processors one row, so those that know their place in the batch refuse it or take sequence 0'
 
 
-def test_repetition_penalty_of_a_padded_batch_with_guesses(llama, rows):
+def test_repetition_penalty_of_a_padded_batch_with_drafting(llama, rows):
     trees_change_nothing(llama, None, *prompts(), Plain(), rows, repetition_penalty=1.8)
 
 
-def test_a_grammar_for_each_sequence_with_guesses(llama, rows):
+def test_a_grammar_for_each_sequence_with_drafting(llama, rows):
     allowed = [list(range(3, 40)), list(range(40, 70)), list(range(70, 97))]
     trees_change_nothing(llama, None, *prompts(), Plain(), rows, prefix_allowed_tokens_fn=lambda b, text: allowed[b])
 
@@ -869,11 +876,13 @@ class DeadEnd:
         return scores.masked_fill((text == self.token).any(-1, keepdim=True), -torch.inf)
 
 
-def test_a_guess_into_a_dead_end_is_only_a_wrong_guess(llama):
+def test_a_draft_token_into_a_dead_end_is_only_rejected(llama):
     class Wrong(Drafter):
         def propose(self, state, rows):
             return Tree(
-                torch.tensor([[int(t[-1]), 96] for t in state.text]), torch.tensor([[-1, 0]] * len(state.text)), 'guess'
+                torch.tensor([[int(t[-1]), 96] for t in state.text]),
+                torch.tensor([[-1, 0]] * len(state.text)),
+                'planted',
             )
 
     trees_change_nothing(
@@ -886,8 +895,8 @@ def chi_square_limit(k):
     return k * (1 - 2 / (9 * k) + 3.09 * math.sqrt(2 / (9 * k))) ** 3
 
 
-def test_sampled_guesses_follow_the_distribution(llama):
-    "Chi-square of the second token, given the first, over runs whose guesses favour one token"
+def test_sampled_draft_tokens_follow_the_distribution(llama):
+    "Chi-square of the second token, given the first, over runs whose draft tokens favour one token"
     ids = torch.tensor([[5, 6, 7]])
     runs = 1500
     with torch.no_grad():
@@ -902,11 +911,11 @@ def test_sampled_guesses_follow_the_distribution(llama):
             return Tree(
                 torch.stack([torch.tensor([int(t[-1]), expert_top1]) for t in state.text]),
                 torch.tensor([[-1, 0]] * len(state.text)),
-                'guess',
+                'planted',
             )
 
     class First:
-        "Makes the first token certain"
+        "Gives the first token probability 1"
 
         def __call__(self, text, scores):
             if text.shape[1] > 3:
@@ -928,12 +937,12 @@ def test_sampled_guesses_follow_the_distribution(llama):
     shift = 0.1 * c
     c = c - shift
     c[big.nonzero().flatten().tolist().index(expert_top1)] += shift.sum()
-    assert ((c - w) ** 2 / w).sum() > limit  # a bug: one guess in ten accepted without being drawn
+    assert ((c - w) ** 2 / w).sum() > limit  # a bug: one draft token in ten accepted without being drawn
 
 
 @pytest.mark.parametrize('lengths', [(200,), (200, 198, 199)])
-def test_guesses_near_the_end_of_a_static_cache(lengths, monkeypatch):
-    "A tree, or rows that accept different numbers of guesses, must not run over the columns of the cache"
+def test_trees_near_the_end_of_a_static_cache(lengths, monkeypatch):
+    "A tree, or rows that accept different numbers of draft tokens, must not run over the columns of the cache"
     monkeypatch.setattr(ops, 'compiles', lambda device=None: True)
     monkeypatch.setattr(rows_module, '_compiled_step', rows_module._step)
     ids, mask = prompts(lengths)
@@ -956,7 +965,7 @@ def test_no_stale_program(llama, bank, peft, tmp_path, monkeypatch):
     eager_dynamo(monkeypatch)
     other = AdapterBank(llama, [load_adapter(toy_adapter(llama, tmp_path, seed=9), llama)], ops.lora)
     cold = CoLD(0.05, 1.0)
-    said = []
+    written = []
     for b, target in (
         (None, Plain()),
         (bank, cold),
@@ -968,11 +977,11 @@ def test_no_stale_program(llama, bank, peft, tmp_path, monkeypatch):
         (bank, CoLD(0.3, -0.7)),
         (None, Plain()),
     ):
-        said.append(compiled_is_eager(llama, b, target, (7, 3)))
-    same(said[0], said[3])
-    same(said[0], said[8])
-    same(said[1], said[6])
-    assert len({tuple(s.flatten().tolist()) for s in said}) >= 5
+        written.append(compiled_is_eager(llama, b, target, (7, 3)))
+    same(written[0], written[3])
+    same(written[0], written[8])
+    same(written[1], written[6])
+    assert len({tuple(s.flatten().tolist()) for s in written}) >= 5
     compiled_is_eager(peft, None, cold, (7, 3))
 
 
@@ -1031,9 +1040,9 @@ def test_compiled_tokens_are_eager_tokens(family, tmp_path):
         if family == 'llama'
         else [(bank, cold), (None, plain)]
     )  # each new pair costs 15 s
-    said = [compiled_is_eager(model, b, t, (7, 3)) for b, t in runs]
+    written = [compiled_is_eager(model, b, t, (7, 3)) for b, t in runs]
     compiled_is_eager(model, bank, cold, (4, 9))
-    assert not torch.equal(said[0], said[1])
+    assert not torch.equal(written[0], written[1])
 
 
 # --- lm.generate
@@ -1049,18 +1058,18 @@ def lm(speaker, tokenizer, tmp_path_factory):
 MESSAGES = [dict(role='user', content='Say a word.')]
 
 
-def said(out, b=0):
+def ids_of(out, b=0):
     return [t.id for t in out.tokens[b]]
 
 
 def test_prompts_of_every_kind(lm):
     ids = lm.tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
-    want = said(lm.generate(ids, max_new_tokens=N))
+    want = ids_of(lm.generate(ids, max_new_tokens=N))
     for prompt in ('Say a word.', MESSAGES, torch.tensor(ids), torch.tensor([ids])):
-        assert said(lm.generate(prompt, max_new_tokens=N)) == want
+        assert ids_of(lm.generate(prompt, max_new_tokens=N)) == want
     assert (
-        said(lm.generate('Say a word.', chat=False, max_new_tokens=N))
-        == said(lm.generate(lm.tokenizer('Say a word.').input_ids, max_new_tokens=N))
+        ids_of(lm.generate('Say a word.', chat=False, max_new_tokens=N))
+        == ids_of(lm.generate(lm.tokenizer('Say a word.').input_ids, max_new_tokens=N))
         != want
     )
     with bank_of(lm).attached([0]):
@@ -1075,8 +1084,8 @@ def test_a_batch_is_its_prompts(lm):
         assert len(out.texts) == len(out.tokens) == 3 and out.text == out.texts[0]
         for b, prompt in enumerate(batch):
             alone = lm.generate(prompt, target, max_new_tokens=N)
-            assert said(alone) == said(out, b) and alone.text == out.texts[b]
-            assert alone.text == lm.tokenizer.decode(said(alone), skip_special_tokens=True)
+            assert ids_of(alone) == ids_of(out, b) and alone.text == out.texts[b]
+            assert alone.text == lm.tokenizer.decode(ids_of(alone), skip_special_tokens=True)
 
 
 def test_a_full_context_ends_the_answer(lm):
@@ -1089,9 +1098,9 @@ def test_a_full_context_ends_the_answer(lm):
 
 def test_stop_strings_of_text(lm):
     free = lm.generate([5, 6, 7], max_new_tokens=N, eos_token_id=96)
-    word = lm.tokenizer.decode(said(free)[4])
+    word = lm.tokenizer.decode(ids_of(free)[4])
     out = lm.generate([5, 6, 7], max_new_tokens=N, stop_strings=[word], eos_token_id=96)
-    assert len(said(out)) <= 5 and word in out.text and said(out) == said(free)[: len(said(out))]
+    assert len(ids_of(out)) <= 5 and word in out.text and ids_of(out) == ids_of(free)[: len(ids_of(out))]
 
 
 def test_streaming(lm, capsys):
@@ -1120,15 +1129,15 @@ def test_result_fields(lm, target):
     assert short.tau == 1.0 and math.isfinite(short.ms_per_token) and math.isfinite(short.tokens_per_s)
 
 
-def test_tau_counts_accepted_guesses(lm):
-    answers = torch.tensor([[5, 6, 7] + said(lm.generate([5, 6, 7], max_new_tokens=24, eos_token_id=96))])
-    out = lm.generate([5, 6, 7], drafter=Guesser(answers, 3, 0.95), max_new_tokens=24, eos_token_id=96)
+def test_tau_counts_accepted_draft_tokens(lm):
+    answers = torch.tensor([[5, 6, 7] + ids_of(lm.generate([5, 6, 7], max_new_tokens=24, eos_token_id=96))])
+    out = lm.generate([5, 6, 7], drafter=PlantedDrafter(answers, 3, 0.95), max_new_tokens=24, eos_token_id=96)
     assert out.tau == pytest.approx(23 / (len(out.steps) - 1)) and out.tau > 1.5
 
 
 def test_seeds_of_text(lm):
     a, b, c = (
-        said(lm.generate([5, 6, 7], do_sample=True, temperature=2.0, top_k=0, seed=s, max_new_tokens=N))
+        ids_of(lm.generate([5, 6, 7], do_sample=True, temperature=2.0, top_k=0, seed=s, max_new_tokens=N))
         for s in (1, 1, 2)
     )
     assert a == b != c
@@ -1148,9 +1157,9 @@ def test_several_answers_to_each_text(lm):
     "All of them, those of one prompt side by side"
     how = dict(do_sample=True, temperature=2.0, top_k=0, max_new_tokens=N, eos_token_id=96)
     out = lm.generate([[5, 6, 7], [8, 9]], num_return_sequences=2, seed=1, **how)
-    assert len(out.texts) == len(out.tokens) == 4 and len({tuple(said(out, b)) for b in range(4)}) == 4
+    assert len(out.texts) == len(out.tokens) == 4 and len({tuple(ids_of(out, b)) for b in range(4)}) == 4
     again = lm.generate([[5, 6, 7]] * 2 + [[8, 9]] * 2, seed=1, **how)
-    assert [said(out, b) for b in range(4)] == [said(again, b) for b in range(4)]
+    assert [ids_of(out, b) for b in range(4)] == [ids_of(again, b) for b in range(4)]
 
 
 def test_the_embedded_model_is_transformers(tokenizer):
@@ -1171,7 +1180,7 @@ def test_the_embedded_model_is_transformers(tokenizer):
     ids = tokenizer.apply_chat_template(verse, add_generation_prompt=True, return_tensors='pt', return_dict=False)
     peft = PeftModel.from_pretrained(lm.model, adapter).eval()
     theirs = peft.generate(input_ids=ids, max_new_tokens=16, do_sample=False)
-    assert theirs[0, ids.shape[1] :].tolist() == said(ours)
+    assert theirs[0, ids.shape[1] :].tolist() == ids_of(ours)
 
 
 @pytest.mark.parametrize('b,h,g,t,s', [(1, 4, 4, 1, 1), (3, 6, 2, 5, 9), (2, 8, 1, 4, 4)])

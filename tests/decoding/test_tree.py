@@ -48,7 +48,7 @@ def path(tree, i):
 
 
 def emitted(tree, target, rule):
-    "Probability of each text of `depth + 1` tokens, where one pass with `rule` begins it and the target alone goes on"
+    "Probability of each text of `depth + 1` tokens, where one forward pass with `rule` begins it and the target alone goes on"
     real = [i for i in range(tree.size) if tree.parents[0, i] != -2]
     n = int(tree.depths[0, tree.parents[0] != -2].max()) + 1
     found = dict.fromkeys(target.joint(n), 0.0)
@@ -68,7 +68,7 @@ def ours(tree, drawn, target):
 
 
 def draws_again(tree, drawn, target):
-    "A wrong residual: where all guesses were rejected, the target draws once more, guesses included"
+    "A wrong residual: where all draft tokens were rejected, the target draws once more, draft tokens included"
     accepted, final = accept(tree, drawn)
     last = int(accepted[0].nonzero()[-1])
     if (tree.parents[0] != last).all():
@@ -81,7 +81,7 @@ def ends_with_the_root_s_draw(tree, drawn, target):
     return [((*path(tree, int(accepted[0].nonzero()[-1])), int(drawn[0, 0])), 1.0)]
 
 
-def guesses_without_their_parents(tree, drawn, target):
+def draft_tokens_without_their_parents(tree, drawn, target):
     agrees = (tree.tokens == drawn.gather(1, tree.parents.clamp(min=0))) & (tree.parents >= 0)
     last = int(agrees[0].nonzero()[-1]) if agrees.any() else 0
     return [((*path(tree, last), int(drawn[0, last])), 1.0)]
@@ -97,7 +97,7 @@ def test_what_is_emitted_has_the_target_s_distribution(tree, seed):
     assert distance(tree, seed, ours) < 1e-12
 
 
-@pytest.mark.parametrize('rule', [draws_again, ends_with_the_root_s_draw, guesses_without_their_parents])
+@pytest.mark.parametrize('rule', [draws_again, ends_with_the_root_s_draw, draft_tokens_without_their_parents])
 def test_wrong_rules_are_found_out(rule):
     tree = Tree(torch.tensor([[0, 1, 2, 1]]), torch.tensor([[-1, 0, 0, 1]]))
     assert max(distance(tree, seed, rule) for seed in range(5)) > 0.01

@@ -69,7 +69,7 @@ def test_answers_do_not_depend_on_the_batch(lm, arm):
 
 @pytest.mark.parametrize('name', [n for n, m in methods().items() if not m.single and not n.startswith('sample')])
 def test_every_method_writes_its_reference(lm, folder, name):
-    "Contestants of one target write one text: a benchmark of a broken contestant would mean nothing"
+    "Methods of one target write one text: a benchmark of a broken method would mean nothing"
     ids, mask = batch_of(lm)
     reference = dict(
         beam='transformers_beam',
@@ -88,7 +88,7 @@ def test_every_method_writes_its_reference(lm, folder, name):
 
 
 def test_sampling_methods_draw(lm, folder):
-    "Guesses take draws of their own, so texts differ; a seed gives the same text again"
+    "Draft tokens take draws of their own, so texts differ; a seed gives the same text again"
     ids, mask = batch_of(lm)
     for name in ('sample', 'sample_lookup'):
         run = methods()[name].build(lm, folder)
@@ -119,15 +119,15 @@ def test_memory_counts_what_is_held_and_what_is_added():
 
 
 def test_verify_finds_all_ways_equal(lm, folder):
-    said = []
-    checks = verify(lm, folder, toy_items(5), 8, 2, CoLD(0.05, 1.0), log=said.append)
+    logged = []
+    checks = verify(lm, folder, toy_items(5), 8, 2, CoLD(0.05, 1.0), log=logged.append)
     assert (
-        said == checks
+        logged == checks
         and [c.prompts for c in checks] == [5] * 8
         and all(c.equal == 5 and c.tokens == 40 for c in checks)
     )
     assert (
-        len(verify(toy_lm(), None, toy_items(2), 4, log=said.append)) == 4
+        len(verify(toy_lm(), None, toy_items(2), 4, log=logged.append)) == 4
     )  # without an adapter nothing is contrasted
 
 
@@ -171,19 +171,19 @@ def test_check_finds_planted_bugs(lm, bug, equal):
 
 
 @pytest.mark.parametrize('target', [Plain(), CoLD(0.05, 1.0)])
-def test_scores_decide_what_is_written(lm, target):
+def test_scores_decide_the_output(lm, target):
     "The scores that judge a difference are those greedy decoding maximises, and a lead is measured in them"
     ids, mask = batch_of(lm)
     prompt = ids[0][mask[0].bool()]
-    said = [t.id for t in lm.generate(prompt, target, max_new_tokens=6, eos_token_id=None).tokens[0]]
+    written = [t.id for t in lm.generate(prompt, target, max_new_tokens=6, eos_token_id=None).tokens[0]]
     for step in range(6):
         assert (
-            scores_at(lm, target, torch.cat([prompt, torch.tensor(said[:step], dtype=torch.long)])).argmax()
-            == said[step]
+            scores_at(lm, target, torch.cat([prompt, torch.tensor(written[:step], dtype=torch.long)])).argmax()
+            == written[step]
         )
-    scores = scores_at(lm, target, torch.cat([prompt, torch.tensor(said[:3])]))
+    scores = scores_at(lm, target, torch.cat([prompt, torch.tensor(written[:3])]))
     second = scores.topk(2).indices[1].item()
-    d = first_difference(lm, target, prompt, said[:3] + [second] + said[4:], said, 7)
+    d = first_difference(lm, target, prompt, written[:3] + [second] + written[4:], written, 7)
     assert (d.prompt, d.step) == (7, 3) and d.lead == pytest.approx(gap(scores)) and d.lead > TIE and not d.tie
 
 
@@ -200,7 +200,7 @@ def test_equality_is_promised_for_fp32_only(lm, folder):
 # --- judging once
 
 
-def test_a_method_that_guesses_is_judged_once_with_the_one_it_equals(lm, folder, monkeypatch):
+def test_a_method_that_drafts_is_judged_once_with_the_one_it_equals(lm, folder, monkeypatch):
     "...unless what it wrote differs: then it is judged for itself"
     import npu_lora_decoding.evaluation.benchmark as measure
 

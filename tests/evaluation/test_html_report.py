@@ -85,7 +85,7 @@ def shifted(by, n=40, wobble=1.0):
 def long_text(gain, n=30):
     made = lambda name, chunks: dict(
         method=name,
-        peer=False,
+        third_party=False,
         chunks=chunks,
         text='book',
         quality=12.0,
@@ -160,7 +160,7 @@ def test_a_page_closes_what_it_opens_and_loads_nothing():
 
 
 def test_every_row_is_on_the_page():
-    rows = everything() + [row(f'method {i}', 20.0 + i, shifted(i / 9), peer=i % 2 == 0) for i in range(9)]
+    rows = everything() + [row(f'method {i}', 20.0 + i, shifted(i / 9), third_party=i % 2 == 0) for i in range(9)]
     whole = page(rows)
     table = re.findall(r'<tr><td[^>]*>(.*?)(?: <small>.*?</small>)?</td>', whole)
     compared = [r['method'] for r in rows if r['method'] not in ('environment', 'base', 'temp_lora')]
@@ -170,7 +170,7 @@ def test_every_row_is_on_the_page():
     assert svg.count('<circle') == len([r for r in rows if r.get('scores')])
 
 
-def test_a_page_without_answers_guesses_or_methods_says_so():
+def test_a_page_without_answers_draft_tokens_or_methods_has_notes():
     bare = page([row('cold', same_as=None, over=None), dict(method='environment')])
     assert (
         'No answers were judged' in bare
@@ -200,17 +200,17 @@ def test_the_frontier():
 def test_what_helps_is_recommended():
     found = verdicts(everything())
     assert [(v.idea, v.helps) for v in found] == [('CoLD', True), ('HASS', True), ('Temp-LoRA', True)]
-    said = recommendation(found)
-    assert said.startswith('Use CoLD, HASS and Temp-LoRA: ') and '+2.00' in said and 'hass_tree is 1.60' in said
-    assert said == recommendation(verdicts(everything()))  # intervals are seeded
+    advice = recommendation(found)
+    assert advice.startswith('Use CoLD, HASS and Temp-LoRA: ') and '+2.00' in advice and 'hass_tree is 1.60' in advice
+    assert advice == recommendation(verdicts(everything()))  # intervals are seeded
 
 
 def test_none_is_an_answer():
-    said = recommendation(verdicts(everything(0, 0.95, 0)))
+    advice = recommendation(verdicts(everything(0, 0.95, 0)))
     assert (
-        said.startswith('Plain greedy decoding is enough here: CoLD, HASS and Temp-LoRA were not shown to help.')
-        and said.count('not shown') == 3
-        and '0.95 (0.95 to 0.95) times as fast' in said
+        advice.startswith('Plain greedy decoding is enough here: CoLD, HASS and Temp-LoRA were not shown to help.')
+        and advice.count('not shown') == 3
+        and '0.95 (0.95 to 0.95) times as fast' in advice
     )
 
 
@@ -246,7 +246,7 @@ def test_a_row_is_judged_on_turns_that_did_not_choose_it():
     assert v.method == 'hass_chain' and v.helps is False and v.effect.mean == pytest.approx(0.75)
 
 
-def test_guesses_are_compared_with_their_own_target():
+def test_drafters_are_compared_with_their_own_target():
     rows = [
         row('greedy', 10.0),
         row('cold', 30.0, scores=None),
@@ -255,21 +255,21 @@ def test_guesses_are_compared_with_their_own_target():
     v = verdicts(rows)[1]
     assert v.helps and v.effect.mean == pytest.approx(2) and 'as fast as cold' in v.reason
     assert verdicts([rows[0], rows[2]])[1].helps is None  # without it there is nothing to say
-    peers = [
+    theirs = [
         row('greedy'),
-        row('transformers_greedy', peer=True),
-        row('transformers_lookup', 9.0, same_as='transformers_greedy', peer=True, over='transformers_greedy'),
+        row('transformers_greedy', third_party=True),
+        row('transformers_lookup', 9.0, same_as='transformers_greedy', third_party=True, over='transformers_greedy'),
     ]
-    assert [v.idea for v in verdicts(peers)] == ['CoLD', 'HASS', 'Temp-LoRA']  # a peer is no idea of ours
+    assert [v.idea for v in verdicts(theirs)] == ['CoLD', 'HASS', 'Temp-LoRA']  # a third party is not an idea of ours
 
 
-def test_of_two_who_guess_the_faster_is_used():
-    said = recommendation(
+def test_the_faster_of_two_drafters_is_recommended():
+    advice = recommendation(
         verdicts([row('greedy'), row('hass_tree', 15.0, same_as='greedy'), row('lookup', 10.0, same_as='greedy')])
     )
     assert (
-        said.startswith('Use lookup: lookup is 3.00')
-        and ' hass_tree is 2.00 (2.00 to 2.00) times as fast as greedy too' in said
+        advice.startswith('Use lookup: lookup is 3.00')
+        and ' hass_tree is 2.00 (2.00 to 2.00) times as fast as greedy too' in advice
     )
 
 
@@ -466,7 +466,7 @@ def test_compare_writes_table_page_and_rows(toy, tmp_path, capsys):
     argv += ['--html', tmp_path / 'page.html', '--json', tmp_path / 'rows.json']
     run(list(map(str, argv)))
     *rows, last = json_rows(tmp_path / 'rows.json')
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     whole = (tmp_path / 'page.html').read_text()
     assert [r['method'] for r in rows] == ['greedy', 'cold', 'base', 'temp_lora'] and all(
         set(OLD) | set(NEW) <= set(r) for r in rows
@@ -477,9 +477,9 @@ def test_compare_writes_table_page_and_rows(toy, tmp_path, capsys):
         and last['verdicts'][2]['helps'] is not None
     )
     assert (
-        last['recommendation'] in said
-        and 'wrote page.html' in said
-        and '| cold |' in said
+        last['recommendation'] in printed
+        and 'wrote page.html' in printed
+        and '| cold |' in printed
         and Strict(whole).wrong == []
         and '20 prompts of mine.csv, 1 of them timed' in whole
     )
@@ -487,7 +487,7 @@ def test_compare_writes_table_page_and_rows(toy, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    'more, said',
+    'more, message',
     [
         (['--prompts', '/no/such.csv'], 'no file /no/such.csv'),
         (['--fields', 'a'], 'pass e.g. --fields question,answer'),
@@ -496,8 +496,8 @@ def test_compare_writes_table_page_and_rows(toy, tmp_path, capsys):
         (['--prompts', '0'], 'there is no prompt'),
     ],
 )
-def test_compare_refuses(toy, more, said):
-    with pytest.raises(DecodingError, match=re.escape(said)):
+def test_compare_refuses(toy, more, message):
+    with pytest.raises(DecodingError, match=re.escape(message)):
         run(
             [
                 'compare',

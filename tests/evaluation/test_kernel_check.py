@@ -44,13 +44,13 @@ def test_wrong_results_and_broken_starts_are_found_and_the_rest_goes_on():
     def broken(x):
         raise RuntimeError('no kernel image')
 
-    said = []
+    logged = []
     found = doctor.check_cases(
         [case(broken), case(lambda x: x * 3), case(lambda x: x * 2, dtypes=(torch.float32, torch.bfloat16))],
         cpu,
-        said.append,
+        logged.append,
     )
-    assert [o.problem is None for o in found] == [False, False, True, True] and len(said) == 2
+    assert [o.problem is None for o in found] == [False, False, True, True] and len(logged) == 2
     assert 'no kernel image' in found[0].problem and 'not equal' in found[1].problem
 
 
@@ -111,5 +111,5 @@ def test_tokens_of_kernels_and_references(tmp_path, kernel_on_cpu, wrong):
     steps, rest = divmod(len(calls), layers)
     assert rest == 0 and (
         16 < steps < 24 or wrong and steps == 24
-    ), 'kernels run for greedy, for CoLD, and for trees, in fewer steps where the guesses are right; not for their references'
+    ), 'kernels run for greedy, for CoLD, and for trees, in fewer steps where draft tokens are accepted; not for their references'
     assert [bool(c.differences) for c in checks] == [bool(wrong)] * 3

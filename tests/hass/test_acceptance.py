@@ -41,15 +41,15 @@ def toy(family='llama', v=5, b=4, t=24):
         while n < t:
             cache = HeadCache(1, ids.device)
             outputs = cache.extend(head, embed[row[None, 1:n]], f[None, : n - 1])
-            guesses = draft_chain(head, cache, row[None, n - 1], outputs, embed, lm_head, k=6).tokens[0, 1:]
+            drafted = draft_chain(head, cache, row[None, n - 1], outputs, embed, lm_head, k=6).tokens[0, 1:]
             m = min(int(torch.randint(0, 7, ())), t - n)
-            row[n : n + m] = guesses[:m]
+            row[n : n + m] = drafted[:m]
             n += m + 1
     return model, head, embed, lm_head, ids, features
 
 
 def drafted(head, embed, lm_head, ids, f, slot, end, draft, **options):
-    "Right guesses of a draft made after `slot`, from nothing, compared with the text by walking"
+    "Right tokens of a draft made after `slot`, from nothing, compared with the text by walking"
     cache = HeadCache(1, ids.device)
     outputs = cache.extend(head, embed[ids[None, 1 : slot + 2]], f[None, : slot + 1])
     tree = draft(head, cache, ids[None, slot + 1], outputs, embed, lm_head, **options)
@@ -138,16 +138,16 @@ def test_padding_may_be_any_token():
 
 
 def test_replay_by_hand():
-    # a prompt of 3 tokens, 12 in all: the prefill emits token 3, so tokens 4 to 11 are left. Slot 2 guesses token 4.
+    # a prompt of 3 tokens, 12 in all: the prefill emits token 3, so tokens 4 to 11 are left. Slot 2 drafts token 4.
     lengths = torch.tensor([[9, 9, 2, 9, 9, 0, 3, 9, 9, 9, 9, 9]])
     # slot 2: 2 right, 3 emitted (4, 5, 6); slot 5: none, 1 emitted (7); slot 6: 3 right, 4 emitted (8 to 11)
     r = replay(lengths, torch.tensor([2]), torch.tensor([12]), 3)
     assert (r.tokens.item(), r.passes.item()) == (8, 3)
     assert r.tried.tolist() == [[3, 2, 2]] and r.accepted.tolist() == [[2, 2, 1]]
-    # one token less: three guesses are right and nothing is left for the target's own token
+    # one token less: three draft tokens are right and nothing is left for the target's own token
     r = replay(lengths, torch.tensor([2]), torch.tensor([11]), 3)
     assert (r.tokens.item(), r.passes.item()) == (7, 3) and r.accepted.tolist() == [[2, 2, 1]]
-    # two less: the third guess of the last cycle lies beyond the end, neither right nor wrong
+    # two less: the third draft token of the last cycle lies beyond the end, neither right nor wrong
     r = replay(lengths, torch.tensor([2]), torch.tensor([10]), 3)
     assert (
         (r.tokens.item(), r.passes.item()) == (6, 3)
@@ -277,7 +277,7 @@ def test_equal_to_decoding(options, adapted, tmp_path):
         first[b][min(n, len(first[b]) - 1)].id for b, n in ((0, 12), (2, 21), (3, 16))
     }  # tokens that some answers reach and end with
     for draft, size in ((draft_chain, dict(k=3)), (draft_tree, dict(depth=2, top_k=3, nodes=9))):
-        said = lm.generate(
+        written = lm.generate(
             prompts,
             drafter=Naive(lm, head, skip, draft, **size),
             max_new_tokens=30,
@@ -286,19 +286,19 @@ def test_equal_to_decoding(options, adapted, tmp_path):
             eos_token_id=sorted(stop),
             **options
         )
-        whole = [torch.tensor(p + [t.id for t in ts]) for p, ts in zip(ids, said.tokens)]
+        whole = [torch.tensor(p + [t.id for t in ts]) for p, ts in zip(ids, written.tokens)]
         texts = [Text(x, len(p), f) for x, p, f in zip(whole, ids, target_features(lm, whole))]
         found = measure_acceptance(
             head, embed, lm_head, texts, chain=(3,) if 'k' in size else (), tree=None if 'k' in size else size, batch=3
         )
         (a,) = found.values()
-        passes = [sum(len(s.tokens[b]) > 0 for s in said.steps[1:]) for b in range(4)]
-        tokens = [sum(len(s.tokens[b]) for s in said.steps[1:]) for b in range(4)]
-        assert (a.tokens, a.passes) == (sum(tokens), sum(passes)) and a.tokens / a.passes == said.tau
+        passes = [sum(len(s.tokens[b]) > 0 for s in written.steps[1:]) for b in range(4)]
+        tokens = [sum(len(s.tokens[b]) for s in written.steps[1:]) for b in range(4)]
+        assert (a.tokens, a.passes) == (sum(tokens), sum(passes)) and a.tokens / a.passes == written.tau
         assert a.taus == tuple(n / p if p else None for n, p in zip(tokens, passes))
         assert (
-            a.rates[0] > 0.1 and len(set(map(len, said.tokens))) > 1
-        )  # guesses were right, and some answer ended early
+            a.rates[0] > 0.1 and len(set(map(len, written.tokens))) > 1
+        )  # draft tokens were right, and some answer ended early
 
 
 def test_measure_is_the_same_in_any_batch_and_order():

@@ -105,12 +105,12 @@ def test_step_one_is_ordinary_attention():
 
 def steps(head, e, f, segments, positions, n):
     inputs = [f]
-    guesses = []
+    predictions = []
     rotations = head.rotations(positions)
     for _ in range(n):
-        guesses.append(aligned_step(head, e, inputs, rotations, segments))
-        inputs.append(next_inputs(inputs[-1], guesses[-1], segments))
-    return guesses
+        predictions.append(aligned_step(head, e, inputs, rotations, segments))
+        inputs.append(next_inputs(inputs[-1], predictions[-1], segments))
+    return predictions
 
 
 def decoded(head, e, f, lengths, n):
@@ -141,11 +141,11 @@ def test_training_sees_what_decoding_sees(family):
     t = 11
     head = toy_head(family)
     e, f = torch.randn(2, b, t, 32)
-    guesses = steps(head, e, f, torch.zeros(b, t, dtype=torch.long), torch.arange(t).expand(b, t), n)
+    predictions = steps(head, e, f, torch.zeros(b, t, dtype=torch.long), torch.arange(t).expand(b, t), n)
     for m in range(1, t - n + 2):  # every prefix length, beside two others
         for lengths in (torch.tensor([m, m, m]), torch.tensor([m, 1, t - n + 1])):
             for j, out in enumerate(decoded(head, e, f, lengths, n)):
-                torch.testing.assert_close(out, guesses[j][torch.arange(b), lengths + j - 1], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(out, predictions[j][torch.arange(b), lengths + j - 1], rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_of_the_future_counts():
@@ -176,13 +176,13 @@ def test_padding_changes_nothing_and_stays_finite():
 
 def test_inputs_move_one_slot_and_carry_no_gradient():
     inputs = torch.randn(2, 6, 3)
-    guesses = torch.randn(2, 6, 3, requires_grad=True)
+    predictions = torch.randn(2, 6, 3, requires_grad=True)
     segments = torch.tensor([[0, 0, 0, 1, 1, -1], [0, 0, -1, -1, -1, -1]])
-    got = next_inputs(inputs, guesses, segments)
+    got = next_inputs(inputs, predictions, segments)
     for b in range(2):
         for i in range(6):
             first = i == 0 or segments[b, i] != segments[b, i - 1] or segments[b, i] < 0
-            assert torch.equal(got[b, i], inputs[b, i] if first else guesses[b, i - 1])
+            assert torch.equal(got[b, i], inputs[b, i] if first else predictions[b, i - 1])
     assert not got.requires_grad
 
 
@@ -194,17 +194,17 @@ def test_shift(by):
         assert torch.equal(got[:, i], x[:, i - by] if i >= by else torch.zeros(2, 3))
 
 
-def test_gradients_reach_earlier_keys_and_stop_at_guesses():
+def test_gradients_reach_earlier_keys_and_stop_at_predictions():
     head = toy_head(dtype=torch.float64).requires_grad_()
     e, f = torch.randn(2, 1, 5, 32, dtype=torch.float64)
     segments = torch.zeros(1, 5, dtype=torch.long)
     positions = torch.arange(5)[None]
     rotations = head.rotations(positions)
-    guess = torch.randn(1, 5, 32, dtype=torch.float64, requires_grad=True)
-    inputs = [f, next_inputs(f, guess, segments)]
+    predicted = torch.randn(1, 5, 32, dtype=torch.float64, requires_grad=True)
+    inputs = [f, next_inputs(f, predicted, segments)]
     loss = lambda: aligned_step(head, e, inputs, rotations, segments).square().sum()
     loss().backward()
-    assert guess.grad is None
+    assert predicted.grad is None
     with torch.no_grad():  # a finite difference, so that nothing of our own is trusted
         for name in (
             'fc.weight',

@@ -199,8 +199,8 @@ def test_the_embedded_model_reads_back_what_it_says():
     e = encode_conversation(
         lm, [dict(role='user', content='Name a colour.'), dict(role='assistant', content=out.text)], finished=False
     )
-    said = [t.id for t in out.tokens[0] if t.id not in lm.eos_ids]
-    assert e.ids.tolist() == encode_one(lm, 'Name a colour.').tolist() + said
+    answer = [t.id for t in out.tokens[0] if t.id not in lm.eos_ids]
+    assert e.ids.tolist() == encode_one(lm, 'Name a colour.').tolist() + answer
 
 
 # ---- reading

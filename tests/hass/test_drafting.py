@@ -28,7 +28,7 @@ def plain(head, e, g):
 
 
 def output(head, embed, ids, f, path):
-    "Output after the certain text `ids`, whose last token is not yet read, and the guesses `path`: a recursion without any cache"
+    "Output after the committed text `ids`, whose last token is not yet read, and the draft tokens `path`: a recursion without any cache"
     n = len(ids) - 1
     own = [output(head, embed, ids, f, path[:j]) for j in range(len(path))]
     tokens = torch.cat([ids[1:], torch.tensor(path, dtype=torch.long)])
@@ -60,7 +60,7 @@ def paths(tree, b):
 
 
 def prepared(head, embed, ids, f, lengths):
-    "A cache with the certain slots of texts of `lengths` tokens, the outputs of the last ones and the last tokens"
+    "A cache with the committed slots of texts of `lengths` tokens, the outputs of the last ones and the last tokens"
     cache = HeadCache(len(ids), ids.device)
     count = torch.tensor(lengths) - 1
     outputs = cache.extend(head, embed[ids[:, 1:]], f[:, :-1], count)
@@ -108,10 +108,10 @@ def test_chain_is_a_tree_of_one_child(family):
 
 
 def test_a_parent_that_ties_its_child_is_kept():
-    head, embed, lm_head, ids, f = toy(sharp=1e5)  # every best guess has probability 1, exactly
+    head, embed, lm_head, ids, f = toy(sharp=1e5)  # every best draft token has probability 1, exactly
     cache, last, outputs = prepared(head, embed, ids, f, [4, 8, 11])
     chain = draft_chain(head, cache, last, outputs, embed, lm_head, k=6)
-    for nodes in (3, 5, 7):  # the certain path from its start, not from its end
+    for nodes in (3, 5, 7):  # the committed path from its start, not from its end
         tree = draft_tree(head, cache, last, outputs, embed, lm_head, depth=5, top_k=3, nodes=nodes)
         for b in range(3):
             assert paths(tree, b) == paths(chain, b)[: nodes - 1]

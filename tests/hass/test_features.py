@@ -469,9 +469,9 @@ def losses(batch, head, frozen, n=3):
     inputs = [batch.features]
     out = []
     for _ in range(n):
-        guess = aligned_step(head, e, inputs, head.rotations(batch.positions), batch.segments)
-        out.append(distill(guess, batch.next_features, batch.keep, frozen.lm_head)[0])
-        inputs.append(next_inputs(inputs[-1], guess, batch.segments))
+        predicted = aligned_step(head, e, inputs, head.rotations(batch.positions), batch.segments)
+        out.append(distill(predicted, batch.next_features, batch.keep, frozen.lm_head)[0])
+        inputs.append(next_inputs(inputs[-1], predicted, batch.segments))
     return torch.stack(out)
 
 

@@ -247,7 +247,7 @@ def test_old_rotary_buffer_equal_to_our_own(tmp_path, target):
         )
 
 
-def test_folders_that_are_no_head(tmp_path, target):
+def test_folders_without_a_head(tmp_path, target):
     with pytest.raises(DecodingError, match='there is no folder'):
         load_head(tmp_path / 'none', target)
     with pytest.raises(DecodingError, match='no model.safetensors'):
@@ -362,7 +362,7 @@ def test_broken_draft_vocabularies(tmp_path, target, tensors, message):
         load_head(folder, target)
 
 
-def test_dtype_follows_the_target_unless_told(tmp_path, target):
+def test_dtype_follows_the_target_by_default(tmp_path, target):
     folder = save_head(toy_head(target), tmp_path / 'head', target)
     assert (
         load_head(folder, target.to(torch.bfloat16)).fc.weight.dtype == torch.bfloat16

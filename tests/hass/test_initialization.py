@@ -277,7 +277,7 @@ def test_a_linear_world_is_learnt():
 
 
 def test_only_answers_are_fitted():
-    "What is read or guessed for the prompt changes nothing"
+    "What is read or drafted for the prompt changes nothing"
 
     def broken(ids, response, f):
         touched = response.clone()
@@ -294,7 +294,7 @@ def test_only_answers_are_fitted():
 @pytest.mark.parametrize('scaled', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_least_squares_start(scaled, dtype):
-    "The head's fc computes the linear guess, in plain units, also where the head was scaled by other numbers; nothing else moves"
+    "The head's fc computes the linear prediction, in plain units, also where the head was scaled by other numbers; nothing else moves"
     data = texts(d=32)
     embed = torch.randn(20, 32, generator=generator(2))
     s = measure_scales(data, embed)

@@ -91,20 +91,20 @@ def test_token_weights():
             frequency_topk(z, y, 3, rarity)
 
 
-def plain(guess, feature, keep, head, objective, scale, rarity):
-    terms = objective.terms(guess[keep], feature[keep], head, scale, rarity)
+def plain(predicted, feature, keep, head, objective, scale, rarity):
+    terms = objective.terms(predicted[keep], feature[keep], head, scale, rarity)
     return sum(w * x.mean() for w, x in terms), torch.stack([x.mean() for _, x in terms])
 
 
 def setting(seed, b=2, t=5, d=6, v=11, dtype=torch.float64):
     g = generator(seed)
-    guess, feature, head = (
+    predicted, feature, head = (
         torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype) for shape in ((b, t, d), (b, t, d), (v, d))
     )
     keep = torch.rand(b, t, generator=g) < 0.6
     keep[0, 0] = True
     return (
-        guess.requires_grad_(),
+        predicted.requires_grad_(),
         feature,
         keep,
         head,
@@ -117,16 +117,18 @@ def setting(seed, b=2, t=5, d=6, v=11, dtype=torch.float64):
 @settings(max_examples=40)
 @given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 6), st.integers(1, 8), st.integers(1, 11))
 def test_chunks_change_nothing(linear, seed, b, t, chunk, k):
-    guess, feature, keep, head, scale, rarity = setting(seed, b, t)
+    predicted, feature, keep, head, scale, rarity = setting(seed, b, t)
     objective = Objective(
         0.7, [(name, w) for name, w in EVERY if name in LINEAR or not linear], k, chunk
     )  # linear losses have a way of their own
-    total, parts = distill(guess, feature, keep, head, objective=objective, scale=scale, rarity=rarity)
-    want, wanted = plain(guess, feature, keep, head, objective=objective, scale=scale, rarity=rarity)
+    total, parts = distill(predicted, feature, keep, head, objective=objective, scale=scale, rarity=rarity)
+    want, wanted = plain(predicted, feature, keep, head, objective=objective, scale=scale, rarity=rarity)
     torch.testing.assert_close((total, parts), (want, wanted))
-    torch.testing.assert_close(torch.autograd.grad(2.5 * total, guess)[0], torch.autograd.grad(2.5 * want, guess)[0])
-    told, _ = distill(
-        guess,
+    torch.testing.assert_close(
+        torch.autograd.grad(2.5 * total, predicted)[0], torch.autograd.grad(2.5 * want, predicted)[0]
+    )
+    with_targets, _ = distill(
+        predicted,
         feature,
         keep,
         head,
@@ -135,65 +137,67 @@ def test_chunks_change_nothing(linear, seed, b, t, chunk, k):
         rarity=rarity,
         targets=distill_targets(feature, keep, head, objective, rarity),
     )
-    assert torch.equal(told, total)
+    assert torch.equal(with_targets, total)
 
 
 def test_no_place_counts():
-    guess, feature, keep, head, *_ = setting(0)
-    total, parts = distill(guess, feature, torch.zeros_like(keep), head, Objective(k=4))
-    assert total == 0 and not parts.any() and not torch.autograd.grad(total, guess)[0].any()
+    predicted, feature, keep, head, *_ = setting(0)
+    total, parts = distill(predicted, feature, torch.zeros_like(keep), head, Objective(k=4))
+    assert total == 0 and not parts.any() and not torch.autograd.grad(total, predicted)[0].any()
 
 
 def test_places_that_do_not_count_may_hold_anything():
-    guess, feature, keep, head, scale, rarity = setting(1)
+    predicted, feature, keep, head, scale, rarity = setting(1)
     run = lambda g, f: torch.autograd.grad(
         distill(g, f, keep, head, objective=Objective(tokens=EVERY, k=4), scale=scale, rarity=rarity)[0], g
     )[0]
-    want = run(guess, feature)
+    want = run(predicted, feature)
     with torch.no_grad():
-        dirty = torch.where(keep[..., None], guess, torch.nan)
+        dirty = torch.where(keep[..., None], predicted, torch.nan)
         odd = torch.where(keep[..., None], feature, torch.inf)
     assert torch.equal(run(dirty.requires_grad_(), odd), want) and not want[~keep].any()
 
 
-def test_only_guesses_have_a_gradient():
-    guess, feature, keep, head, scale, _ = setting(2)
+def test_only_predictions_have_a_gradient():
+    predicted, feature, keep, head, scale, _ = setting(2)
     feature.requires_grad_(), head.requires_grad_()
-    total, parts = distill(guess, feature, keep, head, Objective(k=4), scale)
+    total, parts = distill(predicted, feature, keep, head, Objective(k=4), scale)
     total.backward()
-    assert guess.grad is not None and feature.grad is None and head.grad is None and not parts.requires_grad
+    assert predicted.grad is not None and feature.grad is None and head.grad is None and not parts.requires_grad
     with torch.no_grad():
-        assert torch.equal(distill(guess, feature, keep, head, Objective(k=4), scale)[0], total)
+        assert torch.equal(distill(predicted, feature, keep, head, Objective(k=4), scale)[0], total)
 
 
 def test_without_gradient_none_is_computed(monkeypatch):
-    guess, feature, keep, head, scale, _ = setting(2)
+    predicted, feature, keep, head, scale, _ = setting(2)
     monkeypatch.setattr(torch.autograd, 'grad', None)
-    assert distill(guess.detach(), feature, keep, head, Objective(k=4), scale)[0].isfinite()
+    assert distill(predicted.detach(), feature, keep, head, Objective(k=4), scale)[0].isfinite()
 
 
 def test_second_derivative_is_refused():
-    guess, feature, keep, head, *_ = setting(0)
-    (grad,) = torch.autograd.grad(distill(guess, feature, keep, head, Objective(k=4))[0], guess, create_graph=True)
+    predicted, feature, keep, head, *_ = setting(0)
+    (grad,) = torch.autograd.grad(
+        distill(predicted, feature, keep, head, Objective(k=4))[0], predicted, create_graph=True
+    )
     with pytest.raises(RuntimeError):
         grad.sum().backward()
 
 
 def test_half_precision():
-    guess, feature, keep, head, scale, rarity = setting(3, dtype=torch.bfloat16)
-    wide = [x.detach().double() if x.is_floating_point() else x for x in (guess, feature, keep, head)]
-    total, _ = distill(guess, feature, keep, head, Objective(k=4))
+    predicted, feature, keep, head, scale, rarity = setting(3, dtype=torch.bfloat16)
+    wide = [x.detach().double() if x.is_floating_point() else x for x in (predicted, feature, keep, head)]
+    total, _ = distill(predicted, feature, keep, head, Objective(k=4))
     torch.testing.assert_close(
         total.double(), distill(*wide, Objective(k=4))[0], rtol=2e-2, atol=2e-2
     )  # bf16 logits of size 3: steps of 2**-7
-    assert total.dtype == torch.float32 and torch.autograd.grad(total, guess)[0].dtype == torch.bfloat16
+    assert total.dtype == torch.float32 and torch.autograd.grad(total, predicted)[0].dtype == torch.bfloat16
 
 
 def test_rows_of_a_draft_vocabulary():
-    guess, feature, keep, head, *_ = setting(4)
+    predicted, feature, keep, head, *_ = setting(4)
     ids = torch.tensor([7, 2, 9, 4])
-    total, _ = distill(guess, feature, keep, head[ids], Objective(feature=0.0, tokens=(('soft_ce', 1.0),), k=4))
-    z = (guess @ head[ids].T)[keep]
+    total, _ = distill(predicted, feature, keep, head[ids], Objective(feature=0.0, tokens=(('soft_ce', 1.0),), k=4))
+    z = (predicted @ head[ids].T)[keep]
     y = (feature @ head[ids].T)[keep]
     torch.testing.assert_close(total, LOSSES['soft_ce'](z, y).mean())
 
@@ -223,14 +227,14 @@ def test_objective_survives_a_file():
     assert Objective(**json.loads(json.dumps(dataclasses.asdict(objective)))) == objective and hash(objective)
 
 
-@pytest.mark.parametrize('change', ['guess', 'keep', 'head', 'mask', 'k', 'rarity'])
+@pytest.mark.parametrize('change', ['predicted', 'keep', 'head', 'mask', 'k', 'rarity'])
 def test_shapes_that_do_not_fit(change):
-    guess, feature, keep, head, *_ = setting(0)
+    predicted, feature, keep, head, *_ = setting(0)
     objective = Objective(
         k=12 if change == 'k' else 4, tokens=(('frequency_topk', 1.0),) if change == 'rarity' else (('topk', 1.0),)
     )
-    if change == 'guess':
-        guess = guess[:, 1:]
+    if change == 'predicted':
+        predicted = predicted[:, 1:]
     if change == 'keep':
         keep = keep[:, 1:]
     if change == 'head':
@@ -240,7 +244,7 @@ def test_shapes_that_do_not_fit(change):
     with pytest.raises(
         DecodingError, match={'k': 'k is 12', 'rarity': 'weight for each token'}.get(change, 'do not fit')
     ):
-        distill(guess, feature, keep, head, objective)
+        distill(predicted, feature, keep, head, objective)
 
 
 def test_scale_counts_differences_in_spreads():

@@ -198,12 +198,12 @@ def test_a_question_drawn_in_odd_pieces_is_answered_as_text():
     assert [t.tokens[t.answer_start :] for t in found] == generated(lm, [t.messages for t in found], CONFIG.new_tokens)
 
 
-def test_columns_of_the_logits_that_are_no_tokens():
-    "Models round their vocabulary up; such a column must never be said"
+def test_columns_of_the_logits_without_a_token():
+    "Models round their vocabulary up; such a column must never be generated"
     lm = toy_lm(vocab=97)
     lm.model.get_output_embeddings().weight.data[80:] *= 9
-    said = answers(lm, ['word', 'other'], 20, 2, (0.0, 1.0))
-    assert max(map(max, said)) < len(lm.tokenizer) == 76
+    generated = answers(lm, ['word', 'other'], 20, 2, (0.0, 1.0))
+    assert max(map(max, generated)) < len(lm.tokenizer) == 76
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def leftovers(folder):
     return [f.name for f in Path(folder).iterdir() if f.name.endswith('.part')]
 
 
-def test_what_is_written_can_be_learnt_from(whole, tmp_path):
+def test_the_output_can_be_learnt_from(whole, tmp_path):
     assert (
         sorted(whole) == ['shard-0000.jsonl', 'shard-0001.jsonl', 'shard-0002.jsonl'] and len(set(whole.values())) == 3
     )
@@ -507,11 +507,11 @@ def test_prompts_are_all_answered_in_order(tmp_path, capsys):
     found = read_conversations(tmp_path)
     assert len(texts(tmp_path)) == 3 and [c['messages'][0]['content'] for c in found] == prompts
     assert [lm.tokenizer.decode(a) for a in generated(lm, prompts, 16)] == [c['messages'][1]['content'] for c in found]
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        '2 of 14 prompts are left out' in said
-        and '2 conversations, 3 of 3 shards are written, about 0 min left' in said
-        and said.count('tokens/s; 15 conversations take 0 min') == 1
+        '2 of 14 prompts are left out' in printed
+        and '2 conversations, 3 of 3 shards are written, about 0 min left' in printed
+        and printed.count('tokens/s; 15 conversations take 0 min') == 1
     )
     with pytest.raises(DecodingError, match='none of the 1 prompts is usable'):
         write_conversations(lm, tmp_path / 'b', CONFIG, prompts=[' '])

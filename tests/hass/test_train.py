@@ -192,8 +192,8 @@ def test_ctrl_c(whole, tmp_path, monkeypatch, capsys, place, n):
         except KeyboardInterrupt:
             pytest.fail('Ctrl-C was not caught')
     assert 0 < run.done < 9 and run.losses == whole[1].losses[: run.done]
-    said = capsys.readouterr().out
-    assert f'stopped after {run.done} of 9 steps' in said and 'saved' in said and 'same command' in said
+    printed = capsys.readouterr().out
+    assert f'stopped after {run.done} of 9 steps' in printed and 'saved' in printed and 'same command' in printed
     back = begin(tmp_path)
     assert back.done == run.done and same(weights(back), weights(run))  # the finished step is not lost
     train(back, TEXTS)
@@ -346,15 +346,15 @@ def literal(head, config, rows, numbers, spread, vocab=None):
         rotations = head.rotations(torch.arange(t)[None])
         count = count + int(keep.sum())
         for j in range(config.alignment_steps):
-            guess = aligned_step(head, e, inputs, rotations, segments)
-            inputs.append(torch.cat([f[None, :1], guess.detach()[:, :-1]], 1))
-            q = (guess[0] @ lm_head.T).log_softmax(-1)
+            predicted = aligned_step(head, e, inputs, rotations, segments)
+            inputs.append(torch.cat([f[None, :1], predicted.detach()[:, :-1]], 1))
+            q = (predicted[0] @ lm_head.T).log_softmax(-1)
             p = (f[1:] @ lm_head.T).softmax(-1)
             top = torch.zeros_like(p).scatter(1, p.topk(config.k).indices, 1.0)
             each = (
                 -(p * q).sum(-1)
                 - (p * q * top).sum(-1)
-                + config.feature * F.smooth_l1_loss(guess[0] / spread, f[1:] / spread, reduction='none').mean(-1)
+                + config.feature * F.smooth_l1_loss(predicted[0] / spread, f[1:] / spread, reduction='none').mean(-1)
             )
             sums[j] = sums[j] + each[keep].sum()
     return [s / count for s in sums], sum(
@@ -425,21 +425,15 @@ def test_next_feature_training_is_eagle_2(tmp_path):
         total = 0.0
         count = 0
         for ids, response, f in STORE.read(numbers):
-            t = len(ids) - 2  # the last slot has nothing to guess
-            guess = head(
+            t = len(ids) - 2  # the last slot has nothing to predict
+            predicted = head(
                 frozen.embed[ids[None, 1:-1]],
                 f[None, :t],
                 torch.arange(t)[None],
                 torch.ones(1, t, t, dtype=torch.bool).tril(),
             )[0][0]
             keep = response[1:-1] & response[2:]
-            each = F.cross_entropy(
-                guess @ frozen.lm_head.T, (f[1:-1] @ frozen.lm_head.T).softmax(-1), reduction='none'
-            ) + 0.05 * F.smooth_l1_loss(
-                guess / run.scales.feature, f[1:-1] / run.scales.feature, reduction='none'
-            ).mean(
-                -1
-            )
+            each = eagle_loss(predicted, f[1:-1], frozen.lm_head, run.scales.feature)
             total = total + each[keep].sum()
             count = count + int(keep.sum())
         losses.append([total.item() / count])
@@ -536,7 +530,7 @@ class Poisoned(Kept):
 @pytest.mark.parametrize('hidden', [False, True], ids=['in the loss', 'in the gradient only'])
 @pytest.mark.parametrize('row', [0, 48])
 def test_nan_is_named_and_nothing_is_spoilt(tmp_path, monkeypatch, row, hidden):
-    "A text without places that count adds nothing to the loss, but a gradient that is no number"
+    "A text without places that count adds nothing to the loss, but a gradient that is not a number"
     config = replace(CONFIG, row=row, tokens=240, save_every=1, optimizer='adamw')
     plan = plan_epoch(STORE.lengths, 240, 0, 0, row or None)
     bad = plan[1][-1][-1]
@@ -983,8 +977,8 @@ def test_texts_that_are_learnt_from_are_measured_apart(written, tmp_path, capsys
         and th.evaluate(run, held, None, held)['learnt_chain_5'] == last['chain_5']
     )
     assert [v['learnt_chain_5'] for _, v in noted.rows if 'chain_5' in v] == [h['learnt_chain_5'] for h in run.history]
-    said = f'on training text, chain of 5 {last["learnt_chain_5"]:.2f}'
-    assert said in capsys.readouterr().out and said in (tmp_path / 'last' / 'README.md').read_text()
+    sentence = f'on training text, chain of 5 {last["learnt_chain_5"]:.2f}'
+    assert sentence in capsys.readouterr().out and sentence in (tmp_path / 'last' / 'README.md').read_text()
 
 
 def test_best_is_the_best_and_stays_it(tmp_path, monkeypatch):

@@ -27,14 +27,14 @@ OPTIONS = (
 
 
 class Browser:
-    "One tab; `asked` holds every address that it wanted, `said` what the page wrote to its console"
+    "One tab; `asked` holds every address that it wanted, `console` what the page logged there"
 
     def __init__(self, folder, width=1000, height=900):
         import websocket
 
         self.user = Path(folder) / 'user'
         self.asked = []
-        self.said = []
+        self.console = []
         self.ids = itertools.count(1)
         own = [f'--window-size={width},{height}', f'--user-data-dir={self.user}']
         self.process = subprocess.Popen(
@@ -68,7 +68,7 @@ class Browser:
                     got['params']['request']['url'] if 'request' in got['params'] else got['params']['url']
                 )
             if got['method'] == 'Log.entryAdded':
-                self.said.append(got['params']['entry']['text'])
+                self.console.append(got['params']['entry']['text'])
         assert 'error' not in got, (method, got['error'])
         return got['result']
 

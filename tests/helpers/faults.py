@@ -458,7 +458,7 @@ def damages(file):
 
 @contextlib.contextmanager
 def at_forward(n, act, where='model'):
-    "Call `act` in forward pass number `n` (from 1) through an MLP of the model, or of the draft head; yield the passes so far"
+    "Call `act` in forward pass number `n` (from 1) through an MLP of the model, or of the draft head; yield the forward passes so far"
     kind = dict(model=LlamaMLP, head=HeadMLP)[where]
     calls = []
     true = kind.forward
@@ -499,7 +499,7 @@ def ask(**options):
     return lambda lm, f: _ids(lm.generate(TEXT[:21], max_new_tokens=14, eos_token_id=None, **options))
 
 
-def _guess(lm, f):
+def _draft(lm, f):
     return _ids(lm.generate(TEXT[:9], drafter=HASS(_head_of(0), adaptive=False), max_new_tokens=9, eos_token_id=None))
 
 
@@ -558,7 +558,7 @@ WORKS = {
     'generate': Work(ask()),
     'generate, streamed': Work(ask(stream=True)),
     'generate with contrast': Work(ask(target=CoLD(0.1, 0.5))),
-    'guess with a head': Work(_guess, where='head', n=3),
+    'draft with a head': Work(_draft, where='head', n=3),
     'compare': Work(_compare),
     'train a LoRA adapter': Work(_lora, True, n=3),
     'train a head': Work(_head_run, True, 'head', 4),

@@ -116,7 +116,7 @@ class Uncompiled(CompiledDraft):
         self._seen = set()
 
 
-def guessed(out):
+def count_drafted(out):
     return sum(x.proposer != 'target' for s in out.steps for r in s.tokens for x in r)
 
 
@@ -173,7 +173,7 @@ def small(tmp_path_factory):
 
 
 def sampled(t, target, drafter, runs, n=3, batch=250, process=lambda texts, scores: scores, rows={}, **kw):
-    "Counts of the continuations of one prompt, their probabilities, and how many tokens were guessed"
+    "Counts of the continuations of one prompt, their probabilities, and how many draft tokens were accepted"
     v = t.model.config.vocab_size
     prompt = [3, 1, 2]
     counts = 0
@@ -190,5 +190,5 @@ def sampled(t, target, drafter, runs, n=3, batch=250, process=lambda texts, scor
         )
         code = (out.sequences[:, 3:] * v ** torch.arange(n - 1, -1, -1)).sum(-1)
         counts = counts + torch.bincount(code, minlength=v**n)
-        hits = hits + guessed(out)
+        hits = hits + count_drafted(out)
     return counts, exact(t, target, prompt, n, process), hits

@@ -1,14 +1,14 @@
 "Rows of a comparison, made up"
 
 
-def row(name, ms=30.0, scores=None, same_as=None, peer=False, over='greedy', **more):
+def row(name, ms=30.0, scores=None, same_as=None, third_party=False, over='greedy', **more):
     "One made-up row, complete"
     over = None if name == 'greedy' else over
     q = scores and sum(scores) / len(scores)
     return (
         dict(
             method=name,
-            peer=peer,
+            peer=third_party,
             model='toy',
             device='cpu',
             dtype='float32',

@@ -275,7 +275,7 @@ def test_a_wrong_writer_is_caught_and_the_last_export_stays(tmp_path, lm, monkey
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
-def test_rounding_is_told_from_faults(tmp_path, lm, dtype):
+def test_rounding_is_not_taken_for_a_fault(tmp_path, lm, dtype):
     head = random_head(lm, round=False)
     folder = saved(tmp_path, lm, head, torch.float32)
     found = export_head(folder, tmp_path / 'out', lm, dtype=dtype)
@@ -404,7 +404,7 @@ def check():
 def test_the_vllm_check_counts_like_an_engine(check):
     lengths = torch.tensor([9, 9, 2, 9, 9, 3, 9, 9, 9, 0, 1])  # slot 2 is the prompt's last
     assert check.counted(lengths, 2, 1, 3) == (0, [0, 0, 0])  # over with the prefill
-    assert check.counted(lengths, 2, 2, 3) == (1, [1, 1, 0])  # guesses beyond the stop count
+    assert check.counted(lengths, 2, 2, 3) == (1, [1, 1, 0])  # draft tokens beyond the stop count
     assert (
         check.counted(lengths, 2, 8, 3) == (2, [2, 2, 1])
         and check.counted(lengths, 2, 9, 3) == (3, [2, 2, 1])
@@ -433,7 +433,7 @@ def test_the_vllm_check_replays_the_full_head(check, lm):
     answers = [[7, 8, 9, 10, 11, 12, 13], [4, 5, 6, 7, 8, 9, 10]]
     texts = check.texts_of(lm, prompts, answers)
     frozen = target_weights(lm.model)
-    for t in texts:  # every token is what the head would guess: all is accepted
+    for t in texts:  # every token is what the head would draft: all is accepted
         e = frozen.embed[t.ids[1:]][None]
         f = t.features[:-1][None]
         t.ids[2:] = (ex.head_features(head, e, f)[0, :-1] @ frozen.lm_head.T).argmax(-1)

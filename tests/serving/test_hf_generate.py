@@ -43,7 +43,7 @@ def options(lm, **kw):
     )
 
 
-def said(lm, *how, **kw):
+def written(lm, *how, **kw):
     return [
         [t.id for t in row]
         for row in lm.generate(
@@ -69,8 +69,8 @@ def by_name(model, lm, out, **kw):
 )
 def test_the_tokens_of_lm_generate(lm, home, tmp_path, settings, target):
     "By name on a bare model, and where the model's own folder holds it"
-    want = said(lm, target)
-    assert want != said(load(home / 'model', device='cpu'))
+    want = written(lm, target)
+    assert want != written(load(home / 'model', device='cpu'))
     write_custom_generate(tmp_path / 'out', settings, home / 'adapter')
     assert by_name(lm.model, lm, tmp_path / 'out') == want
     write_custom_generate(tmp_path / 'served', settings, home / 'adapter', model=home / 'model')
@@ -86,7 +86,7 @@ def test_each_folder_has_its_own_settings(lm, home, tmp_path):
     outs = {beta: tmp_path / f'{beta}' / 'out' for beta in (0.0, 1.0, 3.0)}
     for beta, out in outs.items():
         write_custom_generate(out, Settings(alpha=0.01, beta=beta), home / 'adapter')
-    wants = {beta: said(lm, CoLD(0.01, beta)) for beta in outs}
+    wants = {beta: written(lm, CoLD(0.01, beta)) for beta in outs}
     assert wants[0.0] != wants[1.0] != wants[3.0]
     for _ in range(2):
         for beta, out in outs.items():
@@ -106,7 +106,7 @@ def test_what_else_is_asked_reaches_the_loop(tmp_path, capsys):
     write_custom_generate(tmp_path / 'served', Settings('greedy'), model=tmp_path / 'model')
     model = AutoModelForCausalLM.from_pretrained(tmp_path / 'served', trust_remote_code=True).eval()
     ids = torch.tensor(PROMPTS[:1])
-    free = said(lm)[0]
+    free = written(lm)[0]
     word = lm.tokenizer.decode(free[3:4])
     for kw in (
         dict(stop_strings=[word]),
@@ -144,17 +144,17 @@ def test_no_code_runs_without_trust(lm, home, tmp_path):
     with pytest.raises(ValueError, match='trust_remote_code'):
         lm.model.generate(**batch(lm), custom_generate=str(tmp_path / 'served'), trust_remote_code=False, **options(lm))
     wary = AutoModelForCausalLM.from_pretrained(tmp_path / 'served').eval()
-    assert wary.generate(**batch(lm), **options(lm))[:, 5:].tolist() == said(load(home / 'model', device='cpu'))
+    assert wary.generate(**batch(lm), **options(lm))[:, 5:].tolist() == written(load(home / 'model', device='cpu'))
 
 
 def test_the_vocabulary_of_the_tokenizer(home, tmp_path):
-    "Contrast may raise a column that is no token; with the tokenizer at hand it is left out, as in lm.generate"
+    "Contrast may raise a column without a token; with the tokenizer at hand it is left out, as in lm.generate"
     model = toy_model()  # 97 columns, 76 tokens
     toy_folder(tmp_path / 'model', model)
     toy_adapter(model, tmp_path / 'adapter')
     lm = load(tmp_path / 'model', tmp_path / 'adapter', 'cpu')
     write_custom_generate(tmp_path / 'out', Settings(alpha=0.001, beta=4.0), tmp_path / 'adapter')
-    assert by_name(lm.model, lm, tmp_path / 'out') == said(lm, CoLD(0.001, 4.0))
+    assert by_name(lm.model, lm, tmp_path / 'out') == written(lm, CoLD(0.001, 4.0))
     assert max(map(max, by_name(lm.model, lm, tmp_path / 'out', tokenizer=None))) >= 76  # without it
 
 

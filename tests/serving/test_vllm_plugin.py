@@ -21,8 +21,8 @@ def twin(pair, role, alpha=0.1, beta=0.5):
     return PairRequest(pair, role, alpha, beta, REFUSAL)
 
 
-def seat(pair, role, output=(), like=None, **dials):
-    return PairedRow(twin(pair, role, **dials), like, list(output))
+def seat(pair, role, output=(), like=None, **how):
+    return PairedRow(twin(pair, role, **how), like, list(output))
 
 
 # --- rows
@@ -132,16 +132,14 @@ def refused(rows, x):
     return {r for r in rows.seats if x[r].isfinite().sum() == 1 and int(x[r].argmax()) == REFUSAL}
 
 
-@pytest.mark.parametrize('dials', [dict(), dict(alpha=0.3, beta=-0.7), dict(alpha=0.01, beta=2.0)])
-def test_scores_are_the_librarys_own(dials):
+@pytest.mark.parametrize('how', [dict(), dict(alpha=0.3, beta=-0.7), dict(alpha=0.01, beta=2.0)])
+def test_scores_are_the_librarys_own(how):
     rows = PairRows()
     x = logits()
-    rows.update(added=[(4, seat('a', 'expert', **dials)), (1, seat('a', 'base', **dials))])
+    rows.update(added=[(4, seat('a', 'expert', **how)), (1, seat('a', 'base', **how))])
     e = x[[4]].clone()
     e[:, REFUSAL] = -torch.inf
-    want = CoLD(**{k: v for k, v in dict(alpha=0.1, beta=0.5, **dials).items()} if not dials else dials).combine(
-        e, x[[1]]
-    )[0]
+    want = CoLD(**{k: v for k, v in dict(alpha=0.1, beta=0.5, **how).items()} if not how else how).combine(e, x[[1]])[0]
     got = x.clone()
     assert contrast(got, rows) == {}
     assert torch.equal(got[4], want) and torch.equal(got[1], want) and torch.equal(got[[0, 2, 3, 5]], x[[0, 2, 3, 5]])
@@ -173,15 +171,15 @@ def test_roles_matter():
         ([(0, ('a', 'expert'), dict(output=[5])), (3, ('a', 'base'), {})], 'different tokens'),
     ],
 )
-def test_what_is_no_pair_never_decodes(seats, why):
+def test_what_is_not_a_pair_never_decodes(seats, why):
     rows = PairRows()
     x = logits()
     rows.update(
         added=[(r, seat(*names, **more)) for r, names, more in seats]
         + [(1, seat('good', 'expert')), (2, seat('good', 'base'))]
     )
-    told = contrast(x, rows)
-    assert list(told) == ['a'] and why in told['a'] and refused(rows, x) == {r for r, *_ in seats}
+    errors = contrast(x, rows)
+    assert list(errors) == ['a'] and why in errors['a'] and refused(rows, x) == {r for r, *_ in seats}
 
 
 @pytest.mark.parametrize('row', [0, 3])

@@ -1,11 +1,10 @@
-"""vLLM as a contestant, without vLLM: a stand-in on the path of the engine's process counts on from the last
-token of a prompt, and fails as it is told
+"""vLLM as a method, without vLLM: a stand-in on the path of the engine's process counts on from the last
+token of a prompt, and fails as a test asks
 """
 
 import os, signal, subprocess, sys, textwrap, time
 from pathlib import Path
 import pytest, torch
-from npu_lora_decoding.serving import vllm_process as vllm_peer
 from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter, toy_model
 from npu_lora_decoding.cli.main import run
 from npu_lora_decoding.cold.rule import CoLD
@@ -131,7 +130,7 @@ def lm(folders):
 # --- the answers
 
 
-def test_a_contestant_writes_what_the_engine_writes(stand, lm, folders):
+def test_a_method_writes_what_the_engine_writes(stand, lm, folders):
     ids, mask = encode(lm, ['one', 'one two'])
     with vllm_methods(stand.python, lm, ['one', 'one two'], 8) as (known, about):
         assert (
@@ -296,7 +295,7 @@ def test_unknown_names_and_a_missing_adapter(stand, lm):
 
 
 @pytest.mark.parametrize(
-    'script,said',
+    'script,message',
     [
         (None, 'is not a program'),
         ('#!/bin/sh\necho Python 3.12\n', 'is not a Python:'),
@@ -305,12 +304,12 @@ def test_unknown_names_and_a_missing_adapter(stand, lm):
         (f'#!/bin/sh\nexec {sys.executable} "$@"\n', 'has no vLLM'),
     ],
 )
-def test_what_is_no_python_with_vllm(tmp_path, script, said):
+def test_what_is_not_a_python_with_vllm(tmp_path, script, message):
     path = tmp_path / 'python'
     if script:
         path.write_text(script)
         path.chmod(0o755)
-    with pytest.raises(DecodingError, match=f'{said}.*bin/python'):
+    with pytest.raises(DecodingError, match=f'{message}.*bin/python'):
         find_vllm(path, 5)
 
 
@@ -334,7 +333,7 @@ def test_without_a_python_there_is_nothing():
 
 
 @pytest.mark.parametrize(
-    'mode,said',
+    'mode,message',
     [
         (
             'fails at start',
@@ -346,9 +345,9 @@ def test_without_a_python_there_is_nothing():
     ],
 )
 @pytest.mark.slow
-def test_an_engine_that_does_not_start(stand, lm, mode, said):
+def test_an_engine_that_does_not_start(stand, lm, mode, message):
     stand.mode(mode)
-    with pytest.raises(DecodingError, match=said):
+    with pytest.raises(DecodingError, match=message):
         with vllm_methods(stand.python, lm, ['one'], 4, patience=4.0 if 'sleeps' in mode else 60.0) as (known, _):
             known['vllm_greedy'].build(lm, None)
     assert gone(stand)
@@ -356,7 +355,7 @@ def test_an_engine_that_does_not_start(stand, lm, mode, said):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'mode,said',
+    'mode,message',
     [
         ('fails', 'vllm_greedy: RuntimeError: a kernel fell over'),
         ('dies', r'engine of vllm_greedy ended \(it last wrote: .*working \| .* \| out of everything\)'),
@@ -364,9 +363,9 @@ def test_an_engine_that_does_not_start(stand, lm, mode, said):
         ('short', r'vllm_greedy wrote \[3\] tokens instead of 4'),
     ],
 )
-def test_an_engine_that_fails_in_the_middle(stand, lm, mode, said):
+def test_an_engine_that_fails_in_the_middle(stand, lm, mode, message):
     stand.mode(mode)
-    with pytest.raises(DecodingError, match=said) as e:
+    with pytest.raises(DecodingError, match=message) as e:
         with vllm_methods(stand.python, lm, ['one'], 4, patience=8.0) as (known, _):
             known['vllm_greedy'].build(lm, None)(*encode(lm, ['one']), 4)
     assert gone(stand) and '\n' not in str(e.value) and '\x1b' not in str(e.value)

@@ -25,7 +25,7 @@ PROMPT = 'say it again'
 STEADY = {
     (False, False): None,
     (False, True): PromptLookup(adaptive=False),
-}  # how much an adaptive one guesses depends on clocks
+}  # how much an adaptive one drafts depends on clocks
 
 
 def forgetful_lm(folder=None):
@@ -41,7 +41,7 @@ def forgetful_lm(folder=None):
     return lm
 
 
-def told(writer, choice, made=STEADY):
+def pages_of(writer, choice, made=STEADY):
     return list(P.answer(writer, made, PROMPT, '', choice))
 
 
@@ -68,7 +68,7 @@ def test_switches_are_arguments(choice, target, kind):
     )
 
 
-def test_one_guesser_for_the_whole_page():
+def test_one_drafter_for_the_whole_page():
     made = P.make_drafters('a folder')
     assert made[True, True].drafters == (made[True, False], made[False, True])
 
@@ -88,7 +88,7 @@ def test_an_instruction_comes_first():
 
 def test_the_answer_grows_in_the_colours_of_its_proposers():
     lm = forgetful_lm()
-    pages = told(P.Writer(lm), P.Choice(lookup=True, new_tokens=60))
+    pages = pages_of(P.Writer(lm), P.Choice(lookup=True, new_tokens=60))
     out = lm.generate(PROMPT, drafter=STEADY[False, True], max_new_tokens=60)
     assert (
         'lookup' in {t.proposer for t in out.tokens[0]}
@@ -148,7 +148,7 @@ def test_leaving_in_the_middle_frees_the_model():
         assert not writer.thread.is_alive()
     unread = writer(PROMPT, max_new_tokens=1000)
     next(unread)  # nobody closes it
-    assert told(writer, P.Choice(new_tokens=9))[-1].startswith(proposer_html(lm.generate(PROMPT, max_new_tokens=9)))
+    assert pages_of(writer, P.Choice(new_tokens=9))[-1].startswith(proposer_html(lm.generate(PROMPT, max_new_tokens=9)))
     unread.close()
     assert not [t for t in threading.enumerate() if '_write' in t.name]
 
@@ -156,13 +156,13 @@ def test_leaving_in_the_middle_frees_the_model():
 def test_mistakes_are_sentences_and_defects_are_raised(monkeypatch):
     lm = toy_lm()
     writer = P.Writer(lm)
-    assert told(writer, P.Choice(head=True)) == [
+    assert pages_of(writer, P.Choice(head=True)) == [
         '<p class="refused">this model has no draft head here: start the page with --head FOLDER, or switch the head off.</p>'
     ]
-    assert 'there is no adapter' in told(writer, P.Choice(contrast=True))[-1]
+    assert 'there is no adapter' in pages_of(writer, P.Choice(contrast=True))[-1]
     monkeypatch.setattr(lm.model, 'forward', lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        told(writer, P.Choice())
+        pages_of(writer, P.Choice())
 
 
 def test_without_gradio_one_sentence_says_what_to_install(monkeypatch):
@@ -269,14 +269,14 @@ def test_a_reader_types_presses_and_switches(shown, tmp_path):
     refuses_an_empty_prompt(browser)
     browser.picture(tmp_path / 'page.png')
     elsewhere = [u for u in browser.asked if not u.startswith((url, url.replace('http', 'ws'), 'data:', 'blob:'))]
-    assert elsewhere == [] and len(browser.asked) > 5 and [s for s in browser.said if 'Content Security' in s] == []
+    assert elsewhere == [] and len(browser.asked) > 5 and [s for s in browser.console if 'Content Security' in s] == []
 
 
 @needs_gradio
 @needs_chromium
 @needs_websocket
 def test_the_page_is_for_this_computer_and_loads_nothing_from_elsewhere(shown):
-    "The browser is told so, and obeys: a picture from elsewhere is refused before anybody is asked"
+    "The policy of the page is sent, and the browser obeys it: a picture from elsewhere is refused before anybody is asked"
     lm, url, browser = shown
     browser.find('#go')
     assert url.startswith('http://127.0.0.1:')
@@ -284,4 +284,4 @@ def test_the_page_is_for_this_computer_and_loads_nothing_from_elsewhere(shown):
         'new Promise(done => { const i = new Image(); i.onerror = i.onload = () => done(1); i.src = "http://example.invalid/x.png" })'
     )
     browser.call('Runtime.evaluate', expression='1')
-    assert any('Content Security Policy' in s and 'example.invalid' in s for s in browser.said)
+    assert any('Content Security Policy' in s and 'example.invalid' in s for s in browser.console)

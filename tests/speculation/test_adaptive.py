@@ -1,4 +1,4 @@
-"""Sizes: what a pass costs, what guesses are worth, and when not to guess;
+"""Sizes: what a forward pass costs, what draft tokens are worth, and when not to draft;
 counts and rates against loops, passes whose time the test decides
 """
 
@@ -76,7 +76,7 @@ def test_a_tree_of_one_node_is_refused():
         tree_sizes(1, 1, CPU)
 
 
-# --- what a pass costs
+# --- what a forward pass costs
 
 
 class Clock(torch.nn.Module):
@@ -95,7 +95,7 @@ def clocked(model, seconds, b=2, keep_hidden=False, roles=('expert',)):
     return SimpleNamespace(model=model, b=b, roles=roles, keep_hidden=keep_hidden, time=time, asked=asked)
 
 
-def test_the_median_without_the_first_pass():
+def test_the_median_without_the_first_forward_pass():
     rows = clocked(Clock(), {1: [100.0, 1.0, 9.0, 2.0], 4: [100.0, 5.0, 3.0, 8.0]})  # the first may compile
     assert pass_seconds(rows, (1, 4)) == {1: 2.0, 4: 5.0}
     assert [t.size for t in rows.asked] == [1, 4] * 4  # in turn: a machine that slows down slows all sizes
@@ -125,10 +125,19 @@ def test_measured_once_for_each_model_and_kind_of_rows():
     assert rows.asked
 
 
+def runner_on(model, cached):
+    "A runner of one sequence whose cache holds these keys and values of every layer"
+    runner = BatchRunner(model, ('expert',), 1, 30, draft_capacity=8)
+    for layer, (keys, values) in enumerate(zip(cached[::2], cached[1::2])):
+        runner.cache.update(keys, values, layer)
+    runner.valid = torch.ones(1, cached[0].shape[2], dtype=torch.bool)
+    return runner
+
+
 @pytest.mark.parametrize('static', [False, True])
 @pytest.mark.parametrize('keeps', [False, True])
 def test_measuring_leaves_no_trace(monkeypatch, static, keeps):
-    "Cache, valid columns, hidden states and pending nodes stay; and the next pass gives the same logits"
+    "Cache, valid columns, hidden states and pending nodes stay; and the next forward pass gives the same logits"
     monkeypatch.setattr(ops, 'compiles', lambda device=None: True)
     monkeypatch.setattr(rows_module, '_compiled_step', rows_module._step)
     monkeypatch.setattr(rows_module, '_compiled_step_hidden', rows_module._step_hidden)
@@ -160,11 +169,7 @@ def test_measuring_leaves_no_trace(monkeypatch, static, keeps):
             assert torch.equal(a, b)
         got = rows.forward(tree)[0]
         for b in range(2):
-            twin = BatchRunner(model, ('expert',), 1, 30, draft_capacity=8)
-            seen = held()
-            twin.cache.update(seen[0][b : b + 1, :, valid[b]], seen[1][b : b + 1, :, valid[b]], 0)
-            twin.cache.update(seen[2][b : b + 1, :, valid[b]], seen[3][b : b + 1, :, valid[b]], 1)
-            twin.valid = torch.ones(1, int(valid[b].sum()), dtype=torch.bool)
+            twin = runner_on(model, [x[b : b + 1, :, valid[b]] for x in held()])
             real = tree.parents[b] >= -1
             torch.testing.assert_close(
                 got[b, real],
@@ -174,7 +179,7 @@ def test_measuring_leaves_no_trace(monkeypatch, static, keeps):
             )  # fp32; sums in another order
 
 
-# --- what guesses are worth
+# --- what draft tokens are worth
 
 
 def random_tree(g, b=3, n=7, kinds=1):
@@ -249,7 +254,7 @@ def test_calibration_is_counting(kinds):
     g = generator(3)
     ours = Calibration(CPU, kinds)
     naive = Naive()
-    told = 0
+    observed = 0
     for _ in range(60):
         tree = random_tree(g, kinds=kinds)
         torch.testing.assert_close(ours.rates(tree), naive.rates(tree), rtol=1e-5, atol=1e-9)
@@ -271,7 +276,7 @@ def node(*scores, parents=None, source=None, names='a'):
     )
 
 
-def test_unseen_guesses_are_worth_their_scores():
+def test_unseen_draft_tokens_are_worth_their_scores():
     tree = node(1.0, 0.6, 0.5, 0.3, 0.06, 0.0, parents=[-1, 0, 0, 1, 3, -2])
     torch.testing.assert_close(
         Calibration(CPU).rates(tree)[0],
@@ -281,7 +286,7 @@ def test_unseen_guesses_are_worth_their_scores():
     )
 
 
-def test_a_wrong_guess_counts_once_and_those_below_it_not():
+def test_a_wrong_draft_token_counts_once_and_those_below_it_not():
     c = Calibration(CPU)
     c.observe(node(1.0, 0.5, 0.25, 0.1), torch.tensor([[True, False, False, False]]), torch.tensor([True]))
     assert int(c.tried.sum()) == 1 and int(c.right.sum()) == 0
@@ -344,20 +349,20 @@ def test_best_size_by_hand():
 @given(st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(0, 5), min_size=1, max_size=3)), max_size=12))
 def test_acceptance_by_depth_is_an_average_that_forgets(passes):
     r = AcceptanceByDepth(5)
-    for depth, guesses in passes:
-        r.observe(guesses, depth)
+    for depth, right in passes:
+        r.observe(right, depth)
     for j in range(5):
         tried = 4.0
         hits = 4 * 0.7 ** (j + 1)
-        for depth, guesses in passes:
+        for depth, right in passes:
             if j < depth:
-                tried = 0.96 * tried + len(guesses)
-                hits = 0.96 * hits + sum(g >= j + 1 for g in guesses)
+                tried = 0.96 * tried + len(right)
+                hits = 0.96 * hits + sum(g >= j + 1 for g in right)
         assert r.tokens(j + 1) - r.tokens(j) == pytest.approx(hits / tried)
     assert r.tokens(0) == 0
 
 
-# --- when not to guess
+# --- when not to draft
 
 
 class Inner(Drafter):
@@ -396,7 +401,7 @@ def fake_seconds(monkeypatch, sizer, a_node):
 
 
 def run(sizer, right, passes, b=2, done=()):
-    "Play `passes` passes, of which the target accepts `right(i)` guesses; return the sizes and whether each was a pause"
+    "Play `passes` passes, of which the target accepts `right(i)` draft tokens; return the sizes and whether each was a pause"
     state = SimpleNamespace(done=torch.tensor([i in done for i in range(b)]), last=torch.arange(b), accepted=None)
     sizes = []
     for i in range(passes):
@@ -409,7 +414,7 @@ def run(sizer, right, passes, b=2, done=()):
 
 
 def naps(sizes):
-    "Lengths of the pauses, and of the guessing between them"
+    "Lengths of the pauses, and of the drafting between them"
     out = []
     for _, nap in sizes:
         if out and out[-1][0] == nap:
@@ -429,7 +434,7 @@ def make(monkeypatch):
     return make
 
 
-def test_guessing_that_loses_is_given_up_for_longer_and_longer(make):
+def test_drafting_that_loses_is_given_up_for_longer_and_longer(make):
     s = make({1: 1.0, 2: 1.2, 4: 1.5})
     sizes = run(s, lambda i: 0, 160)
     assert naps(sizes) == [
@@ -449,12 +454,12 @@ def test_guessing_that_loses_is_given_up_for_longer_and_longer(make):
     assert sum(s.chosen.values()) == 32 == len(s.inner.asked)
 
 
-def test_guessing_that_pays_never_stops(make):
+def test_drafting_that_pays_never_stops(make):
     s = make({1: 1.0, 2: 1.05, 4: 1.1})
     assert run(s, lambda i: 3, 60) == [(4, False)] * 60 and s.notes == [] and s.inner.skipped == 0
 
 
-def test_guessing_resumes_when_it_pays_again(make):
+def test_drafting_resumes_when_it_pays_again(make):
     s = make({1: 1.0, 2: 1.2, 4: 1.5})
     sizes = run(s, lambda i: 0 if i < 20 else 3, 80)
     assert naps(sizes) == [[False, 8], [True, 16], [False, 56]] and sizes[-1] == (4, False)
@@ -466,7 +471,7 @@ def test_passes_that_cost_too_much_are_plain_at_once(make):
 
 
 def test_a_draft_costs_too(make):
-    "All guesses right, passes free: but three times as long a draft as a pass"
+    "All draft tokens right, forward passes free: but three times as long a draft as a forward pass"
     assert naps(run(make({1: 1.0, 2: 1.0, 4: 1.0}, a_node=2.0), lambda i: 3, 30))[:2] == [[False, 8], [True, 16]]
 
 
@@ -580,7 +585,7 @@ def test_explaining_a_text_that_ended_at_once():
     assert 'Nothing was proposed' in d.explain()
 
 
-def test_each_batch_starts_anew():
+def test_each_batch_starts_from_scratch():
     model = toy_model(vocab=11)
     d = PromptLookup()
     answer(model, d)

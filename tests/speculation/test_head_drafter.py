@@ -1,5 +1,5 @@
-"""Decoding with a head: the tokens and the distribution of plain decoding whatever is guessed,
-and a head's cache that equals one pass over the text
+"""Decoding with a head: the tokens and the distribution of plain decoding whatever is drafted,
+and a head's cache that equals one forward pass over the text
 """
 
 import copy, math
@@ -32,7 +32,7 @@ from npu_lora_decoding.speculation.head_drafter import HASS, committed_slots
 from npu_lora_decoding.decoding.tree import root_tree
 from helpers.loops import EndsOn, Pair, generate, same
 from helpers.toys import toy_tokenizer
-from helpers.loops import COLD, Collects, PLAIN, Toy, Uncompiled, chi_square, guessed, sampled, small, toy
+from helpers.loops import COLD, Collects, PLAIN, Toy, Uncompiled, chi_square, count_drafted, sampled, small, toy
 
 compiled = pytest.mark.skipif(not ops.compiles(), reason='torch.compile finds no C++ compiler')
 
@@ -49,7 +49,7 @@ def qwen3(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def paying(monkeypatch):
-    "Costs at which every guess pays, so that trees do not depend on the machine"
+    "Costs at which every draft token pays, so that trees do not depend on the machine"
     monkeypatch.setattr(sizing, 'pass_seconds', lambda rows, sizes: {n: 1e3 + n for n in sizes})
 
 
@@ -83,7 +83,7 @@ def equals_plain(t, drafter, target=PLAIN, lengths=(7, 3, 5, 1), rows={}, least=
     plain = run(t, target, None, lengths, **kw)
     fast = run(t, target, drafter, lengths, rows, **kw)
     same(fast.sequences, plain.sequences)
-    assert guessed(fast) >= least and len(fast.steps) <= len(plain.steps)
+    assert count_drafted(fast) >= least and len(fast.steps) <= len(plain.steps)
     return plain, fast
 
 
@@ -103,26 +103,26 @@ DRAFTERS = dict(
 @pytest.mark.parametrize('target', [PLAIN, COLD], ids=str)
 @pytest.mark.parametrize('name', DRAFTERS)
 @pytest.mark.parametrize('family', ['llama', 'qwen3'])
-def test_guesses_change_nothing(request, family, name, target, lengths):
+def test_drafting_changes_nothing(request, family, name, target, lengths):
     t = request.getfixturevalue(family)
     more = (
         dict(max_new_tokens=60) if name == 'lookup' or name == 'chain' and len(lengths) == 1 else {}
-    )  # until the text repeats itself, or a guess of few is right
+    )  # until the text repeats itself, or one of few draft tokens is right
     _, fast = equals_plain(t, DRAFTERS[name](t.folder), target, lengths, least=2, **more)
     if name in ('tree', 'fixed', 'joined'):
-        assert guessed(fast) >= 6 * len(lengths)
+        assert count_drafted(fast) >= 6 * len(lengths)
     assert {x.proposer for s in fast.steps for r in s.tokens for x in r} <= {'target', 'head', 'lookup'}
 
 
 @pytest.mark.parametrize('name', ['chain', 'tree', 'fixed', 'joined'])
-def test_guesses_change_nothing_on_a_static_cache(llama, rows, name):
+def test_drafting_changes_nothing_on_a_static_cache(llama, rows, name):
     equals_plain(llama, DRAFTERS[name](llama.folder), COLD, rows=rows, least=8)
 
 
 def test_an_adapter_without_contrast(llama):
     plain, fast = (run(llama, PLAIN, d, bank=llama.bank) for d in (None, HASS(llama.folder)))
     same(fast.sequences, plain.sequences)
-    assert guessed(fast) > 9
+    assert count_drafted(fast) > 9
     assert not torch.equal(plain.sequences, run(llama).sequences)
 
 
@@ -135,7 +135,7 @@ def test_on_a_peft_model(llama, tmp_path):
     ids, mask = prompts()
     out = generate(peft, ids, mask, Decoder(COLD, HASS(llama.folder)), max_new_tokens=24, return_dict_in_generate=True)
     same(out.sequences, run(llama, COLD).sequences)
-    assert guessed(out) > 9
+    assert count_drafted(out) > 9
 
 
 def test_several_settings_of_a_tree(llama):
@@ -171,7 +171,7 @@ def test_compiled_tokens_are_eager_tokens(llama):
     _, fast = equals_plain(llama, drafter, COLD, (7, 3), dict(compile=True), least=6)
     again = run(llama, COLD, drafter, (4, 6), dict(compile=True))  # nothing of the first text is left
     same(again.sequences, run(llama, COLD, None, (4, 6)).sequences)
-    assert guessed(again) > 5
+    assert count_drafted(again) > 5
     assert len(drafter._bound.programs) == 1
 
 
@@ -179,7 +179,7 @@ def test_compiled_tokens_are_eager_tokens(llama):
 
 
 def naive_cache(t, text, bank=None):
-    "The head's keys and values of a whole text, in one pass"
+    "The head's keys and values of a whole text, in one forward pass"
     ids = text[None]
     with torch.no_grad(), (bank or AdapterBank(t.model, [])).attached([0 if bank else -1]):
         f = t.model.model(ids).last_hidden_state
@@ -200,14 +200,14 @@ def inner(drafter):
     return d.drafters[0] if isinstance(d, JointDrafter) else d
 
 
-def cache_is_right(t, guesses, out, mask, bank=None):
-    "Every certain slot is the one of a single pass; sequences that went on to the last pass lack that one only"
-    cache = guesses.cache
+def cache_is_right(t, drafter, out, mask, bank=None):
+    "Every committed slot is the one of a single forward pass; sequences that went on to the last step lack that one only"
+    cache = drafter.cache
     first = mask.shape[1]
     for b, n in enumerate(cache.length.tolist()):
         text = out.sequences[b][first - int(mask[b].sum()) :]
-        certain = int(mask[b].sum()) + sum(len(s.tokens[b]) for s in out.steps[:-1])
-        assert n == certain - 1 if out.steps[-1].tokens[b] else 0 < n < certain
+        committed = int(mask[b].sum()) + sum(len(s.tokens[b]) for s in out.steps[:-1])
+        assert n == committed - 1 if out.steps[-1].tokens[b] else 0 < n < committed
         for ours, want in zip((cache.keys, cache.values), naive_cache(t, text[: n + 1], bank)):
             torch.testing.assert_close(ours[b, :, :n], want[0], rtol=1e-3, atol=1e-3)  # fp32; sums in another order
 
@@ -251,7 +251,7 @@ def test_pauses_leave_no_gap(llama, rows, naps):
     plain = run(llama, COLD)
     fast = run(llama, COLD, drafter, rows=rows)
     same(fast.sequences, plain.sequences)
-    assert guessed(fast) > 9 and max(naps) < drafter.i  # awake at the end
+    assert count_drafted(fast) > 9 and max(naps) < drafter.i  # awake at the end
     cache_is_right(llama, inner(drafter.inner), fast, prompts()[1], llama.bank)
 
 
@@ -275,7 +275,7 @@ def test_drafts_after_a_pause_are_those_without(llama, rows):
         torch.testing.assert_close(t.scores, trees[0].scores, rtol=1e-3, atol=1e-4)  # fp32; sums in another order
 
 
-def test_guessing_that_loses_pauses_and_catches_up(llama, rows, monkeypatch):
+def test_drafting_that_loses_pauses_and_catches_up(llama, rows, monkeypatch):
     "Passes over trees are dear until the first pause"
     costs = {}
     skip = speculate._HeadDrafter.skip
@@ -315,15 +315,15 @@ def test_committed_slots_are_a_loop():
     for width in (None, 4, 9):
         h = torch.randn(3, 6, 2, generator=g)
         follows = torch.randint(0, 99, (3, 6), generator=g)
-        certain = torch.rand(3, 6, generator=g) < 0.5
-        f, t, count = committed_slots(h, follows, certain, width)
+        committed = torch.rand(3, 6, generator=g) < 0.5
+        f, t, count = committed_slots(h, follows, committed, width)
         assert (
-            f.shape[1] == t.shape[1] == (width or int(certain.sum(-1).max()))
-            and count.tolist() == certain.sum(-1).tolist()
+            f.shape[1] == t.shape[1] == (width or int(committed.sum(-1).max()))
+            and count.tolist() == committed.sum(-1).tolist()
         )
         for b in range(3):
             n = min(int(count[b]), t.shape[1])
-            assert t[b, :n].equal(follows[b, certain[b]][:n]) and f[b, :n].equal(h[b, certain[b]][:n])
+            assert t[b, :n].equal(follows[b, committed[b]][:n]) and f[b, :n].equal(h[b, committed[b]][:n])
 
 
 # --- one drafter, several texts
@@ -384,16 +384,16 @@ def test_a_chain_has_its_own_size():
 
 
 @pytest.mark.parametrize('name', ['chain', 'tree', 'fixed'])
-def test_a_head_without_numbers_guesses_nothing(llama, rows, name):
+def test_a_head_without_numbers_drafts_nothing(llama, rows, name):
     drafter = DRAFTERS[name](llama.folder)
     run(llama, drafter=drafter, rows=rows)
     drafter._bound.head.fc.weight[0, 0] = torch.nan
     plain, fast = equals_plain(llama, drafter, rows=rows, least=0)
-    assert guessed(fast) == 0 and len([n for n in drafter._last.notes if 'NaN' in n]) == 1
+    assert count_drafted(fast) == 0 and len([n for n in drafter._last.notes if 'NaN' in n]) == 1
 
 
 def test_a_head_that_fails_on_the_way(llama, rows, monkeypatch):
-    "What was guessed before stays; the note comes once, and nobody asks the head again"
+    "What was drafted before stays; the note comes once, and nobody asks the head again"
     broken = []
     extend = speculate.HeadCache.extend
 
@@ -416,7 +416,7 @@ def test_a_head_that_fails_on_the_way(llama, rows, monkeypatch):
 
 
 def runs_of(out, b, n):
-    "Runs of `n` accepted guesses of sequence `b` that stand nowhere before, as ids"
+    "Runs of `n` accepted draft tokens of sequence `b` that stand nowhere before, as ids"
     x = [x for s in out.steps for x in s.tokens[b]]
     ids = [t.id for t in x]
     return [
@@ -429,7 +429,7 @@ def runs_of(out, b, n):
 
 @pytest.mark.parametrize('target', [PLAIN, COLD], ids=str)
 def test_an_end_inside_an_accepted_run(llama, rows, target):
-    "The pass accepted more than it may keep"
+    "The step accepted more than it may keep"
     free = run(llama, target, HASS(llama.folder))
     inside = 0
     for b in range(4):
@@ -470,7 +470,7 @@ def test_a_prompt_of_one_token(llama, rows):
     [
         dict(repetition_penalty=1.3),
         dict(min_new_tokens=9, eos_token_id=[5, 8, 20, 13, 11]),
-        dict(bad_words_ids='said'),
+        dict(bad_words_ids='seen'),
         dict(no_repeat_ngram_size=2),
     ],
     ids=str,
@@ -492,7 +492,7 @@ def lm(tmp_path_factory):
     return LM(t.model, tokenizer, None, 'toy'), t.folder
 
 
-def said(out):
+def ids_of(out):
     return [x.id for x in out.tokens[0]]
 
 
@@ -506,7 +506,7 @@ def test_stop_strings_across_accepted_tokens(lm):
             lm.generate([5, 6, 7], drafter=d, max_new_tokens=60, stop_strings=[word], eos_token_id=96)
             for d in (None, HASS(folder))
         )
-        assert said(fast) == said(plain) and fast.text.endswith(word) and len(said(plain)) < 60
+        assert ids_of(fast) == ids_of(plain) and fast.text.endswith(word) and len(ids_of(plain)) < 60
         inside += [x.proposer for x in fast.tokens[0]][-2:] == ['head', 'head']
     assert inside > 0
 
@@ -518,7 +518,7 @@ def test_a_full_context(lm, rows, n):
         plain, fast = (
             lm.generate(torch.arange(3, 3 + n), drafter=x, eos_token_id=96, **r) for x, r in ((None, {}), (d, rows))
         )
-        assert said(fast) == said(plain) and len(said(fast)) == 64 - n
+        assert ids_of(fast) == ids_of(plain) and len(ids_of(fast)) == 64 - n
 
 
 def test_streamed_tokens_are_the_answer(llama):
@@ -532,11 +532,11 @@ def test_streamed_tokens_are_the_answer(llama):
         max_new_tokens=24,
         return_dict_in_generate=True,
     )
-    assert stream.got[0] == ids[0].tolist() and stream.got[-1] == 'end' and guessed(out) > 3
+    assert stream.got[0] == ids[0].tolist() and stream.got[-1] == 'end' and count_drafted(out) > 3
     assert sum(stream.got[1:-1], []) == out.sequences[0, 5:].tolist()
 
 
-def test_records_survive_guesses(llama):
+def test_records_survive_drafting(llama):
     plain, fast = equals_plain(llama, HASS(llama.folder), COLD, least=9)
     for b in range(4):
         for x, y in zip(*([x for s in o.steps for x in s.tokens[b]] for o in (fast, plain)), strict=True):
@@ -550,7 +550,7 @@ def test_records_survive_guesses(llama):
 
 @pytest.mark.parametrize('rows', ['static'], indirect=True)
 @pytest.mark.parametrize('name', ['fixed', 'chain', 'tree'])
-def test_guesses_near_the_end_of_a_static_cache(llama, rows, name):
+def test_trees_near_the_end_of_a_static_cache(llama, rows, name):
     drafter = DRAFTERS[name](llama.folder)
     for lengths in ((200,), (200, 198, 3)):
         _, fast = equals_plain(
@@ -563,7 +563,7 @@ def test_guesses_near_the_end_of_a_static_cache(llama, rows, name):
 @pytest.mark.parametrize('rows', ['static'], indirect=True)
 @pytest.mark.parametrize('naps', [set(), set(range(25, 60))], ids=['awake', 'asleep'])
 def test_one_sequence_ends_long_before_the_others(llama, rows, naps):
-    "All is guessed of the first sequence, nothing of the second; then nobody guesses, and the head catches up"
+    "All tokens of the first sequence are drafted, none of the second; then nothing is drafted, and the head catches up"
     kw = dict(lengths=(100, 3), max_new_tokens=256 - 16 - 100)
     plain = run(llama, **kw)
 
@@ -578,7 +578,7 @@ def test_one_sequence_ends_long_before_the_others(llama, rows, naps):
     drafter = Sure(HASS(llama.folder, adaptive=False), naps)
     fast = run(llama, drafter=drafter, rows=rows, **kw)
     same(fast.sequences, plain.sequences)
-    assert guessed(fast) > 90
+    assert count_drafted(fast) > 90
     cache_is_right(llama, inner(drafter.inner), fast, prompts((100, 3))[1])
 
 
@@ -586,15 +586,15 @@ def test_one_sequence_ends_long_before_the_others(llama, rows, naps):
 @pytest.mark.parametrize('ended', [100, 239])
 def test_many_slots_beside_an_ended_sequence(llama, rows, ended):
     "The head's cache alone: 40 new slots of one sequence, none of another that has ended"
-    guesses = HASS(llama.folder).bind(
+    drafter = HASS(llama.folder).bind(
         CompiledRunner(llama.model, ('expert',), 2, 240, draft_capacity=16, keep_hidden=True, max_draft_depth=5)
     )
-    guesses.cache.length.copy_(torch.tensor([ended, 60]))
-    f, follows, count = guesses._catch_up(
+    drafter.cache.length.copy_(torch.tensor([ended, 60]))
+    f, follows, count = drafter._catch_up(
         torch.randn(2, 40, 32), torch.arange(80).view(2, 40) % 23, torch.tensor([0, 40])
     )
     assert (
-        guesses.cache.length.tolist() == [ended, 99]
+        drafter.cache.length.tolist() == [ended, 99]
         and follows[1].tolist() == [79 % 23]
         and count.tolist() == [[False], [True]]
     )
@@ -609,15 +609,15 @@ CHAIN = dict(chain=True, depth=2)
 
 @pytest.mark.parametrize('target', [PLAIN, CoLD(0.05, 0.5)], ids=str)
 @pytest.mark.parametrize('kw', [TREE, CHAIN], ids=['tree', 'chain'])
-def test_sampled_guesses_follow_the_distribution(small, target, kw):
-    "Joint distribution of the first three tokens: the last two may be guesses"
+def test_sampled_draft_tokens_follow_the_distribution(small, target, kw):
+    "Joint distribution of the first three tokens: the last two may be draft tokens"
     counts, p, hits = sampled(small, target, HASS(small.folder, **kw), 1500)
     got, limit = chi_square(counts, p, 1500)
     assert got < limit and hits > 300 and (p > 5 / 1500).sum() > 12
 
 
-def test_a_rule_that_prefers_guesses_is_found_out(small, monkeypatch):
-    "A bug that the test above must see: the first guess is drawn twice as often as it should be"
+def test_a_rule_that_prefers_draft_tokens_is_found_out(small, monkeypatch):
+    "A bug that the test above must see: the first draft token is drawn twice as often as it should be"
     choose = decode_module.choose_tokens
 
     def leaning(target, tree, logits, state, rules):

@@ -31,7 +31,7 @@ def test_match_lengths_is_comparing(where, tail):
     assert match_lengths(T(where), T(tail)).tolist() == [agree(where, i, tail) for i in range(len(where) - 1)]
 
 
-def naive_copy(text, corpus, guesses, longest, shortest):
+def naive_copy(text, corpus, draft_tokens, longest, shortest):
     "The longest agreement, the text before the corpus, of equals the last place"
     best = []
     n = shortest - 1
@@ -40,15 +40,15 @@ def naive_copy(text, corpus, guesses, longest, shortest):
             if found <= n:
                 continue
             last = max(i for i in range(len(where) - 1) if agree(where, i, text[-longest:]) == found)
-            best = where[last + 1 : last + 1 + guesses]
+            best = where[last + 1 : last + 1 + draft_tokens]
             n = found
     return best, n if best else 0
 
 
 @given(texts(16), st.lists(texts(8, 0), max_size=2), st.integers(1, 5), st.integers(1, 3), st.integers(0, 3))
-def test_copy_is_searching(text, corpus, guesses, shortest, more):
-    got, n = PromptLookup(guesses, shortest + more, shortest, corpus).copy(T(text))
-    assert (got.tolist(), n) == naive_copy(text, corpus, guesses, shortest + more, shortest)
+def test_copy_is_searching(text, corpus, draft_tokens, shortest, more):
+    got, n = PromptLookup(draft_tokens, shortest + more, shortest, corpus).copy(T(text))
+    assert (got.tolist(), n) == naive_copy(text, corpus, draft_tokens, shortest + more, shortest)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_copy_is_searching(text, corpus, guesses, shortest, more):
         ([5, 5], dict(min_ngram=1), ([5], 1)),  # one token, and one that agrees
         ([5, 6, 7, 5, 6], {}, ([7, 5, 6], 2)),
         ([5, 6, 7, 5, 6], dict(draft_tokens=2), ([7, 5], 2)),
-        ([5, 6, 7, 5, 6], dict(min_ngram=3), ([], 0)),  # cut at the end of the text, or at `guesses`
+        ([5, 6, 7, 5, 6], dict(min_ngram=3), ([], 0)),  # cut at the end of the text, or at `draft_tokens`
         ([1, 2, 3, 9, 4, 2, 3, 8, 0, 1, 2, 3], {}, ([9, 4, 2, 3, 8, 0, 1, 2], 3)),  # three tokens agree there, two here
         ([1, 2, 3, 9, 4, 2, 3, 8, 0, 1, 2, 3], dict(max_ngram=2), ([8, 0, 1, 2, 3], 2)),  # of equals the last
         ([1, 2, 3], dict(corpus=([9, 1, 2, 3, 4],)), ([4], 3)),
@@ -137,7 +137,7 @@ def read(tree, b):
 
 
 @st.composite
-def guesses(draw):
+def scored_paths(draw):
     "Paths with scores that fall from parent to child, ties among them"
     found = {(): 1.0}
     for _ in range(draw(st.integers(0, 7))):
@@ -146,7 +146,7 @@ def guesses(draw):
     return found
 
 
-@given(st.lists(st.lists(guesses(), min_size=2, max_size=2), min_size=1, max_size=3), st.integers(1, 16))
+@given(st.lists(st.lists(scored_paths(), min_size=2, max_size=2), min_size=1, max_size=3), st.integers(1, 16))
 def test_join_keeps_the_best_of_all(found, nodes):
     joined = join_trees([tree_of(f, f'd{k}', 9) for k, f in enumerate(found)], nodes).checked()
     for b in range(2):
@@ -178,7 +178,7 @@ def test_joined_batches_are_filled():
     ]
     assert tree.proposers(0, [1, 2, 3]) == ['a', 'a', 'b'] and tree.proposers(1, [1]) == [
         'b'
-    ]  # who is trusted most owns a guess of several
+    ]  # who is trusted most owns a draft token of several
     torch.testing.assert_close(tree.scores[0], T([1.0, 0.6, 0.4, 0.1]))  # but the higher score counts
     assert join_trees([a], 1).size == 1
 
@@ -261,14 +261,14 @@ def test_joined_binds_its_drafters():
 
 @pytest.mark.parametrize('adaptive', [False, True])
 def test_copies_change_nothing(monkeypatch, adaptive):
-    "Lookup alone, with the answer as its corpus, and two of them joined; guesses are accepted"
+    "Lookup alone, with the answer as its corpus, and two of them joined; draft tokens are accepted"
     monkeypatch.setattr(
         'npu_lora_decoding.speculation.adaptive.pass_seconds', lambda rows, sizes: {n: 1e3 + n for n in sizes}
-    )  # guessing always pays
+    )  # drafting always pays
     model = toy_model(vocab=9)
     ids = torch.randint(3, 9, (3, 6))
     mask = T([[1] * 6, [0, 0, 0, 1, 1, 1], [0] + [1] * 5])
-    said = lambda d: model.generate(
+    run = lambda d: model.generate(
         input_ids=ids * mask,
         attention_mask=mask,
         custom_generate=Decoder(drafter=d),
@@ -278,14 +278,14 @@ def test_copies_change_nothing(monkeypatch, adaptive):
         pad_token_id=0,
         return_dict_in_generate=True,
     )
-    plain = said(None)
+    plain = run(None)
     corpus = tuple(plain.sequences[:, 6:])
     for d, passes in (
         (PromptLookup(adaptive=adaptive), 29),
         (PromptLookup(corpus=corpus, adaptive=adaptive), 20),
         (JointDrafter((PromptLookup(2), PromptLookup(corpus=corpus)), adaptive=adaptive), 20),
     ):
-        out = said(d)
+        out = run(d)
         assert (
             out.sequences.equal(plain.sequences)
             and len(out.steps) <= passes < len(plain.steps)
@@ -313,7 +313,7 @@ def passes(joined, state, rate, n, seconds):
 
 
 def accepts(*tokens, b=2):
-    "A state after a pass that accepted `tokens` and drew one more"
+    "A state after a step that accepted `tokens` and drew one more"
     drawn = T([[*tokens, 8, 0]] * b)
     return SimpleNamespace(
         last=T([7] * b), drawn=drawn, accepted=(torch.arange(drawn.shape[1]) <= len(tokens)).expand(b, -1)
@@ -338,7 +338,7 @@ def test_a_drafter_that_adds_nothing_rests():
 
 
 def test_a_drafter_that_is_right_and_dear_rests():
-    "One guess of two sequences a pass, for time in which three tokens would have come"
+    "One draft token of two sequences a step, for time in which three tokens would have come"
     j = JointDrafter((Stub((1,), 1, token=3), Stub((1,), 1, token=4))).bind(None)
     asked = passes(j, accepts(4), 10.0, 12, (0.001, 0.3))
     assert asked[7] == [True, True] and asked[8:] == [[True, False]] * 4
@@ -357,7 +357,7 @@ def test_of_two_that_say_the_same_one_stays():
 def test_a_resting_drafter_changes_no_token(monkeypatch):
     monkeypatch.setattr(
         'npu_lora_decoding.speculation.adaptive.pass_seconds', lambda rows, sizes: {n: 1 + n / 1e3 for n in sizes}
-    )  # guessing always pays
+    )  # drafting always pays
 
     class Slow(Stub):
         def bind(self, rows):
@@ -369,7 +369,7 @@ def test_a_resting_drafter_changes_no_token(monkeypatch):
 
     model = toy_model(vocab=9)
     ids = torch.randint(3, 9, (3, 6))
-    said = lambda d: model.generate(
+    run = lambda d: model.generate(
         input_ids=ids,
         custom_generate=Decoder(drafter=d),
         max_new_tokens=60,
@@ -378,7 +378,7 @@ def test_a_resting_drafter_changes_no_token(monkeypatch):
         pad_token_id=0,
         return_dict_in_generate=True,
     )
-    plain = said(None)
+    plain = run(None)
     monkeypatch.setattr('npu_lora_decoding.speculation.adaptive.TreeSizing._long_run', lambda self: 1e4)
-    out = said(JointDrafter((PromptLookup(corpus=tuple(plain.sequences[:, 6:])), Slow((1,), 1, token=2))))
+    out = run(JointDrafter((PromptLookup(corpus=tuple(plain.sequences[:, 6:])), Slow((1,), 1, token=2))))
     assert out.sequences.equal(plain.sequences) and 'draft tokens of stub 2 did not pay' in ' '.join(out.notes)

@@ -1,4 +1,4 @@
-"Which keys are cached, when they are computed anew, and that reading with a cache is reading"
+"Which keys are cached, when they are recomputed, and that reading with a cache is reading"
 
 import pytest, torch
 from dataclasses import replace

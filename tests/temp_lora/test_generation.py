@@ -29,7 +29,7 @@ RULES = dict(window=None, chunk=1)
 
 
 def windowed_greedy(ids, n, s, every=None):
-    "All tokens in sight through the model, from scratch for every token"
+    "All tokens in context through the model, from scratch for every token"
     d = s.chunk
     learned = len(ids) // s.chunk * s.chunk
     first = max(0, learned - s.latest)
@@ -77,7 +77,7 @@ def head(tmp_path_factory):
 @pytest.mark.parametrize('t', [5, 21, 90])
 @pytest.mark.parametrize('who', ['lookup', 'hass'])
 def test_drafters_change_nothing(who, t, rule, head):
-    "All in sight, in a small window, and while learning: no pass reaches across the end of a chunk"
+    "All in context, in a small window, and while learning: no forward pass reaches across the end of a chunk"
     roomy = replace(STILL, window=200, context=192, recompute=rule)
     learns = replace(STILL, lr=0.01, recompute=rule)
     plain = {s: write(s, 50, t) for s in (None, learns)}
@@ -119,7 +119,7 @@ def test_the_guard_skips_what_the_model_repeats_and_nothing_it_was_given(t, monk
     assert len(learned) >= len(chunks) - 1
 
 
-def test_a_text_that_fits_its_window_is_told_so():
+def test_a_text_that_fits_its_window_gets_a_note():
     "How long a text will be is known when it ends"
     lm = toy_lm()
     notes = lambda n: lm.generate([5] * 20, memory=replace(STILL, window=60, context=30), max_new_tokens=n).notes
@@ -140,23 +140,23 @@ def test_what_was_given_is_learned_even_where_it_repeats_itself(monkeypatch):
     assert learned == [[7] * 8] * 2
 
 
-def test_a_head_reads_what_is_in_sight_of_a_long_prompt(head):
-    "Its guesses are those for the prompt's end alone, so every feature stood beside the token that follows it"
+def test_a_head_reads_what_is_in_context_of_a_long_prompt(head):
+    "Its draft tokens are those for the prompt's end alone, so every feature stood beside the token that follows it"
 
-    def guessed(memory, ids):
+    def drafted(memory, ids):
         trees = []
 
         class Spy(HASS):
             def bind(self, rows):
-                guesses = super().bind(rows)
-                propose = guesses.propose
+                drafter = super().bind(rows)
+                propose = drafter.propose
 
                 def spying(*args):
                     trees.append(propose(*args))
                     return trees[-1]
 
-                guesses.propose = spying
-                return guesses
+                drafter.propose = spying
+                return drafter
 
         MODEL.generate(
             ids,
@@ -168,7 +168,7 @@ def test_a_head_reads_what_is_in_sight_of_a_long_prompt(head):
         return [x.tokens.tolist() for x in trees]
 
     ids = PROMPT[None, :90]
-    assert guessed(STILL, ids) == guessed(None, ids[:, 88 - STILL.latest :])
+    assert drafted(STILL, ids) == drafted(None, ids[:, 88 - STILL.latest :])
 
 
 @pytest.mark.parametrize('amateur', ['base', 'task', 'phi'])
@@ -246,7 +246,7 @@ def test_a_memory_that_has_ended_holds_nothing():
     assert not (memory.phi.A or memory.phi.B or memory.phi.opt or memory.phi.bank or memory.bank)
 
 
-def test_a_head_still_reads_the_last_pass_after_rows_began_again():
+def test_a_head_still_reads_the_last_forward_pass_after_rows_began_again():
     rows = BatchRunner(MODEL, ('expert',), 1, 64, keep_hidden=True)
     with torch.no_grad():
         rows.prefill(PROMPT[None, :9], torch.ones(1, 9))

@@ -157,7 +157,7 @@ def test_what_cannot_be_read(tmp_path):
         read_document(LM, TEXT.flip(0), S, file)
 
 
-def test_a_chunk_that_is_no_number_is_noted_and_read_over(monkeypatch):
+def test_a_chunk_that_is_not_a_number_is_noted_and_read_over(monkeypatch):
     import npu_lora_decoding.temp_lora.adapter as t
 
     true = t.backward_chunk

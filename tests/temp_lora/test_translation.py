@@ -44,20 +44,20 @@ def translate(mode='own', s=STILL, lm=TOY, sources=SOURCES, references=GOLD, for
     )
 
 
-def document(mode, said, sources=SOURCES, references=GOLD, form=PLAIN):
+def document(mode, translated, sources=SOURCES, references=GOLD, form=PLAIN):
     "The text that a mode keeps, pair by pair"
     if mode == 'source':
         return [form.alone(x) for x in sources]
-    return [form.pair(x, y) for x, y in zip(sources, said if mode == 'own' else references) if y]
+    return [form.pair(x, y) for x, y in zip(sources, translated if mode == 'own' else references) if y]
 
 
 def naive(mode, s, lm, sources=SOURCES, references=GOLD, form=PLAIN, n=N):
-    "All numbers of pairs tried, and everything in sight from scratch for every token"
+    "All numbers of pairs tried, and everything in context from scratch for every token"
     tokens = lambda t: lm.tokenizer(t, add_special_tokens=False).input_ids
-    said = []
+    translated = []
     opening = lm.tokenizer('').input_ids
     for i, source in enumerate(sources):
-        pairs = document(mode, said, sources[:i], references[:i], form)
+        pairs = document(mode, translated, sources[:i], references[:i], form)
         ask = form.prompt(source)
         size = lambda k: len(tokens(''.join(pairs[k:])))
         k = min(
@@ -73,12 +73,12 @@ def naive(mode, s, lm, sources=SOURCES, references=GOLD, form=PLAIN, n=N):
             text += lm.tokenizer.decode(ids[-1:], skip_special_tokens=True)
             if form.after in text or ids[-1] == 2:
                 break
-        said.append(one_line(text.partition(form.after)[0]))
-    return said
+        translated.append(one_line(text.partition(form.after)[0]))
+    return translated
 
 
 @pytest.fixture
-def taught(monkeypatch):
+def learned_chunks(monkeypatch):
     "The ids and the length of every chunk that is learned"
     calls = []
     true = translating.learn
@@ -170,7 +170,7 @@ def test_without_feedback_references_are_never_read(mode):
 
 @pytest.mark.parametrize('opening', [False, True])
 @pytest.mark.parametrize('mode', MODES)
-def test_every_token_is_learned_once_in_order_behind_its_prefix(mode, opening, taught):
+def test_every_token_is_learned_once_in_order_behind_its_prefix(mode, opening, learned_chunks):
     lm = fused_lm(opening)
     out = translate(mode, LEARNS, lm=lm)
     first = lm.tokenizer('').input_ids
@@ -178,18 +178,18 @@ def test_every_token_is_learned_once_in_order_behind_its_prefix(mode, opening, t
     text = sum(pairs, [])
     at = 0
     ends = [sum(map(len, pairs[:k])) for k in range(1, len(pairs) + 1)]
-    for ids, n in taught:
+    for ids, n in learned_chunks:
         assert ids == first + text[max(0, at - 16) : at + n]
         at = at + n
         assert at == next(
             e for e in ends if e - (at - n) >= 32
         )  # as soon as a chunk is complete, to the end of its last pair
-    assert out.learned == len(taught) > 2 and [n for n, _ in out.chunks] == [n for _, n in taught]
+    assert out.learned == len(learned_chunks) > 2 and [n for n, _ in out.chunks] == [n for _, n in learned_chunks]
     assert at < len(text) and ends[-2] - at < 32  # nothing complete is left but what the last sentence completed
 
 
 @pytest.mark.parametrize('mode', MODES)
-def test_what_is_in_sight_is_whole_pairs_in_the_window(mode, asked):
+def test_the_context_is_whole_pairs_in_the_window(mode, asked):
     s = replace(
         LEARNS, chunk=20, window=80, context=60
     )  # question and answer take more than a chunk: now the window decides, now the context
@@ -202,7 +202,7 @@ def test_what_is_in_sight_is_whole_pairs_in_the_window(mode, asked):
     assert len({x.first for x in out.sentences}) > 5
 
 
-def test_a_pair_that_just_fits_is_in_sight():
+def test_a_pair_that_just_fits_is_in_context():
     size = len(PLAIN.pair('aa', 'bb'))
     for room, pairs in ((3 * size, 3), (3 * size - 1, 2)):
         window = room + len(PLAIN.prompt('aa')) + N
@@ -213,30 +213,34 @@ def test_a_pair_that_just_fits_is_in_sight():
             assert [(x.stop - x.first) // size for x in out.sentences] == [min(i, pairs) for i in range(8)]
 
 
-def test_what_pends_beyond_the_context_is_learned_in_pieces(taught):
+def test_what_pends_beyond_the_context_is_learned_in_pieces(learned_chunks):
     long = ['A' * 700, *GOLD[1:]]
     out = translate('gold', LEARNS, references=long)
     text = TOY.tokenizer(''.join(document('gold', out.texts, references=long))).input_ids
-    assert max(len(ids) for ids, _ in taught) <= TOY.context and [n for _, n in taught][:3] == [
+    assert max(len(ids) for ids, _ in learned_chunks) <= TOY.context and [n for _, n in learned_chunks][:3] == [
         240,
         240,
         len(PLAIN.pair(SOURCES[0], long[0])) - 480,
     ]
-    assert sum([ids[-n:] for ids, n in taught], []) == text[: sum(n for _, n in taught)]
+    assert sum([ids[-n:] for ids, n in learned_chunks], []) == text[: sum(n for _, n in learned_chunks)]
     assert (
         out.sentences[1].version == 3 and out.sentences[1].first == out.sentences[1].stop
     )  # the pair is out of sight, but learned
 
 
-def test_a_rest_too_short_for_a_chunk_waits(taught):
+def test_a_rest_too_short_for_a_chunk_waits(learned_chunks):
     long = ['A' * (240 + 20 - len(PLAIN.pair(SOURCES[0], ''))), *GOLD[1:]]
     translate('gold', LEARNS, references=long)
-    assert taught[0][1] == 240 and 32 <= taught[1][1] < 240 and len(taught[1][0]) == 16 + taught[1][1]
+    assert (
+        learned_chunks[0][1] == 240
+        and 32 <= learned_chunks[1][1] < 240
+        and len(learned_chunks[1][0]) == 16 + learned_chunks[1][1]
+    )
 
 
-def test_no_updates_learn_nothing(taught):
+def test_no_updates_learn_nothing(learned_chunks):
     out = translate(s=replace(LEARNS, epochs=0))
-    assert taught == [] and out.texts == translate().texts
+    assert learned_chunks == [] and out.texts == translate().texts
     assert out.learned == 0 and out.chunks == [] and {x.learned for x in out.sentences} == {0}
 
 
@@ -247,12 +251,12 @@ def test_what_was_learned_matters_and_repeats():
         assert a == b and a.texts != translate(mode).texts
 
 
-def test_the_last_sentence_is_not_learned(taught):
+def test_the_last_sentence_is_not_learned(learned_chunks):
     translate('gold', LEARNS, sources=SOURCES[:2], references=['A' * 40, 'B' * 40])
-    assert len(taught) == 1
+    assert len(learned_chunks) == 1
 
 
-def test_the_guard_passes_over_what_the_model_repeats_and_nothing_it_was_given(taught):
+def test_the_guard_passes_over_what_the_model_repeats_and_nothing_it_was_given(learned_chunks):
     out = translate(s=replace(LEARNS, max_repetition=0.05), new_tokens=24)
     chunks = []
     pending = []
@@ -264,11 +268,11 @@ def test_the_guard_passes_over_what_the_model_repeats_and_nothing_it_was_given(t
             chunks.append(pending)
             pending = []
     worth = [[t for t, _ in c] for c in chunks if repetition(torch.tensor([t for t, own in c if own])) <= 0.05]
-    assert [ids[-n:] for ids, n in taught] == worth and 0 < len(worth) == out.learned < len(chunks)
+    assert [ids[-n:] for ids, n in learned_chunks] == worth and 0 < len(worth) == out.learned < len(chunks)
     assert sum('repeats itself' in n for n in out.notes) == len(chunks) - len(worth)
-    taught.clear()
+    learned_chunks.clear()
     same = ['AAAAAAAA'] * 16
-    assert translate('gold', replace(LEARNS, max_repetition=0.05), references=same).learned == len(taught) > 5
+    assert translate('gold', replace(LEARNS, max_repetition=0.05), references=same).learned == len(learned_chunks) > 5
 
 
 def test_an_empty_translation_is_not_kept(monkeypatch):
@@ -316,15 +320,15 @@ def test_a_stop_spread_over_tokens_and_one_that_stands_in_the_question():
     assert translate('source', form=form).texts == naive('source', STILL, TOY, form=form)
 
 
-def test_say_is_told_before_anything_is_learned_of_a_sentence(taught):
-    told = []
-    out = translate(s=LEARNS, on_sentence=lambda o: told.append((len(o.texts), o.learned, len(taught))))
-    assert [t[0] for t in told] == list(range(1, 17)) and [t[1] for t in told] == [t[2] for t in told] == [
+def test_each_sentence_is_reported_before_anything_is_learned_of_a_sentence(learned_chunks):
+    reported = []
+    out = translate(s=LEARNS, on_sentence=lambda o: reported.append((len(o.texts), o.learned, len(learned_chunks))))
+    assert [t[0] for t in reported] == list(range(1, 17)) and [t[1] for t in reported] == [t[2] for t in reported] == [
         x.version for x in out.sentences
     ]
 
 
-def test_a_document_in_sight_is_told_so():
+def test_a_document_within_the_context_gets_a_note():
     out = translate(s=replace(LEARNS, window=250, context=200), sources=SOURCES[:3], references=GOLD[:3])
     assert 'useless' in out.notes[-1] and 'useless' not in ''.join(translate(s=LEARNS).notes)
 
@@ -389,10 +393,10 @@ def test_no_trace(error, where, monkeypatch, tmp_path):
         (dict(s=replace(STILL, amateur='task'), target=CoLD()), 'task adapter'),
     ],
 )
-def test_what_is_refused(options, what, taught, asked):
+def test_what_is_refused(options, what, learned_chunks, asked):
     with pytest.raises(DecodingError, match=what):
         translate(**options)
-    assert not taught and not asked
+    assert not learned_chunks and not asked
 
 
 def test_the_longest_sentence_that_fits():

@@ -77,7 +77,7 @@ def guards(prompts, how):
     from npu_lora_decoding.foundations.errors import DecodingError
     from npu_lora_decoding.serving.vllm_client import generate, probe
 
-    def told(f):
+    def answer_or_error(f):
         try:
             return f() or 'answered'
         except DecodingError as e:
@@ -89,9 +89,9 @@ def guards(prompts, how):
     # zeros into the first slot, so that the expert has the last: the one that a row without an adapter is answered from
     plain(prompts[:1], 1, 1, z, 2)
     found = dict(
-        probe=told(lambda: f'apart by {probe(LLM, prompts[0], a, z, r):.3f}'),
-        probe_without_zeros=told(lambda: probe(LLM, prompts[0], a, None, r)),
-        without_zeros=told(lambda: generate(LLM, prompts[:1], a, None, r, max_tokens=4) and 'answered'),
+        probe=answer_or_error(lambda: f'apart by {probe(LLM, prompts[0], a, z, r):.3f}'),
+        probe_without_zeros=answer_or_error(lambda: probe(LLM, prompts[0], a, None, r)),
+        without_zeros=answer_or_error(lambda: generate(LLM, prompts[:1], a, None, r, max_tokens=4) and 'answered'),
     )
     alone = plain(prompts[1:2], 1, 8, a)
     stops, beside = mixed(prompts, a, z, r)
@@ -147,7 +147,7 @@ def ours(lm, prompts, n, target, batch=10):
 
 
 def compared(lm, target, prompts, want, got, refusal):
-    "Return a row of equality: ties, and what is no tie"
+    "Return a row of equality: ties, and other differences"
     import torch
     from npu_lora_decoding.evaluation.equivalence import first_difference
 
@@ -291,16 +291,27 @@ def check_server(lm, how, prompts, want, got, chat):
     return row, [f'server: answers differ: {row["broken"] or chat}'] if broken else []
 
 
+def settings(lm, options):
+    "Return what both implementations decode with, but for the zeros"
+    from npu_lora_decoding.cold.rule import CoLD
+    from npu_lora_decoding.serving.vllm_client import refusal_token
+
+    return dict(
+        adapter=str(ADAPTER),
+        refusal=refusal_token(lm.tokenizer, lm.eos_ids),
+        target=CoLD(options.alpha, options.beta),
+        vocab=lm.vocab,
+    )
+
+
 def check(options):
     "Return rows and failures"
     import torch, vllm
-    from npu_lora_decoding.cold.rule import CoLD
     from npu_lora_decoding.decoding.sampling import Plain
     from npu_lora_decoding.evaluation.benchmark import environment
     from npu_lora_decoding.foundations.models import embedded_folder, encode_one
     from npu_lora_decoding.decoding.loop import load
     from npu_lora_decoding.foundations.tasks import king_james
-    from npu_lora_decoding.serving.vllm_client import refusal_token
     from npu_lora_decoding.serving.vllm_plugin import engine_options, null_adapter
 
     torch.set_num_threads(1)
@@ -308,12 +319,7 @@ def check(options):
     target = str(embedded_folder())
     items = king_james().test[: options.prompts]
     prompts = [encode_one(lm, i.messages).tolist() for i in items]
-    how = dict(
-        adapter=str(ADAPTER),
-        refusal=refusal_token(lm.tokenizer, lm.eos_ids),
-        target=CoLD(options.alpha, options.beta),
-        vocab=lm.vocab,
-    )
+    how = settings(lm, options)
     pairs = max(options.batches)
     context = max(map(len, prompts)) + options.new_tokens + 16
     with tempfile.TemporaryDirectory() as work:
@@ -367,7 +373,7 @@ def main():
     parser.add_argument('--new-tokens', type=int, default=24, help='longest answer')
     parser.add_argument('--alpha', type=float, default=0.1, help='CoLD\'s plausibility')
     parser.add_argument('--beta', type=float, default=0.5, help='CoLD\'s strength')
-    parser.add_argument('--rounds', type=int, default=5, help='turns of each contestant')
+    parser.add_argument('--rounds', type=int, default=5, help='turns of each method')
     parser.add_argument('--skip', type=lambda s: s.split(','), default=[], help='speed, server, or both')
     parser.add_argument('--json', help='write the rows here')
     options = parser.parse_args()

@@ -42,11 +42,11 @@ def answer(prompts, n):
     return [list(o.outputs[0].token_ids) for o in out]
 
 
-def engine(target, longest, head=None, guesses=5):
+def engine(target, longest, head=None, draft_tokens=5):
     "Return a function that decodes ids `(b, t)` with a vLLM engine in a process of its own: two in one would share their settings"
     import torch
 
-    speculative = head and dict(method='eagle', model=str(head), num_speculative_tokens=guesses)
+    speculative = head and dict(method='eagle', model=str(head), num_speculative_tokens=draft_tokens)
     pool = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), start, (target, longest, speculative))
 
     def run(ids, mask, n):
@@ -112,7 +112,7 @@ def main():
     parser.add_argument(
         '--methods',
         default='transformers_greedy,transformers_lookup,greedy,lookup,hass_chain,hass_tree,hass_lookup,vllm,vllm_head',
-        help='contestants, separated by commas',
+        help='methods, separated by commas',
     )
     parser.add_argument('--prompts', type=int, default=8, help='how many of the questions')
     parser.add_argument('--new-tokens', type=int, default=64, help='tokens each method writes')
