@@ -7,7 +7,7 @@ __all__ = ['train_lora', 'custom_generate', 'null_adapter']
 
 # %% ../../nbs/8_cli/06_adapter.ipynb #d35016a2
 from pathlib import Path
-from ..foundations.tasks import get_task, read_jsonl
+from ..foundations.tasks import get_task, read_items
 from ..foundations.models import embedded_folder, shipped_adapter, shipped_head
 from ..cold.expert import FinetuneConfig, card, finetune
 from ..evaluation.methods import load_target
@@ -21,7 +21,7 @@ def train_lora(
     out:str,  # Folder of the run; the adapter appears in OUT/adapter
     task:str='king_james',  # Built-in task: king_james, wikisql, gsm8k
     data:str=None,  # Folder with the task's files
-    prompts:str=None,  # Or a JSON-lines file with prompt and answer
+    prompts:str=None,  # Or a file or folder with prompt and answer (.jsonl, .json, .csv, .tsv or .parquet)
     model:str=None,  # Folder or hub id (default: the embedded model)
     steps:int=200,  # Optimiser updates
     batch:int=16,  # Items an update
@@ -34,7 +34,7 @@ def train_lora(
 ):
     "Train a LoRA adapter; Ctrl-C saves, the same command continues"
     lm, _ = load_target(model, 'none', dtype, device)
-    items = read_jsonl(prompts) if prompts else get_task(task, data).train
+    items = read_items(prompts) if prompts else get_task(task, data).train
     kept = tuple(int(s) for s in snapshots.split(',') if s)
     config = FinetuneConfig(
         steps=steps, batch=batch, r=rank, alpha=2*rank, lr=lr, seed=seed, save_every=25, snapshots=kept)

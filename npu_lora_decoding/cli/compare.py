@@ -104,7 +104,7 @@ def compare(
     methods:str='greedy,cold,transformers_greedy,peft_greedy,peft_mixed',  # Names, separated by commas
     model:str=None,  # Folder or hub id (default: the embedded model)
     adapter:str=None,  # PEFT folder, or 'none'
-    prompts:str='4',  # A number of held-out verses; or a .jsonl, .json, .csv or .parquet file, or a folder of them
+    prompts:str='4',  # A number of held-out verses; or a .jsonl, .json, .csv, .tsv or .parquet file, or a folder of them
     fields:str='prompt,answer',  # The columns of that file with prompt and answer
     timed:int=None,  # Only so many of the prompts are timed (default: all)
     new_tokens:int=32,  # Tokens that each method generates while it is timed

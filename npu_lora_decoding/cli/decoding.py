@@ -12,7 +12,7 @@ from pathlib import Path
 from ..foundations.errors import require
 from ..foundations.files import json_rows, save_rows
 from ..foundations.statistics import paired
-from ..foundations.tasks import Item, get_task, prompts_of, read_jsonl
+from ..foundations.tasks import Item, get_task, prompts_of, read_items
 from ..foundations.models import shipped_head
 from ..decoding.sampling import Plain
 from ..cold.rule import CoLD
@@ -39,7 +39,7 @@ class _Items:
 
 def _items_of(task, data, prompts, *, part, most):
     "Return the items of a task's part or of a file"
-    if prompts is not None: return _Items(read_jsonl(prompts)[:most], Path(prompts).name)
+    if prompts is not None: return _Items(read_items(prompts)[:most], Path(prompts).name)
     t = get_task(task, data)
     return _Items(getattr(t, part)[:most], task, t.metric, t.new_tokens)
 
@@ -127,7 +127,7 @@ def verify(
 # %% ../../nbs/8_cli/03_decoding.ipynb #d5b95b11
 @command
 def tune(
-    prompts:str=None,  # JSON-lines file with prompt and answer: your development set
+    prompts:str=None,  # File or folder with prompt and answer (.jsonl, .json, .csv, .tsv, .parquet): your development set
     task:str='king_james',  # Or a built-in task: king_james, wikisql, gsm8k
     data:str=None,  # Folder with the task's files
     metric:str=None,  # exact_match, final_number, chrf or module:function (default: the task's)
@@ -160,7 +160,7 @@ def tune(
 @command
 def evaluate(
     arms:str='greedy,beam,nucleus:0.5,min_p:0.5,cold:0.1:0.2',  # Arms, separated by commas; the first is the reference
-    prompts:str=None,  # JSON-lines file with prompt and answer
+    prompts:str=None,  # File or folder with prompt and answer (.jsonl, .json, .csv, .tsv or .parquet)
     task:str='king_james',  # Or a built-in task: king_james, wikisql, gsm8k
     data:str=None,  # Folder with the task's files
     part:str='test',  # test, or dev for choosing settings

@@ -12,7 +12,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from fastcore.xml import Br, Div, Hr, Span, to_xml
 from ..foundations.errors import require, visible, DecodingError
-from ..foundations.files import json_rows, atomic_path
+from ..foundations.files import atomic_path, exists, json_rows, short_path
 from ..foundations.statistics import Interval, paired
 from ..foundations.pictures import PALETTE
 from ..decoding.loop import Result, Token
@@ -124,7 +124,7 @@ def read_rows(
     path:str|Path,  # JSON file written by `nld`
 ) -> list:  # Rows without the environment
     "Return the rows of a result file"
-    require(Path(path).exists(), f'no result file {path}', 'run the command that makes it')
+    require(exists(path), f'no result file {short_path(path)}', 'run the command that makes it')
     return [r for r in json_rows(path) if r.get('method') != 'environment']
 
 def signed(

@@ -7,7 +7,6 @@ __all__ = ['METRICS', 'TASKS', 'Item', 'Task', 'exact_match', 'last_number', 'fi
            'king_james', 'read_jsonl', 'read_items', 'prompts_of', 'wikisql', 'gsm8k', 'get_task']
 
 # %% ../../nbs/0_foundations/06_tasks.ipynb #d766da7e
-import csv
 import importlib
 import random
 import re
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from .errors import DecodingError, require
-from .files import json_lines
+from .files import exists, is_folder, short_path, table_rows
 
 # %% ../../nbs/0_foundations/06_tasks.ipynb #e2681ad3
 @dataclass(frozen=True)
@@ -171,53 +170,41 @@ def read_jsonl(
 ) -> list:  # `Item`s in file order
     "Return the items of a JSON-lines file; raises `DecodingError` for a missing file or field"
     path = Path(path)
-    require(path.exists(), f'no file {path}', 'give a .jsonl or .jsonl.gz file')
-    return _items(path, list(json_lines(path)), (prompt, answer), system, edit)
+    require(exists(path), f'no file {short_path(path)}', 'give a .jsonl or .jsonl.gz file')
+    return _items(path, list(table_rows(path)), (prompt, answer), system, edit)
 
 # %% ../../nbs/0_foundations/06_tasks.ipynb #3b4debe7
-_KINDS = {'.csv': 'csv', '.parquet': 'parquet', '.json': 'json'}
-_READABLE = 'give .jsonl, .json, .csv or .parquet, or a folder of them'
+_READABLE = 'give .jsonl, .json, .csv, .tsv or .parquet, or a folder of them'
+_ENDINGS = ('.jsonl', '.json', '.csv', '.tsv', '.parquet')
 
-def _as_text(path):
-    "Return the options under which a CSV file holds text: 007 stays 007"
+def _parts_of(folder):
+    "Return the rows of a folder by the name of their part, as `datasets` reads it from the names of the files"
     import datasets
-    with open(path, newline='', encoding='utf-8') as f: names = next(csv.reader(f), [])
-    return dict(features=datasets.Features({n: datasets.Value('string') for n in names}), keep_default_na=False)
-
-def _load_dataset(path, kind, cache):
-    "Return what `datasets` reads of a file or folder: a data set, or several by the name of their part"
-    import datasets
-    if (path/'state.json').exists() or (path/'dataset_dict.json').exists(): return datasets.load_from_disk(str(path))
-    place = str(path.absolute())
-    if path.is_dir(): return datasets.load_dataset(place, cache_dir=cache)
-    options = _as_text(path) if kind == 'csv' else {}
-    return datasets.load_dataset(kind, data_files=place, cache_dir=cache, **options)
+    from datasets.data_files import DataFilesDict, get_data_patterns
+    if (folder/'state.json').exists(): return dict(train=datasets.load_from_disk(str(folder)).to_list())
+    if (folder/'dataset_dict.json').exists():
+        return {name: part.to_list() for name, part in datasets.load_from_disk(str(folder)).items()}
+    place = str(folder.absolute())
+    files = DataFilesDict.from_patterns(get_data_patterns(place), base_path=place)
+    def is_table(name): return Path(name.removesuffix('.gz')).suffix.lower() in _ENDINGS
+    found = {part: [row for name in names if is_table(name) for row in table_rows(name)] for part, names in files.items()}
+    return {part: rows for part, rows in found.items() if rows}
 
 def _held_out(path, parts):
     "Return the part to be read: test, else validation, else the only one"
     for name in ('test', 'validation'):
         if name in parts: return parts[name]
+    require(len(parts) > 0, f'{path} holds no table', _READABLE)
     require(len(parts) == 1, f'{path} has the parts {", ".join(parts)}', 'give the file of one of them')
     return next(iter(parts.values()))
 
-def _dataset_rows(path):
-    "Return the rows that `datasets` reads of a file or folder, without a network and without leaving a cache behind"
-    import datasets
-    import tempfile
-    kind = _KINDS.get(path.suffix)
-    require(path.is_dir() or kind is not None, f'{path} is not a kind of file that we read', _READABLE)
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        with tempfile.TemporaryDirectory() as cache:
-            data = _load_dataset(path, kind, cache)
-            return (_held_out(path, data) if isinstance(data, dict) else data).to_list()
+def _folder_rows(path):
+    "Return the rows of a folder: of its parts the one that is held out"
+    try: return _held_out(path, _parts_of(path))
     except DecodingError: raise
-    except Exception as e:  # it raises whatever its readers raise
+    except Exception as e:  # datasets raises whatever its readers raise
         why = str(e).splitlines()[0][:160] if str(e) else type(e).__name__
         raise DecodingError(f'datasets cannot read {path} ({why}): {_READABLE}.') from e
-    finally:
-        if shown: datasets.enable_progress_bars()
 
 # %% ../../nbs/0_foundations/06_tasks.ipynb #43fa5aeb
 def _texts_of(row):
@@ -226,17 +213,17 @@ def _texts_of(row):
     return {name: text(x) for name, x in row.items() if x is not None}
 
 def read_items(
-    path:str|Path,  # `.jsonl`, `.jsonl.gz`, `.json`, `.csv` or `.parquet` file, or a folder that `datasets` reads
+    path:str|Path,  # JSON lines, a JSON array, `.csv`, `.tsv` or parquet, packed with gzip or not; or a folder of them
     prompt:str='prompt',  # Field with the prompt
     answer:str|None='answer',  # Field with the reference answer; None: there is none
     system:str='',  # Instruction put before each prompt that has none of its own in the field `system`
 ) -> list:  # `Item`s in their order
     "Return the items of a data set on disk; of its parts: test, else validation, else the only one"
     path = Path(path)
-    require(path.exists(), f'no file {path}', 'give a .jsonl, .json, .csv or .parquet file, or a folder of them')
+    require(exists(path), f'no file {short_path(path)}', 'give a .jsonl, .json, .csv, .tsv or .parquet file, or a folder of them')
     if path.name.endswith(('.jsonl', '.jsonl.gz')): return read_jsonl(path, prompt, answer, system)
-    rows = [_texts_of(row) for row in _dataset_rows(path)]
-    return _items(path, rows, (prompt, answer), system)
+    rows = _folder_rows(path) if is_folder(path) else table_rows(path)
+    return _items(path, [_texts_of(row) for row in rows], (prompt, answer), system)
 
 def prompts_of(
     prompts:str,  # A number of held-out verses, or a file or folder (see `read_items`)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from jinja2 import TemplateError
 from ..foundations.errors import DecodingError, require
-from ..foundations.files import json_lines
+from ..foundations.files import exists, is_folder, json_lines, short_path, table_rows
 from ..foundations.models import encode_one, end_tokens
 from ..decoding.loop import LM
 
@@ -23,12 +23,12 @@ def _load_dataset(path, split):
     "Return a `datasets` dataset, on disk or on the hub"
     from datasets import load_dataset, load_from_disk  # a slow import, and needed for datasets alone
     try:
-        if Path(path).is_dir(): return load_from_disk(path)
+        if is_folder(path): return load_from_disk(path)
         return load_dataset(path, split=split)
-    except (OSError, ValueError, RuntimeError) as e:
-        reason = str(e).splitlines()[0][:160]
+    except Exception as e:  # it raises whatever its readers raise
+        reason = (str(e) or type(e).__name__).splitlines()[0][:160]
         remedy = 'give a folder of shards, a .jsonl file, or a dataset that can be reached, as name:split'
-        raise DecodingError(f'cannot read {path!r} ({reason}): {remedy}.') from e
+        raise DecodingError(f'cannot read {short_path(path)!r} ({reason}): {remedy}.') from e
 
 def _dataset(name):
     "Return the rows of a `datasets` dataset; `name:split` chooses another split than train"
@@ -50,9 +50,10 @@ def _rows(source):
     "Return the rows of a folder of shards, a JSON-lines file, a dataset, or anything that yields dictionaries"
     if not isinstance(source, (str, Path)): return source
     path = Path(source)
-    if path.is_dir() and not list(path.glob('dataset_*.json')): return _shards(path)
-    if path.is_file(): return json_lines(path, _LINE)
-    require(path.exists() or path.suffix not in ('.json', '.jsonl'), f'there is no file {path}', 'check the path')
+    if is_folder(path) and not list(path.glob('dataset_*.json')): return _shards(path)
+    if exists(path) and not is_folder(path): return table_rows(path, _LINE)
+    is_file_name = path.suffix in ('.json', '.jsonl', '.csv', '.tsv', '.parquet', '.gz', '.txt')
+    require(exists(path) or not is_file_name, f'there is no file {short_path(path)}', 'check the path')
     return _dataset(source)
 
 # %% ../../nbs/3_hass/06_chat_data.ipynb #65df583a

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache
 from ..foundations.errors import DecodingError, require
-from ..foundations.files import ctrl_c
+from ..foundations.files import ctrl_c, exists, file_text, is_folder, short_path
 from ..foundations.timing import stopwatch
 from ..foundations.statistics import Interval, paired
 from ..decoding.loop import LM
@@ -130,15 +130,10 @@ def _one_chunk(run, start, stop):
 def read_text(
     path:str|Path,  # A text file
 ) -> str:  # Its text
-    "Return a file's text; raises `DecodingError` for one that is missing, empty or not UTF-8"
+    "Return a file's text; raises `DecodingError` for one that is missing, empty or not Unicode text"
     path = Path(path)
-    require(path.is_file(), f'no file {path}', 'give a text file')
-    try:
-        text = path.read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError as e:
-        where = f'byte {e.start} is {e.object[e.start]:#04x}'
-        remedy = 'convert it, for example with iconv -f latin1 -t utf-8'
-        raise DecodingError(f'{path.name} is not UTF-8 text ({where}): {remedy}.') from e
+    require(exists(path) and not is_folder(path), f'no file {short_path(path)}', 'give a text file')
+    text = file_text(path)
     require(text.strip() != '', f'{path.name} is empty', 'give a text')
     return text
 
