@@ -52,7 +52,7 @@ def find_vllm(
     ask = 'import importlib.util; print("has vllm:", importlib.util.find_spec("vllm") is not None)'
     with tempfile.TemporaryDirectory() as empty:
         try:
-            said = subprocess.run(
+            printed = subprocess.run(
                 [os.path.abspath(found), '-c', ask],
                 cwd=empty,
                 env=_environment(empty, 1),
@@ -64,8 +64,8 @@ def find_vllm(
             ).stdout.splitlines()
         except (OSError, subprocess.TimeoutExpired) as e:
             raise DecodingError(f'{python} is not a Python that answers ({e}): {_REMEDY}.') from e
-    require(bool({'has vllm: True', 'has vllm: False'} & {*said}), f'{python} is not a Python', _REMEDY)
-    require('has vllm: True' in said, f'{python} has no vLLM', f'install vLLM there, or {_REMEDY}')
+    require(bool({'has vllm: True', 'has vllm: False'} & {*printed}), f'{python} is not a Python', _REMEDY)
+    require('has vllm: True' in printed, f'{python} has no vLLM', f'install vLLM there, or {_REMEDY}')
     return os.path.abspath(found)
 
 # %% ../../nbs/7_serving/07_vllm_process.ipynb #ba24cd1b
@@ -130,7 +130,7 @@ class Engine:
                 self._ended()
             require(
                 bool(more) or time.monotonic() < until,
-                f'{self.name} has not answered for {self.patience:g} seconds{self._said()}',
+                f'{self.name} has not answered for {self.patience:g} seconds{self._last_lines()}',
                 f'use a smaller model or fewer tokens, or leave {self.name} out',
             )
         line, self._read = self._read.split(b'\n', 1)
@@ -138,10 +138,10 @@ class Engine:
 
     def _ended(self):
         raise DecodingError(
-            f'the engine of {self.name} ended{self._said()}: mend what it names, or leave {self.name} out.'
+            f'the engine of {self.name} ended{self._last_lines()}: mend what it names, or leave {self.name} out.'
         )
 
-    def _said(self, lines=3):
+    def _last_lines(self, lines=3):
         "Return the last lines of the log, for an error"
         size = self.log.seek(0, os.SEEK_END)
         self.log.seek(max(0, size - 4000))
