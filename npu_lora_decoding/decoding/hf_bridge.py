@@ -12,7 +12,6 @@ import torch
 from transformers import TextStreamer
 from transformers.generation import GenerationMixin
 from ..foundations.errors import require
-from .baseline import positions_of
 
 # %% ../../nbs/1_decoding/05_hf_bridge.ipynb #ef41328b
 _GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
@@ -93,7 +92,6 @@ def check_supported(
     config,  # transformers' generation configuration
     kwargs:dict,  # What transformers prepared for the model
     given:dict,  # From `intercepted_arguments`
-    mask:torch.Tensor,  # `(b, t)`
     *,
     plain:bool,  # Whether a step is one plain forward pass: no drafts, no contrast, no memory
 ):
@@ -113,8 +111,3 @@ def check_supported(
         cache is None or cache.get_seq_length() == 0,
         'a Decoder cannot continue from a filled cache',
         'give the whole prompt instead')
-    positions = kwargs.get('position_ids')
-    require(
-        positions is None or torch.equal(positions * mask, positions_of(mask) * mask),
-        'a Decoder counts positions itself',
-        'leave position_ids out')
