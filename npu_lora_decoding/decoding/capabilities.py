@@ -7,16 +7,17 @@ __all__ = ['FORWARD_FAMILIES', 'TREE_FAMILIES', 'STATIC_FAMILIES', 'PreparedRunn
            'other_inputs', 'has_own_forward', 'forward_problem', 'tree_problem', 'static_problem', 'Request',
            'prepares_itself']
 
-# %% ../../nbs/1_decoding/06_capabilities.ipynb #dc3ab08c
+# %% ../../nbs/1_decoding/06_capabilities.ipynb #05f3c616
 import inspect
 from dataclasses import dataclass
+from typing import Any
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PreTrainedModel
 from ..foundations.errors import require
 from .baseline import positions_of
 from .runner import text_config
 
-# %% ../../nbs/1_decoding/06_capabilities.ipynb #158fd96e
+# %% ../../nbs/1_decoding/06_capabilities.ipynb #51af4930
 class PreparedRunner:
     "Runs plain decoding on inputs that the model prepares itself, as transformers' own search does: no roles, no trees"
     hidden = None  # No draft head reads it
@@ -25,7 +26,7 @@ class PreparedRunner:
         model:PreTrainedModel,  # Any that has `generate`
         inputs:dict,  # What `generate` prepared for it: mask, cache, pictures, encoder's output, ...
     ):
-        self.model = model
+        self.model:Any = model  # its class shows no `prepare_inputs_for_generation` to a type checker
         self.inputs = dict(inputs)
 
     def _run(self, **which):
@@ -54,7 +55,7 @@ class PreparedRunner:
     def commit(self, accepted):
         "Do nothing: every token that is read is committed"
 
-# %% ../../nbs/1_decoding/06_capabilities.ipynb #939b0081
+# %% ../../nbs/1_decoding/06_capabilities.ipynb #eb1a15af
 # Rotary embeddings whose angle at a position is the same for every length of text
 _FIXED_ROPE = {None, 'default', 'linear', 'llama3', 'yarn', 'proportional'}
 _ORDINARY_INPUTS = {'attention_mask', 'past_key_values', 'position_ids', 'use_cache', 'cache_position', 'logits_to_keep'}
@@ -68,7 +69,7 @@ def soft_prompt(
 ) -> str|None:  # PEFT's name of its kind
     "Return the kind of the soft prompt that PEFT puts before the model's input; None without one"
     prepare = model.__dict__.get('prepare_inputs_for_generation')
-    config = getattr(getattr(prepare, '__self__', None), 'active_peft_config', None)
+    config:Any = getattr(getattr(prepare, '__self__', None), 'active_peft_config', None)
     return config.peft_type.value if getattr(config, 'is_prompt_learning', False) else None
 
 def _ropes(config):
@@ -107,48 +108,52 @@ def _counts(positions, mask):
     if mask is None: mask = torch.ones_like(positions)
     return positions.shape == mask.shape and torch.equal(positions * mask, positions_of(mask) * mask)
 
-# %% ../../nbs/1_decoding/06_capabilities.ipynb #30b25d36
+# %% ../../nbs/1_decoding/06_capabilities.ipynb #5dfdf667
 # Families whose next token our own forward pass computes, in padded batches and for several roles
 FORWARD_FAMILIES = tuple('''
-    afmoe apertus arcee aria_text beam bert bert-generation big_bird biogpt bitnet blenderbot-small bloom codegen cohere
-    cohere2 cohere2_moe ctrl cwm diffllama doge dots1 electra emu3 ernie ernie4_5 ernie4_5_moe exaone4 falcon flex_olmo
-    flint fuyu gemma gemma2 gemma3_text gemma4_unified gemma4_unified_text glm glm4 glm4_moe gpt-sw3 gpt2 gpt_bigcode
-    gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe granitemoe_swa granitemoeshared helium
-    hunyuan_v1_dense hunyuan_v1_moe hy_v4 hyperclovax inkling2_text inkling_text internlm3 iquestcoder jais2 jamba
-    kolibri1 lfm2 lfm3 llama megatron-bert mellum mimo_v2_flash minimax_m2 ministral ministral3 mistral mixtral mllama
-    modernbert-decoder mpt nanochat nemotron olmo olmo2 olmo3 olmo_hybrid olmoe persimmon phi phi3 qwen2 qwen3 qwen3_5
-    qwen3_5_text qwen3_moe rembert roc_bert roformer seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm
+    afmoe apertus arcee aria_text axk1 axk2 bailing_hybrid bamba bart beam bert bert-generation big_bird bigbird_pegasus
+    biogpt bitnet blenderbot blenderbot-small bloom camembert codegen cohere cohere2 cohere2_moe cohere_compass_text
+    ctrl cwm data2vec-text dbrx deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge dots1 dots3_note_text electra
+    emu3_text_model ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 flex_olmo flint fuyu gemma gemma2
+    gemma3 gemma3_text gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text git glm glm4 glm4_moe
+    glm4_moe_lite glm_moe_dsa got_ocr2 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite
+    granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3
+    hy_v4 hyperclovax inkling2_text inkling_text internlm3 iquestcoder jais2 jamba jetmoe kimi_linear kolibri1 laguna
+    lfm2 lfm2_moe lfm3 llama llama4_text longcat_flash marian mbart megatron-bert mellum mimo_v2_flash minicpm3
+    minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral mllama_text_model modernbert-decoder moshi
+    moss_transcribe_diarize mpt mvp nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe opt pegasus
+    persimmon phi phi3 phi4_multimodal phimoe plbart qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe
+    qwen3_next qwen4_exp_text recurrent_gemma rembert roberta roberta-prelayernorm roc_bert roformer seed_oss smollm3
+    solar_open stablelm starcoder2 vaultgemma xglm xlm-roberta xlm-roberta-xl xmod youtu zamba zamba2 zaya
 '''.split())
 
 # Those that also verify trees of draft tokens
 TREE_FAMILIES = tuple('''
-    afmoe apertus arcee aria_text beam bert bert-generation big_bird biogpt bitnet codegen cohere cohere2 cohere2_moe
-    ctrl diffllama doge dots1 electra emu3 ernie ernie4_5 ernie4_5_moe exaone4 falcon flex_olmo fuyu gemma gemma2
-    gemma3_text glm glm4 glm4_moe gpt-sw3 gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa
-    granitemoe granitemoe_swa granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hyperclovax internlm3 iquestcoder
-    jais2 kolibri1 lfm2 llama megatron-bert mellum minimax_m2 ministral ministral3 mistral mixtral mllama modernbert-
-    decoder nanochat nemotron olmo olmo2 olmo3 olmoe persimmon phi phi3 qwen2 qwen3 qwen3_moe rembert roc_bert seed_oss
-    smollm3 solar_open stablelm starcoder2 vaultgemma xglm
+    afmoe apertus arcee aria_text axk1 beam bert bert-generation big_bird biogpt bitnet camembert codegen cohere cohere2
+    cohere2_moe cohere_compass_text ctrl cwm data2vec-text dbrx deepseek_v2 deepseek_v3 diffllama doge dots1 electra
+    emu3_text_model ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon flex_olmo flint fuyu gemma gemma2 gemma3
+    gemma3_text gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite
+    got_ocr2 gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe granitemoe_swa
+    granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe
+    kolibri1 laguna lfm2 llama longcat_flash megatron-bert mellum mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text
+    ministral ministral3 mistral mixtral mllama_text_model modernbert-decoder moshi nanochat nemotron olmo olmo2 olmo3
+    olmoe opt persimmon phi phi3 phi4_multimodal phimoe qwen2 qwen2_moe qwen3 qwen3_moe rembert roberta roberta-
+    prelayernorm roc_bert seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm xlm-roberta xlm-roberta-xl
+    xmod youtu
 '''.split())
 
 # Those that also run compiled, on a static cache
 STATIC_FAMILIES = tuple('''
-    afmoe apertus arcee aria_text beam bert bert-generation big_bird biogpt bitnet codegen cohere cohere2 cohere2_moe
-    ctrl diffllama doge dots1 electra emu3 ernie ernie4_5 ernie4_5_moe exaone4 falcon flex_olmo fuyu gemma gemma2
-    gemma3_text glm glm4 glm4_moe gpt-sw3 gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa
-    granitemoe granitemoe_swa granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hyperclovax internlm3 iquestcoder
-    jais2 kolibri1 lfm2 llama megatron-bert mellum minimax_m2 ministral ministral3 mistral mixtral mllama modernbert-
-    decoder nanochat nemotron olmo olmo2 olmo3 olmoe persimmon phi phi3 qwen2 qwen3 qwen3_moe rembert roc_bert seed_oss
-    smollm3 solar_open stablelm starcoder2 vaultgemma xglm
+
 '''.split())
 
-# %% ../../nbs/1_decoding/06_capabilities.ipynb #a0e47f61
+# %% ../../nbs/1_decoding/06_capabilities.ipynb #476a852e
 def has_own_forward(
     model:PreTrainedModel,  # That is being decoded
 ) -> bool:
     "Return whether the model's forward is not the one of its family in transformers"
-    kinds = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), ())
-    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    found:Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), ())
+    kinds = found if isinstance(found, tuple) else (found,)
     return not any(isinstance(model, kind) and type(model).forward is kind.forward for kind in kinds)
 
 def forward_problem(
@@ -161,16 +166,17 @@ def forward_problem(
     soft = soft_prompt(model)
     if soft is not None: return f'the model has a soft prompt ({soft}), which only its own preparation of inputs reads'
     if model.config.is_encoder_decoder: return f'{family} is an encoder-decoder'
+    if has_own_forward(model): return f'{type(model).__name__} has a forward of its own, unlike its family {family}'
     if not _takes(model, 'past_key_values'): return f'{family} has no KV cache'
     others = other_inputs(inputs)
     if others: return f'the model is given more than token ids and their mask: {", ".join(others)}'
-    if family not in FORWARD_FAMILIES or has_own_forward(model):
+    if family not in FORWARD_FAMILIES:
         return f'the family {family} is not among those that were compared with their own generate'
     rope = changing_rope(text_config(model), length)
     if rope is not None: return f'the rotary embedding changes with the length of the text ({rope})'
     return None
 
-# %% ../../nbs/1_decoding/06_capabilities.ipynb #7fa7255c
+# %% ../../nbs/1_decoding/06_capabilities.ipynb #846f7361
 _MASKED_LAYERS = {'full_attention', 'sliding_attention'}
 
 def tree_problem(
@@ -196,7 +202,7 @@ def static_problem(
     if family not in STATIC_FAMILIES: return f'the compiled path is not known to be exact for the family {family}'
     return None
 
-# %% ../../nbs/1_decoding/06_capabilities.ipynb #793e6c25
+# %% ../../nbs/1_decoding/06_capabilities.ipynb #eaf97175
 @dataclass(frozen=True)
 class Request:
     "What a way of decoding asks of the model, beyond one token after the other"

@@ -26,7 +26,8 @@ from ..foundations.models import LoadedModel, encode, load_parts
 from ..foundations.lora import AdapterBank, adapter_from_peft
 from .tree import Tree, accept, accept_in_lockstep, root_tree
 from .runner import BatchRunner, CompiledRunner
-from .sampling import DecodingState, Plain, SamplingRules, Target, check_processors, choose_tokens, split_processors
+from .sampling import DecodingState, Plain, SamplingRules, Target
+from .sampling import check_processors, choose_tokens, split_processors
 from .hf_bridge import check_supported, intercepted_arguments, stream, streamer_of
 from .capabilities import PreparedRunner, Request, prepares_itself
 
@@ -227,7 +228,8 @@ class Decoder:
         depth = 0 if self.drafter is None else self.drafter.max_draft_depth
         inputs = inputs or {}
         if prepares_itself(model, inputs, self._longest(max_length) + depth, self._request):
-            steps = decode(PreparedRunner(model, inputs), ids, mask, target=self.target, rules=rules, pad_id=pad_id, record=self.record)
+            runner = PreparedRunner(model, inputs)
+            steps = decode(runner, ids, mask, target=self.target, rules=rules, pad_id=pad_id, record=self.record)
             yield from self._watched(steps)
             return []
         roles = self.target.roles
