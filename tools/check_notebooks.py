@@ -17,8 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ['torch', 'transformers', 'peft', 'matplotlib.pyplot', 'nbdev.test']
 
-# Seconds of a processor, from the longest on: what `make test` leaves to `make test-all`
-SLOW = []
+# What `make test` leaves to `make test-all`: the longest, of which none is on the way to the three methods
+SLOW = [
+    '3_hass/09_self_chat', '3_hass/10_features', '3_hass/11_acceptance', '3_hass/12_initialization', '3_hass/15_train',
+    '3_hass/16_pipeline', '5_temp_lora/07_translation', '6_evaluation/04_benchmark', '8_cli/04_memory', '8_cli/05_compare',
+]
 
 
 def check(path):

@@ -116,6 +116,7 @@ def test_compare_writes_the_contract(toy, tmp_path):
     assert all(r['equal_tokens'] == 1 for r in rows if r['method'] != 'cold')
 
 
+@pytest.mark.slow
 def test_verify_passes_and_fails(toy, data, tmp_path, capsys, monkeypatch):
     from npu_lora_decoding.evaluation import equivalence as verify
 
@@ -153,6 +154,7 @@ def test_verify_passes_and_fails(toy, data, tmp_path, capsys, monkeypatch):
     ]  # written before it refuses
 
 
+@pytest.mark.slow
 def test_a_verification_continues(toy, data, tmp_path, monkeypatch):
     from npu_lora_decoding.evaluation import equivalence as verify
 
@@ -251,6 +253,7 @@ def test_tune_advises(toy, data, tmp_path, capsys, monkeypatch):
     assert 'Do not use CoLD here' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_loaded_model_can_generate_at_once(toy):
     "`load` is all a user imports"
     code = (

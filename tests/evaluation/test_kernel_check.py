@@ -67,6 +67,7 @@ def test_arguments_travel_and_changes_come_back(monkeypatch):
     assert doctor.check_cases([case(lambda x: x * 2, mutates=(0,))], cpu, lambda _: None)[0].problem is not None
 
 
+@pytest.mark.slow
 def test_every_way_of_the_benchmark_does_the_same_work():
     torch.manual_seed(0)
     problem = doctor.lora_problem(5, 24, 4, torch.float32, cpu)

@@ -107,6 +107,7 @@ def test_cache_dir(monkeypatch):
     assert cache_dir() == Path('/xdg/npu_lora_decoding')
 
 
+@pytest.mark.slow
 def test_importing_the_package_leaves_torch_npu_alone():
     code = (
         'import importlib, pkgutil, sys, npu_lora_decoding as p\n'

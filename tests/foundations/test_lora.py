@@ -240,6 +240,7 @@ def test_layers_collect_only_what_was_computed_from_their_own_input():
     assert all(s.x is None and not s.left for s in bank._groups)
 
 
+@pytest.mark.slow
 @compiled
 def test_lora_compiles_to_the_same():
     torch._dynamo.reset()

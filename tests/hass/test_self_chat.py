@@ -187,6 +187,7 @@ def test_a_row_reads_the_proper_tokens_of_its_question():
     )
 
 
+@pytest.mark.slow
 def test_a_question_drawn_in_odd_pieces_is_answered_as_text():
     lm = lm_of(CHATML, IM, '<|im_end|>', words=['ab', 'cd'])
     head, _ = turn_edges(lm)
@@ -367,6 +368,7 @@ def test_the_output_can_be_learnt_from(whole, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('at', [0, 7, None])
 def test_ctrl_c_and_more_of_the_same(whole, tmp_path, at, capsys):
     lm = chat_lm()
@@ -424,6 +426,7 @@ def test_kill_9(tmp_path):
     assert texts(tmp_path / 'killed') == texts(tmp_path / 'whole') and kept.items() < texts(tmp_path / 'whole').items()
 
 
+@pytest.mark.slow
 def test_full_disk(whole, tmp_path, monkeypatch):
     real = Path.write_text
 
@@ -451,6 +454,7 @@ def test_a_folder_that_cannot_be(tmp_path):
         write_conversations(chat_lm(), tmp_path / 'file' / 'run', CONFIG, quiet=True)
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused(whole, tmp_path):
     write_conversations(chat_lm(), tmp_path, replace(CONFIG, shards=1), quiet=True)
     for change in (

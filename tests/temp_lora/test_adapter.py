@@ -102,6 +102,7 @@ def test_an_interrupted_chunk_is_not_learned():
     assert learn(other, TEXT[16:48], 16) == learn(phi, TEXT[16:48], 16)  # as if nothing had happened
 
 
+@pytest.mark.slow
 def test_twelve_documents_do_not_grow():
     model = subject()
     counts = []

@@ -52,6 +52,7 @@ shapes = st.integers(2, 9).flatmap(
 )
 
 
+@pytest.mark.slow
 @examples(max_examples=12)
 @given(
     shapes,

@@ -244,6 +244,7 @@ def test_no_updates_learn_nothing(learned_chunks):
     assert out.learned == 0 and out.chunks == [] and {x.learned for x in out.sentences} == {0}
 
 
+@pytest.mark.slow
 def test_what_was_learned_matters_and_repeats():
     for mode in MODES:
         a = translate(mode, LEARNS)

@@ -1,5 +1,6 @@
 "Notebooks as tests: a failing cell fails by name, a slow one does not run"
 
+import pytest
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ def write(path, *sources):
     path.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
 
 
+@pytest.mark.slow
 def test_one_fails_and_one_does_not(tmp_path):
     write(tmp_path / 'good.ipynb', 'x = 1', '#| slow\n1 / 0')
     write(tmp_path / 'bad.ipynb', 'x = 1', '1 / 0')
