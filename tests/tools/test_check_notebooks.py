@@ -1,9 +1,9 @@
 "Notebooks as tests: a failing cell fails by name, a slow one does not run"
 
-import pytest
 import json
 import subprocess
 import sys
+import pytest
 from book import ROOT
 
 
