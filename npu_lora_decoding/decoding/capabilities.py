@@ -12,7 +12,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from ..foundations.errors import require
 from .baseline import positions_of
 from .runner import text_config
@@ -84,16 +84,18 @@ def changing_rope(
     "Return the rotary embedding that changes within `length` tokens; None where all stay the same"
     for rope in _ropes(config):
         kind = rope.get('rope_type', rope.get('type'))
+        if kind in _FIXED_ROPE: continue
         limits = [rope.get('original_max_position_embeddings'), getattr(config, 'original_max_position_embeddings', None)]
-        limit = min([n for n in limits if n] or [config.max_position_embeddings])
-        if kind not in _FIXED_ROPE and length > limit: return f'{kind} beyond {limit} tokens'
+        limit = min([n for n in limits if n] or [getattr(config, 'max_position_embeddings', 0)])
+        if length > limit: return f'{kind} beyond {limit} tokens'
     return None
 
 def other_inputs(
     inputs:dict,  # What `generate` prepared for the model
 ) -> list:  # Names
     "Return the inputs that our own forward pass would not hand on, or not as they are"
-    given = {name: x for name, x in inputs.items() if x is not None}
+    def is_nothing(x): return x is None or x is False or isinstance(x, dict) and not x
+    given = {name: x for name, x in inputs.items() if not is_nothing(x)}
     names = sorted(set(given) - _ORDINARY_INPUTS)
     mask = given.get('attention_mask')
     positions = given.get('position_ids')
@@ -111,50 +113,55 @@ def _counts(positions, mask):
 # %% ../../nbs/1_decoding/06_capabilities.ipynb #5dfdf667
 # Families whose next token our own forward pass computes, in padded batches and for several roles
 FORWARD_FAMILIES = tuple('''
-    afmoe apertus arcee aria_text axk1 axk2 bailing_hybrid bamba bart beam bert bert-generation big_bird bigbird_pegasus
-    biogpt bitnet blenderbot blenderbot-small bloom camembert codegen cohere cohere2 cohere2_moe cohere_compass_text
-    ctrl cwm data2vec-text dbrx deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge dots1 dots3_note_text electra
-    emu3_text_model ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 flex_olmo flint fuyu gemma gemma2
-    gemma3 gemma3_text gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text git glm glm4 glm4_moe
-    glm4_moe_lite glm_moe_dsa got_ocr2 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite
-    granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3
-    hy_v4 hyperclovax inkling2_text inkling_text internlm3 iquestcoder jais2 jamba jetmoe kimi_linear kolibri1 laguna
-    lfm2 lfm2_moe lfm3 llama llama4_text longcat_flash marian mbart megatron-bert mellum mimo_v2_flash minicpm3
-    minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral mllama_text_model modernbert-decoder moshi
-    moss_transcribe_diarize mpt mvp nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe opt pegasus
-    persimmon phi phi3 phi4_multimodal phimoe plbart qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe
-    qwen3_next qwen4_exp_text recurrent_gemma rembert roberta roberta-prelayernorm roc_bert roformer seed_oss smollm3
-    solar_open stablelm starcoder2 vaultgemma xglm xlm-roberta xlm-roberta-xl xmod youtu zamba zamba2 zaya
+    afmoe apertus arcee aria_text axk1 axk2 bailing_hybrid bamba bart beam bert bert-generation big_bird
+    bigbird_pegasus biogpt bitnet blenderbot blenderbot-small bloom camembert codegen cohere cohere2 cohere2_moe
+    cohere_compass_text ctrl cwm data2vec-text dbrx deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge dots1
+    dots3_note_text electra emu3_text_model ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 flex_olmo
+    flint fuyu gemma gemma2 gemma3 gemma3_text gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text git
+    glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa got_ocr2 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss
+    gptj granite granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hrm_text
+    hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax inkling2_text inkling_text internlm3 iquestcoder jais2
+    jamba jetmoe kimi_linear kolibri1 laguna lfm2 lfm2_moe lfm3 llama llama4_text longcat_flash marian mbart
+    megatron-bert mellum mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral
+    mllama_text_model modernbert-decoder moshi moss_transcribe_diarize mpt mvp nanochat nemotron nemotron_h olmo olmo2
+    olmo3 olmo_hybrid olmoe opt pegasus persimmon phi phi3 phi4_multimodal phimoe plbart qwen2 qwen2_moe qwen3
+    qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next qwen4_exp_text recurrent_gemma rembert roberta
+    roberta-prelayernorm roc_bert roformer seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm xlm-roberta
+    xlm-roberta-xl xmod youtu zamba zamba2 zaya
 '''.split())
 
 # Those that also verify trees of draft tokens
 TREE_FAMILIES = tuple('''
-    afmoe apertus arcee aria_text axk1 beam bert bert-generation big_bird biogpt bitnet camembert codegen cohere cohere2
-    cohere2_moe cohere_compass_text ctrl cwm data2vec-text dbrx deepseek_v2 deepseek_v3 diffllama doge dots1 electra
-    emu3_text_model ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon flex_olmo flint fuyu gemma gemma2 gemma3
-    gemma3_text gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite
-    got_ocr2 gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe granitemoe_swa
-    granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe
-    kolibri1 laguna lfm2 llama longcat_flash megatron-bert mellum mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text
-    ministral ministral3 mistral mixtral mllama_text_model modernbert-decoder moshi nanochat nemotron olmo olmo2 olmo3
-    olmoe opt persimmon phi phi3 phi4_multimodal phimoe qwen2 qwen2_moe qwen3 qwen3_moe rembert roberta roberta-
-    prelayernorm roc_bert seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm xlm-roberta xlm-roberta-xl
-    xmod youtu
+    afmoe apertus arcee aria_text axk1 beam bert bert-generation big_bird biogpt bitnet camembert codegen cohere
+    cohere2 cohere2_moe cohere_compass_text ctrl cwm data2vec-text dbrx deepseek_v2 deepseek_v3 diffllama doge dots1
+    electra emu3_text_model ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon flex_olmo flint fuyu gemma gemma2
+    gemma3 gemma3_text gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text glm glm4 glm4_moe
+    glm4_moe_lite got_ocr2 gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe
+    granitemoe_swa granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3
+    iquestcoder jais2 jetmoe kolibri1 laguna lfm2 llama longcat_flash megatron-bert mellum mimo_v2_flash minicpm3
+    minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral mllama_text_model modernbert-decoder moshi
+    nanochat nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phi4_multimodal phimoe qwen2 qwen2_moe qwen3
+    qwen3_moe rembert roberta roberta-prelayernorm roc_bert seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma
+    xglm xlm-roberta xlm-roberta-xl xmod youtu
 '''.split())
 
 # Those that also run compiled, on a static cache
 STATIC_FAMILIES = tuple('''
-
+    afmoe apertus arcee aria_text axk1 bart beam bert bert-generation big_bird bigbird_pegasus biogpt bitnet
+    blenderbot blenderbot-small bloom camembert codegen cohere cohere2 cohere2_moe cohere_compass_text cwm
+    data2vec-text deepseek_v2 deepseek_v3 diffllama doge dots1 electra emu3_text_model ernie ernie4_5 ernie4_5_moe
+    exaone4 exaone_moe falcon flex_olmo flint fuyu gemma gemma2 gemma3 gemma3_text gemma4 gemma4_text gemma4_unified
+    gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite got_ocr2 gpt2 gpt_bigcode gpt_neox gpt_neox_japanese granite
+    llama mistral mixtral olmo2 opt phi phi3 qwen2 qwen3 smollm3 stablelm starcoder2
 '''.split())
 
 # %% ../../nbs/1_decoding/06_capabilities.ipynb #476a852e
 def has_own_forward(
     model:PreTrainedModel,  # That is being decoded
 ) -> bool:
-    "Return whether the model's forward is not the one of its family in transformers"
-    found:Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), ())
-    kinds = found if isinstance(found, tuple) else (found,)
-    return not any(isinstance(model, kind) and type(model).forward is kind.forward for kind in kinds)
+    "Return whether the model's forward is not the one of a class in transformers"
+    kinds = [kind for kind in type(model).__mro__ if kind.__module__.startswith('transformers.models.')]
+    return not kinds or type(model).forward is not kinds[0].forward
 
 def forward_problem(
     model:PreTrainedModel,  # That is being decoded

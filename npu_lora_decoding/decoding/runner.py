@@ -124,8 +124,7 @@ def _without_windows(config):
     "Return a configuration whose cache keeps every column: one that drops old columns cannot take back a draft token"
     if layer_window(config) is None: return config
     config = copy.deepcopy(config)
-    if getattr(config, 'layer_types', None): config.layer_types = ['full_attention'] * len(config.layer_types)
-    else: config.sliding_window = None
+    config.layer_types = ['full_attention'] * config.num_hidden_layers
     return config
 
 def _in_window(valid, depths, window):
@@ -183,16 +182,25 @@ def _gather(self:BatchRunner, kept, start=None):
     count = kept.sum(-1)
     # Kept columns first, in their order: parents before children
     order = (~kept).long().argsort(dim=-1, stable=True)[:, :count.max()].contiguous()
-    tensors = [x for layer in self.cache.layers for x in (layer.keys, layer.values)]
-    ops.kv_commit(tensors, self._repeat(order), self._repeat(count), start)
+    for tensors in self._planes(): ops.kv_commit(tensors, self._repeat(order), self._repeat(count), start)
     self._shorten(start + order.shape[1])
     valid = torch.arange(order.shape[1], device=count.device) < count[:, None]
     self.valid = torch.cat([self.valid[:, :start], valid], 1)
 
 @patch
+def _planes(self:BatchRunner):
+    "Return the keys and values of all layers in groups of one shape: latent attention has keys wider than values"
+    groups = {}
+    for layer in self.cache.layers:
+        for x in (layer.keys, layer.values):
+            if x is not None and x.numel(): groups.setdefault(x.shape, []).append(x)
+    return groups.values()
+
+@patch
 def _shorten(self:BatchRunner, length):
     "Drop the columns from `length` on"
     for layer in self.cache.layers:
+        if layer.keys is None: continue  # a layer that reads the keys of another
         layer.keys = layer.keys[:, :, :length]
         layer.values = layer.values[:, :, :length]
 

@@ -102,3 +102,8 @@ def test_wrong_rules_are_found_out(rule):
     tree = Tree(torch.tensor([[0, 1, 2, 1]]), torch.tensor([[-1, 0, 0, 1]]))
     assert max(distance(tree, seed, rule) for seed in range(5)) > 0.01
     assert max(distance(tree, seed, ours) for seed in range(5)) < 1e-12
+
+
+def test_a_root_alone_is_cut_to_any_depth():
+    tree = root_tree(torch.tensor([4, 5]))
+    assert tree.truncate_depth(0) is tree and tree.truncate_depth(3) is tree
