@@ -160,7 +160,7 @@ def has_own_forward(
     model:PreTrainedModel,  # That is being decoded
 ) -> bool:
     "Return whether the model's forward is not the one of a class in transformers"
-    kinds = [kind for kind in type(model).__mro__ if kind.__module__.startswith('transformers.models.')]
+    kinds:list[Any] = [kind for kind in type(model).__mro__ if kind.__module__.startswith('transformers.models.')]
     return not kinds or type(model).forward is not kinds[0].forward
 
 def forward_problem(

@@ -143,7 +143,7 @@ class Memory:
 # %% ../../nbs/1_decoding/07_loop.ipynb #9e3508e1
 @torch.no_grad()
 def decode(
-    runner:BatchRunner,  # Model and cache
+    runner:BatchRunner|PreparedRunner,  # Model and cache
     ids:torch.Tensor,  # Prompts `(b, t)`, padded left
     mask:torch.Tensor,  # `(b, t)`
     *,

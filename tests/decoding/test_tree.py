@@ -5,7 +5,7 @@ so the distribution of what is emitted is known exactly
 from itertools import product
 import pytest, torch
 from hypothesis import given, strategies as st
-from npu_lora_decoding.decoding.tree import Tree, accept
+from npu_lora_decoding.decoding.tree import Tree, accept, root_tree
 
 V = 3  # Tokens
 
