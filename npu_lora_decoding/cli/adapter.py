@@ -8,7 +8,7 @@ __all__ = ['train_lora', 'custom_generate', 'null_adapter']
 # %% ../../nbs/8_cli/06_adapter.ipynb #d35016a2
 from pathlib import Path
 from ..foundations.tasks import get_task, read_items
-from ..foundations.models import embedded_folder, shipped_adapter, shipped_head
+from ..foundations.models import embedded_folder, names_nothing, shipped_adapter, shipped_head
 from ..cold.expert import FinetuneConfig, card, finetune
 from ..evaluation.methods import load_target
 from ..serving.hf_generate import Settings, write_custom_generate
@@ -57,6 +57,7 @@ def custom_generate(
     model:str=None,  # Folder of a model to copy in, for transformers serve, or 'embedded' (default: none)
 ):
     "Write a folder for transformers' custom_generate= and transformers serve"
+    adapter, head, model = (None if names_nothing(x) else x for x in (adapter, head, model))
     settings = Settings(method, alpha, beta, _drafter_name(head, lookup), head=head is not None, compile=compile)
     if adapter == 'shipped': adapter = shipped_adapter()
     if head == 'shipped': head = shipped_head()

@@ -13,7 +13,7 @@ from ..foundations.errors import require
 from ..foundations.files import json_rows, save_rows
 from ..foundations.statistics import paired
 from ..foundations.tasks import Item, get_task, prompts_of, read_items
-from ..foundations.models import shipped_head
+from ..foundations.models import names_nothing, shipped_head
 from ..decoding.sampling import Plain
 from ..cold.rule import CoLD
 from ..cold.tune import BETAS, advise, plot_sweep, sweep
@@ -46,9 +46,10 @@ def _items_of(task, data, prompts, *, part, most):
 # %% ../../nbs/8_cli/03_decoding.ipynb #af086acc
 def _drafter(head, lookup):
     "Return the drafter that the options ask for, or None"
-    if not head and not lookup: return None
+    has_head = not names_nothing(head)
+    if not has_head and not lookup: return None
     name = 'lookup'
-    if head: name = 'hass_lookup' if lookup else 'hass_tree'
+    if has_head: name = 'hass_lookup' if lookup else 'hass_tree'
     return drafters(head)[name]()
 
 @command
@@ -237,7 +238,7 @@ def page(
     example = _EXAMPLE if model is None and adapter is None else _STORY
     is_shipped = model is None and adapter in (None, 'none')
     if head is None and is_shipped: head = shipped_head('king_james' if folder else 'smollm2-135m')
-    shown = build(lm, head, example.prompt, example.system)
+    shown = build(lm, None if names_nothing(head) else head, example.prompt, example.system)
     print(f'Open {serve(shown, port)} in a browser; Ctrl-C ends the page.', flush=True)
     try: threading.Event().wait()
     finally: shown.close()

@@ -11,7 +11,7 @@ import torch
 from fastcore.basics import patch
 from transformers import DynamicCache, PreTrainedModel
 from ..foundations import ops
-from ..foundations.errors import require
+from ..foundations.errors import DecodingError, require
 from ..foundations.lora import AdapterBank
 from ..decoding.baseline import last_logits, positions_of
 from ..decoding.sampling import Target, check_finite
@@ -28,6 +28,12 @@ def _column(x, e):
         'give one number, or one for each sequence')
     return x
 
+def _numbers(name, given):
+    "Return a setting as a tensor"
+    try: return torch.as_tensor(given, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        raise DecodingError(f'{name} is {given!r}: give a number, or one for each sequence.') from None
+
 @dataclass(frozen=True)
 class CoLD(Target):
     "Contrastive LoRA decoding: `e + beta * (e - a)` where `e >= log(alpha) + max(e)`"
@@ -36,8 +42,8 @@ class CoLD(Target):
     roles = ('expert', 'base')
 
     def __post_init__(self):
-        alpha = torch.as_tensor(self.alpha, dtype=torch.float32)
-        beta = torch.as_tensor(self.beta, dtype=torch.float32)
+        alpha = _numbers('alpha', self.alpha)
+        beta = _numbers('beta', self.beta)
         in_range = (alpha > 0) & (alpha <= 1)
         require(bool(in_range.all()), f'alpha is {self.alpha}', 'choose it above 0 and up to 1')
         require(bool(beta.isfinite().all()), f'beta is {self.beta}', 'choose a finite number, for example 0.2')

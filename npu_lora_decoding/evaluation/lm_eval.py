@@ -6,11 +6,13 @@
 __all__ = ['unmasked_logits', 'target_of', 'drafter_of', 'Decoding', 'register', 'main']
 
 # %% ../../nbs/6_evaluation/12_lm_eval.ipynb #ee6e7398
+import difflib
 import functools
 from typing import Any
 import torch
 from transformers import StopStringCriteria
 from ..foundations.errors import DecodingError, require
+from ..foundations.models import names_nothing
 from ..decoding.sampling import Plain
 from ..decoding.loop import Decoder, bank_of
 from ..cold.rule import CoLD
@@ -52,11 +54,24 @@ def drafter_of(
     head:str|None,  # Folder of the draft head
 ):
     "Return the drafter called `name`, or None"
-    if name is None: return None
+    if names_nothing(name): return None
     made = drafters(head)
-    remedy = f'use {", ".join(made)}' + ('' if head else ', or give head=FOLDER')
+    remedy = f'use {", ".join(made)}' + (', or give head=FOLDER' if names_nothing(head) else '')
     require(name in made, f'unknown drafter {name!r}', remedy)
     return made[name]()
+
+_OURS = ('pretrained', 'adapter', 'method', 'alpha', 'beta', 'drafter', 'head', 'compile', 'dtype', 'device')
+_THEIRS = (  # What the harness's model does with a model that is loaded already
+    'truncation', 'logits_cache', 'max_length', 'softmax_dtype', 'mixed_precision_dtype', 'batch_size', 'max_batch_size',
+    'add_bos_token', 'prefix_token_id', 'think_end_token', 'enable_thinking', 'chat_template_args')
+
+def _check_arguments(given):
+    "Raise `DecodingError` for a model argument that would have no effect: the harness's model drops it without a word"
+    known = (*_OURS, *_THEIRS)
+    for name in given:
+        near = difflib.get_close_matches(name, known, n=1)
+        remedy = f'did you mean {near[0]}' if near else f'use {", ".join(known)}'
+        require(name in known, f'the model argument {name!r} is unknown or has no effect here', remedy)
 
 class Decoding:
     "What a harness model does differently: it decodes with a target and a drafter, and its likelihoods are the target's"
@@ -65,7 +80,7 @@ class Decoding:
 
     def __init__(self,
         pretrained:str|None=None,  # Folder or hub id (default: the embedded model)
-        adapter:str|None=None,  # PEFT folder, or 'none'
+        adapter:str|None='shipped',  # PEFT folder, or none; the shipped one goes with the embedded model alone
         method:str='cold',  # greedy or cold
         alpha:float=.1,  # CoLD's plausibility
         beta:float=.1,  # CoLD's strength
@@ -76,7 +91,10 @@ class Decoding:
         device:str|None=None,  # cpu, cuda or npu (default: the best present)
         **kwargs,  # HFLM's: batch_size, max_length, ...
     ):
-        lm, _ = load_target(pretrained, adapter, dtype, device)
+        _check_arguments(kwargs)
+        # the harness turns the word none into None, so that None cannot stand for the shipped adapter
+        folder = None if adapter == 'shipped' else 'none' if names_nothing(adapter) else adapter
+        lm, _ = load_target(None if names_nothing(pretrained) else pretrained, folder, dtype, device)
         target = target_of(method, alpha, beta)
         has_contrast = 'base' in target.roles
         require(
@@ -86,7 +104,7 @@ class Decoding:
         )
         how:dict = dict(bank=bank_of(lm), compile=compile, record=False, vocab=lm.vocab if has_contrast else None)
         decoder = Decoder(target, drafter_of(drafter, head), **how)
-        kwargs.pop('max_batch_size', None)
+        if kwargs.get('max_batch_size') is None: kwargs.pop('max_batch_size', None)
         super().__init__(**dict(pretrained=lm.model, tokenizer=lm.tokenizer, device=str(lm.device)), **kwargs)
         self.lm = lm
         self.target = target

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from ..foundations.errors import require
-from ..foundations.models import load_model, load_tokenizer, shipped_adapter
+from ..foundations.models import load_model, load_tokenizer, names_nothing, shipped_adapter
 from ..decoding.baseline import beam_search
 from ..decoding.sampling import Plain
 from ..decoding.loop import LM, bank_of, load
@@ -161,7 +161,7 @@ def drafters(
     head:str|None=None,  # Folder of a draft head
 ) -> dict:  # Name -> function that makes it
     "Return every drafter by name; those with a head only where there is one"
-    if not head: return dict(lookup=PromptLookup)
+    if names_nothing(head): return dict(lookup=PromptLookup)
     return dict(
         lookup=PromptLookup,
         hass_chain=lambda: HASS(head, chain=True),
@@ -258,5 +258,5 @@ def load_target(
 ) -> tuple:  # `LM`, and the adapter's folder
     "Load `model` with `adapter`; the embedded model alone gets the shipped adapter, unless the adapter is 'none'"
     if adapter is None and model is None: adapter = shipped_adapter()
-    adapter = None if adapter in (None, 'none') else adapter
+    adapter = None if names_nothing(adapter) else adapter
     return load(model, adapter, device, dtype), adapter

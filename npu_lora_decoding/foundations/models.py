@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'FAMILIES', 'file_hash', 'embedded_gguf', 'repair_tokenizer', 'embedded_folder', 'load_model',
-           'LoadedModel', 'end_tokens', 'load_tokenizer', 'load_parts', 'shipped_adapter', 'shipped_head', 'encode_one',
-           'encode']
+           'LoadedModel', 'end_tokens', 'load_tokenizer', 'tokenizer_beside', 'load_parts', 'names_nothing',
+           'shipped_adapter', 'shipped_head', 'render_chat', 'encode_one', 'encode']
 
 # %% ../../nbs/0_foundations/08_models.ipynb #0989663a
 import hashlib
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from .errors import DecodingError, require
 from .devices import get_device, get_dtype
-from .files import atomic_path, cache_dir, read_json
+from .files import atomic_path, cache_dir, exists, file_text, is_folder, read_json, short_path
 from .adapters import Adapter, load_adapter
 import npu_lora_decoding
 
@@ -98,7 +98,7 @@ def _missing_model(name, why):
     "Return the error for a model that cannot be loaded"
     first = str(why).strip().split('\n')[0][:160]
     remedy = 'give a folder with config.json and *.safetensors, or a hub id you can reach'
-    return DecodingError(f'cannot load a model from {name!r} ({first}): {remedy}.')
+    return DecodingError(f'cannot load a model from {short_path(name)!r} ({first}): {remedy}.')
 
 def _or_missing(load, name, **options):
     "Return what `load` loads; whatever a library raises over a broken file becomes one sentence"
@@ -112,11 +112,11 @@ def load_model(
 ) -> PreTrainedModel:  # A causal LM in evaluation mode
     "Return the causal LM called `name`; raises `DecodingError` for what we do not load"
     folder = Path(name)
-    if folder.is_dir(): _check_folder(folder)
+    if is_folder(folder): _check_folder(folder)
     config = _or_missing(AutoConfig.from_pretrained, name)
     is_known = config.model_type in FAMILIES
     require(is_known, f'the family {config.model_type!r} is not supported', f'use one of {", ".join(FAMILIES)}')
-    if folder.is_dir(): _check_size(folder, config)
+    if is_folder(folder): _check_size(folder, config)
     options = dict(dtype=dtype, use_safetensors=True, output_loading_info=True)
     model, info = _or_missing(AutoModelForCausalLM.from_pretrained, name, **options)
     missing = sorted(info['missing_keys'])
@@ -198,8 +198,10 @@ class LoadedModel:
         return list(ids) if isinstance(ids, (list, tuple)) else [ids]
     @property
     def pad_id(self):
-        "Token that fills the left of shorter prompts; it is masked, so any will do"
-        return next(i for i in (self.tokenizer.pad_token_id, *self.eos_ids, 0) if i is not None)
+        "Token that fills the left of shorter prompts, where it is masked, and what follows the end of shorter answers"
+        width = self.model.config.vocab_size
+        known = (self.tokenizer.pad_token_id, *self.eos_ids, self.tokenizer.eos_token_id, 0)
+        return next(i for i in known if i is not None and 0 <= i < width)
 
 def end_tokens(
     lm:LoadedModel,  # Model and tokenizer
@@ -215,6 +217,54 @@ def load_tokenizer(
     except Exception as e:  # a broken tokenizer.json is an error of no particular type
         raise _missing_model(str(name), f'no tokenizer: {str(e)[:120]}') from e
 
+
+_TOKENIZER_FILES = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'vocab.json', 'chat_template.jinja')
+_PROBE = 'It cost 1,234 dollars.\n\n  No?'
+
+def _own_tokenizer(folder, base):
+    "Return the tokenizer in an adapter's folder, or None where there is none"
+    import copy
+    found = [name for name in _TOKENIZER_FILES if exists(folder/name)]
+    if found == ['chat_template.jinja']:
+        own = copy.deepcopy(base)
+        own.chat_template = file_text(folder/found[0])
+        return own
+    return load_tokenizer(folder) if found else None
+
+def _differences(own, base):
+    "Return in what a tokenizer differs from the model's"
+    differs = {
+        'tokens': own.get_vocab() != base.get_vocab(),
+        'way of splitting a text': own(_PROBE).input_ids != base(_PROBE).input_ids,
+        'chat template': own.chat_template != base.chat_template,
+        'end token': own.eos_token_id != base.eos_token_id}
+    return [name for name, is_other in differs.items() if is_other]
+
+def tokenizer_beside(
+    adapter:str|Path,  # PEFT folder, perhaps with the tokenizer that the adapter was trained with
+    base:PreTrainedTokenizerBase,  # The model's
+    rows:int,  # Of the model's embedding
+) -> PreTrainedTokenizerBase:
+    "Return the tokenizer to use with an adapter: its own where its folder holds another than the model's, with a warning"
+    folder = Path(adapter)
+    own = _own_tokenizer(folder, base)
+    if own is None: return base
+    known = own.get_vocab()
+    beyond = {token for token, i in known.items() if i >= rows} - {own.pad_token}  # padding is masked
+    moved = [token for token, i in base.get_vocab().items() if known.get(token) != i]
+    require(
+        not beyond and not moved,
+        f'the adapter in {folder} was trained with other tokens than the model has, first {sorted([*beyond, *moved])[:1]}',
+        'load it with the base model it was trained on, embeddings included')
+    differences = [name for name in _differences(own, base) if name != 'tokens' or len(known) != len(base)]
+    if not differences or set(known) - set(base.get_vocab()) == {own.pad_token} and differences == ['tokens']: return base
+    if own.chat_template is None: own.chat_template = base.chat_template
+    end = f'; to end at its end token, give eos_token_id={own.eos_token_id}' if 'end token' in differences else ''
+    warnings.warn(
+        f'the adapter in {folder} has a tokenizer of its own, which is used; its {" and its ".join(differences)}'
+        f' differ{"s" if len(differences) == 1 else ""} from the model\'s{end}')
+    return own
+
 def load_parts(
     name:str|Path|None=None,  # Folder or hub id; None loads the embedded SmolLM2
     adapter:str|Path|None=None,  # PEFT adapter folder
@@ -222,6 +272,9 @@ def load_parts(
     dtype:str|torch.dtype|None=None,  # `fp32`, `bf16`, `fp16`; None means fp32
 ) -> LoadedModel:  # Model, tokenizer and adapter
     "Load a model with its tokenizer and adapter; raises `DecodingError` with a remedy when they do not fit"
+    for what, given in dict(model=name, adapter=adapter).items():
+        is_place = given is None or isinstance(given, (str, Path))
+        require(is_place, f'the {what} is of type {type(given).__name__}', 'give the path of its folder')
     place = get_device(device)
     number_type = get_dtype(dtype)
     folder = embedded_folder() if name is None else name
@@ -233,9 +286,16 @@ def load_parts(
         f'the tokenizer has {len(tokenizer)} tokens but the model only {embed.num_embeddings}',
         'give the tokenizer that belongs to the model')
     loaded = None if adapter is None else load_adapter(adapter, model)
+    if adapter is not None: tokenizer = tokenizer_beside(adapter, tokenizer, embed.num_embeddings)
     return LoadedModel(model, tokenizer, loaded, EMBEDDED if name is None else Path(name).name)
 
 # %% ../../nbs/0_foundations/08_models.ipynb #ed21e586
+def names_nothing(
+    name:Any,  # What stands where a folder is expected
+) -> bool:
+    "Return whether it says that nothing is wanted: None, empty, or the words none and null"
+    return name is None or str(name).strip().lower() in ('', 'none', 'null')
+
 def _shipped(kind, name):
     "Return a folder of weights that comes with the package: `results` in a clone, `shipped` in a wheel (see setup.py)"
     package = Path(npu_lora_decoding.__file__).parent
@@ -268,8 +328,36 @@ def _kind(prompt):
         return 'ids' if prompt.dim() == 1 and are_integers else None
     if not isinstance(prompt, (list, tuple)) or not prompt: return None
     if all(isinstance(x, int) and not isinstance(x, bool) for x in prompt): return 'ids'
-    if all(isinstance(x, dict) and {'role', 'content'} <= set(x) for x in prompt): return 'messages'
+    if all(isinstance(x, dict) and 'role' in x for x in prompt): return 'messages'
     return None
+
+def _readable(message, template):
+    "Return a message whose content is one text; raises `DecodingError` for what a template would not show as it is"
+    role, content, calls = (message.get(name) for name in ('role', 'content', 'tool_calls'))
+    require(isinstance(role, str), f'a message has the role {role!r}', "give 'user', 'assistant' or 'system'")
+    knows_calls = 'tool_calls' in str(template)
+    require(not calls or knows_calls, 'a message calls tools, which the chat template does not know', 'give plain turns')
+    if content is None and calls: return message
+    is_one_part = isinstance(content, (list, tuple)) and len(content) == 1 and isinstance(content[0], dict)
+    if is_one_part and content[0].get('type') == 'text': content = content[0].get('text')
+    require(content is not None, 'a message has no content', 'give each message one text')
+    kind = 'several parts, or a picture' if isinstance(content, (list, tuple)) else f'a {type(content).__name__}'
+    require(isinstance(content, str), f'the content of a message is not a text but {kind}', 'give each message one text')
+    return {**message, 'content': content}
+
+def render_chat(
+    tokenizer:PreTrainedTokenizerBase,  # With a chat template
+    messages:list,  # `{'role', 'content'}` of every turn
+    **options,  # Of its `apply_chat_template`
+):  # What that returns
+    "Return what the chat template makes of `messages`; its own complaints become a `DecodingError`"
+    template = tokenizer.chat_template
+    require(bool(template), 'the tokenizer has no chat template for messages', 'give plain text')
+    plain = [_readable(m, template) for m in messages]
+    try: return tokenizer.apply_chat_template(plain, **options)
+    except Exception as e:  # a template is a program: it raises what it likes
+        problem = f'the chat template refuses the conversation ({str(e)[:120]})'
+        raise DecodingError(f'{problem}: bring its roles into the order the template wants.') from e
 
 def encode_one(
     lm:LoadedModel,  # Model and tokenizer
@@ -283,6 +371,7 @@ def encode_one(
         kind is not None,
         f'cannot read a prompt from {type(prompt).__name__}',
         'give text, a list of messages, or token ids')
+    if kind == 'messages': prompt = [_readable(m, lm.tokenizer.chat_template) for m in prompt]
     longest = lm.context if longest is None else longest
     if kind != 'ids': _check_text(lm.tokenizer, prompt, longest)
     if kind == 'text' and chat and lm.tokenizer.chat_template:
@@ -300,12 +389,11 @@ def _tokenized(tokenizer, prompt, kind):
     "Return the token ids of a prompt whose kind is known"
     if kind == 'ids': return prompt
     if kind == 'text': return tokenizer(prompt).input_ids
-    require(bool(tokenizer.chat_template), 'the tokenizer has no chat template for messages', 'give plain text')
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    return render_chat(tokenizer, prompt, add_generation_prompt=True, return_dict=False)
 
 def _check_text(tokenizer, prompt, longest):
     "Raise `DecodingError` for a text that is empty, broken or far too long; the last by its beginning, for speed"
-    texts = [prompt] if isinstance(prompt, str) else [str(m['content']) for m in prompt]
+    texts = [prompt] if isinstance(prompt, str) else [m.get('content') or '' for m in prompt]
     require(texts[-1].strip() != '', 'the prompt is empty', 'give at least one word')
     text = ''.join(texts)
     try: text.encode()
@@ -327,7 +415,8 @@ def encode(
     if isinstance(prompts, torch.Tensor) and prompts.dim() == 2: prompts = list(prompts)
     if _kind(prompts) is not None: prompts = [prompts]
     is_batch = isinstance(prompts, (list, tuple)) and len(prompts) > 0
-    require(is_batch, 'there is no prompt', 'give text, messages or token ids')
+    named = '' if isinstance(prompts, (list, tuple)) else f' in a {type(prompts).__name__}'
+    require(is_batch, f'there is no prompt{named}', 'give text, messages or token ids')
     rows = [encode_one(lm, p, chat, longest) for p in prompts]
     t = max(map(len, rows))
     ids = torch.full((len(rows), t), lm.pad_id)

@@ -10,10 +10,9 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from jinja2 import TemplateError
 from ..foundations.errors import DecodingError, require
 from ..foundations.files import exists, is_folder, json_lines, short_path, table_rows
-from ..foundations.models import encode_one, end_tokens
+from ..foundations.models import encode_one, end_tokens, render_chat
 from ..decoding.loop import LM
 
 # %% ../../nbs/3_hass/06_chat_data.ipynb #cb86b4dd
@@ -118,29 +117,21 @@ def _checked(lm, messages):
     require(not special, 'a message holds a special token of the model', 'leave the conversation out')
     return kept
 
-def _render(lm, messages, **options):
-    "Return what the chat template makes of `messages`; its own complaints become a `DecodingError`"
-    try:
-        return lm.tokenizer.apply_chat_template(messages, **options)
-    except (TemplateError, KeyError, TypeError) as e:
-        problem = f'the chat template refuses the conversation ({str(e)[:120]})'
-        raise DecodingError(f'{problem}: bring its roles into the order the template wants.') from e
-
 def _tagged(lm, messages):
     "Return ids and where the template's generation tags begin and end"
-    out = _render(lm, messages, return_dict=True, return_assistant_tokens_mask=True)
+    out = render_chat(lm.tokenizer, messages, return_dict=True, return_assistant_tokens_mask=True)
     mask = out['assistant_masks']
     edges = [i for i, (x, y) in enumerate(zip([0, *mask], [*mask, 0])) if x != y]
     return out['input_ids'], list(zip(edges[::2], edges[1::2]))
 
 def _by_prefix(lm, messages):
     "Return ids, and from where to where each answer's turn goes: behind the prompt, up to what the template makes of the messages so far"
-    ids = _render(lm, messages, return_dict=False)
+    ids = render_chat(lm.tokenizer, messages, return_dict=False)
     spans = []
     for i, m in enumerate(messages):
         if m['role'] != 'assistant': continue
-        prompt = _render(lm, messages[:i], return_dict=False, add_generation_prompt=True)
-        turn = _render(lm, messages[:i+1], return_dict=False)
+        prompt = render_chat(lm.tokenizer, messages[:i], return_dict=False, add_generation_prompt=True)
+        turn = render_chat(lm.tokenizer, messages[:i+1], return_dict=False)
         require(
             ids[:len(prompt)] == prompt,
             'the chat template does not begin an answer as its generation prompt does',
@@ -224,7 +215,8 @@ def encode_all(
 # %% ../../nbs/3_hass/06_chat_data.ipynb #06be3e92
 def _folded(conversation, role):
     "Return the texts of a role, case and spaces folded"
-    texts = [m['content'] for m in conversation['messages'] if m['role'] == role]
+    turns = [m for m in conversation['messages'] if isinstance(m, dict) and m.get('role') == role]
+    texts = [str(m.get('content', '')) for m in turns]
     return ' '.join(' '.join(text.casefold().split()) for text in texts)
 
 def _keys(conversation):

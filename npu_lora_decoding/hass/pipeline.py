@@ -100,7 +100,7 @@ def _check_enough(found, source, what):
 def _question(conversation):
     "Return the messages before the first answer"
     messages = conversation['messages']
-    answers = (i for i, message in enumerate(messages) if message['role'] == 'assistant')
+    answers = (i for i, m in enumerate(messages) if isinstance(m, dict) and m.get('role') == 'assistant')
     return messages[:next(answers, len(messages))]
 
 def _report_dropped(report, what, dropped):
