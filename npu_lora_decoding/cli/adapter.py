@@ -13,7 +13,7 @@ from ..cold.expert import FinetuneConfig, card, finetune
 from ..evaluation.methods import load_target
 from ..serving.hf_generate import Settings, write_custom_generate
 from ..serving.vllm_plugin import null_adapter as write_null, serve_command
-from .registry import command
+from .registry import command, numbers_of
 
 # %% ../../nbs/8_cli/06_adapter.ipynb #fd732553
 @command
@@ -33,9 +33,9 @@ def train_lora(
     seed:int=0,  # Of weights and data order
 ):
     "Train a LoRA adapter; Ctrl-C saves, the same command continues"
+    kept = numbers_of(snapshots, '--snapshots', int)
     lm, _ = load_target(model, 'none', dtype, device)
     items = read_items(prompts) if prompts else get_task(task, data).train
-    kept = tuple(int(s) for s in snapshots.split(',') if s)
     config = FinetuneConfig(
         steps=steps, batch=batch, r=rank, alpha=2*rank, lr=lr, seed=seed, save_every=25, snapshots=kept)
     name = Path(prompts).name if prompts else task

@@ -6,6 +6,7 @@
 __all__ = ['generate', 'verify', 'tune', 'evaluate', 'pareto', 'page']
 
 # %% ../../nbs/8_cli/03_decoding.ipynb #89510202
+import math
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,9 @@ from ..evaluation.equivalence import check_rows, verify as verify_ways
 from ..evaluation.plots import token_ansi, save_plot, read_rows
 from ..evaluation.pareto import pareto_points, pareto_table, plot_pareto, unit_of
 from ..serving.web_demo import require_gradio, build, serve
-from .registry import command
+from .registry import command, numbers_of
 
 # %% ../../nbs/8_cli/03_decoding.ipynb #44a5439f
-def _numbers(text): return tuple(float(x) for x in text.split(','))
-
 @dataclass(frozen=True)
 class _Items:
     "What is decoded, and how it is judged"
@@ -72,6 +71,8 @@ def generate(
 ):
     "Answer one prompt"
     require(method in ('greedy', 'sample', 'cold'), f'unknown method {method!r}', 'use greedy, sample or cold')
+    has_heat = method != 'sample' or math.isfinite(temperature) and temperature > 0
+    require(has_heat, f'temperature is {temperature}', 'give a number above 0, or use --method greedy')
     lm, _ = load_target(model, adapter, dtype, device)
     asked = Item(prompt, '', system).messages if lm.tokenizer.chat_template else prompt
     target = CoLD(alpha, beta) if method == 'cold' else Plain()
@@ -145,10 +146,11 @@ def tune(
     json:str=None,  # Write every score here
 ):
     "Sweep CoLD's alpha and beta on a development set and advise"
+    tried = numbers_of(betas, '--betas'), numbers_of(alphas, '--alphas')
     lm, folder = load_target(model, adapter, dtype, device)
     found = _items_of(task, data, prompts, part='dev', most=items)
     score = scorer(lm, found.items, metric or found.metric, new_tokens=new_tokens or found.new_tokens, batch=batch)
-    settings = sweep(score, _numbers(betas), _numbers(alphas))
+    settings = sweep(score, *tried)
     advice = advise(settings)
     print(advice)
     title = f'{found.name}: development set, {len(found.items)} items'

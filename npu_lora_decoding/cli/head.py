@@ -22,7 +22,7 @@ from ..hass.pipeline import Source, acceptance_rows, make_head, texts_of
 from ..evaluation.methods import load_target
 from ..evaluation.benchmark import environment
 from ..serving.head_export import export_head as write_export, serve_command
-from .registry import UNSET, command
+from .registry import UNSET, command, numbers_of
 
 # %% ../../nbs/8_cli/07_head.ipynb #4d8245cc
 def _current(earlier, value, given):
@@ -67,7 +67,7 @@ class _Training:
         return HeadTraining(
             **settings,
             **_recipe(self.recipe, steps, self.topk),
-            step_weights=tuple(float(w) for w in self.step_weights.split(',') if w),
+            step_weights=numbers_of(self.step_weights, '--step-weights'),
             sample_one_step=bool(one_step),
             cache_targets=bool(cached),
             precision='bf16' if dtype == 'bf16' else 'no')
@@ -154,8 +154,8 @@ def write(
     seed:int=0,  # Of all draws
 ):
     "Let the target generate conversations, or answers to prompts"
+    answered_at = numbers_of(temperatures, '--temperatures')
     lm, _ = load_target(model, adapter, dtype, device)
-    answered_at = tuple(float(t) for t in temperatures.split(','))
     total = conversations * len(answered_at)
     asked = None
     if prompts is not None:
@@ -183,11 +183,11 @@ def accept(
     json:str=None,  # Write the rows here
 ):
     "Measure how many draft tokens of a head the target accepts"
+    lengths = numbers_of(chain, '--chain', int)
     lm, _ = load_target(model, adapter, dtype, device)
     sets = {}
     for path in data.split(','):
         for name, found in _by_temperature(path): sets[name] = texts_of(lm, found[:texts], new_tokens)
-    lengths = tuple(int(c) for c in chain.split(','))
     rows = acceptance_rows(lm, heads.split(','), sets, lengths, tree=_tree_of(tree), full=full)
     for row in rows: print(_acceptance_line(row))
     if json: save_rows(rows + [environment()], json)

@@ -16,6 +16,7 @@ from ..foundations.files import json_rows, save_rows
 from ..foundations.tasks import Item, get_metric
 from ..foundations.models import encode
 from ..decoding.baseline import beam_search
+from ..decoding.hf_bridge import NEUTRAL
 from ..decoding.sampling import Plain
 from ..decoding.loop import LM, bank_of
 from ..cold.rule import CoLD
@@ -46,9 +47,8 @@ def write(
     "Return the answers of one batch"
     is_ours = not callable(arm) and arm.beams == 1
     if is_ours:
-        return lm.generate(
-            prompts, arm.target, max_new_tokens=new_tokens, seed=arm.seed, record=False, **dict(arm.options)
-        ).texts
+        how = dict(max_new_tokens=new_tokens, seed=arm.seed, record=False) | NEUTRAL | dict(arm.options)
+        return lm.generate(prompts, arm.target, **how).texts
     ids, mask = encode(lm, prompts)
     if callable(arm):
         return [until_end(lm, row) for row in arm(ids, mask, new_tokens, lm.eos_ids).tolist()]

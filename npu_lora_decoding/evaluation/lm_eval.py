@@ -10,9 +10,9 @@ import difflib
 import functools
 from typing import Any
 import torch
-from transformers import StopStringCriteria
 from ..foundations.errors import DecodingError, require
 from ..foundations.models import names_nothing
+from ..decoding.hf_bridge import stop_criterion
 from ..decoding.sampling import Plain
 from ..decoding.loop import Decoder, bank_of
 from ..cold.rule import CoLD
@@ -115,7 +115,7 @@ class Decoding:
             how = {k: v for k, v in how.items() if k != 'temperature'} | dict(do_sample=False)
         # transformers' own criterion for strings judges each text by itself, so that each grows at its own pace;
         # with the harness's criterion all would wait for the slowest
-        until = [StopStringCriteria(self.tokenizer, stop)]
+        until = [stop_criterion(self.tokenizer, stop)] if stop else []
         how |= dict(stopping_criteria=until, pad_token_id=self.tokenizer.pad_token_id, custom_generate=self.decoder)
         return self.model.generate(context, max_length=max_length, **how)
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from ..foundations.errors import require
 from ..foundations.models import load_model, load_tokenizer, names_nothing, shipped_adapter
 from ..decoding.baseline import beam_search
+from ..decoding.hf_bridge import NEUTRAL
 from ..decoding.sampling import Plain
 from ..decoding.loop import LM, bank_of, load
 from ..cold.rule import CoLD, cold_two_pass
@@ -48,7 +49,7 @@ def _ours(target, compile=False, make=lambda: None, **options):
         def write(ids, mask, n, eos=(), record=False):
             rows = [r[m.bool()] for r, m in zip(ids, mask)]
             end = list(eos) or None
-            how = dict(max_new_tokens=n, eos_token_id=end, compile=compile, record=record)
+            how = NEUTRAL | dict(max_new_tokens=n, eos_token_id=end, compile=compile, record=record)
             return lm.generate(rows, target, drafter, **how, **options)
         def decode(ids, mask, n, eos):
             out = write(ids, mask, n, eos)
@@ -116,8 +117,8 @@ def merged_model(
 
 def _greedily(model, lm, ids, mask, n, eos, **options):
     "Return the new tokens of transformers' `generate` without sampling"
-    how = dict(max_new_tokens=n, do_sample=False, eos_token_id=list(eos) or None, pad_token_id=lm.pad_id)
-    return model.generate(input_ids=ids, attention_mask=mask, **how, **options)[:, ids.shape[1]:]
+    how = NEUTRAL | dict(max_new_tokens=n, do_sample=False, eos_token_id=list(eos) or None, pad_token_id=lm.pad_id)
+    return model.generate(input_ids=ids, attention_mask=mask, **how | options)[:, ids.shape[1]:]
 
 def _transformers(make, assistant=None, **options):
     "Return how to build transformers' `generate` on the model that `make` returns"

@@ -13,13 +13,14 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from .errors import DecodingError, require
-from .files import read_json
+from .files import path_of, read_json
 
 # %% ../../nbs/0_foundations/07_adapters.ipynb #de3c39b5
 _TOY = dict(
@@ -92,7 +93,7 @@ def read_adapter_config(
     folder:str|Path,  # PEFT adapter folder
 ) -> dict:  # The parsed `adapter_config.json`
     "Return the adapter's configuration; raises `DecodingError` for a folder or kind we cannot decode with"
-    folder = Path(folder)
+    folder = path_of(folder, 'the adapter')
     has_config = (folder/'adapter_config.json').exists()
     has_tensors = (folder/'adapter_model.safetensors').exists()
     require(
@@ -279,7 +280,7 @@ def load_adapter(
     model:PreTrainedModel,  # The base model it was trained on
 ) -> Adapter:  # On the model's device, in its dtype
     "Return the adapter in `folder`, checked against `model`; raises `DecodingError` when it does not fit"
-    folder = Path(folder)
+    folder = path_of(folder, 'the adapter')
     config = read_adapter_config(folder)
     file = folder/'adapter_model.safetensors'
     try: tensors = load_file(file)
@@ -315,18 +316,26 @@ def _check_base(file, model):
         f'{file.parent} was trained on another base model',
         'load it with the base it was trained on')
 
+def _targets(config, names):
+    "Return which of some linear layers the configuration chooses, as PEFT reads it: ends of names, a pattern, or layers by number"
+    from peft.tuners.tuners_utils import check_target_module_exists
+    fields = ('target_modules', 'exclude_modules', 'layers_to_transform', 'layers_pattern')
+    chosen = SimpleNamespace(**{name: config.get(name) for name in fields}, modules_to_save=None, target_parameters=None)
+    try: return [name for name in names if check_target_module_exists(chosen, name)]
+    except (re.error, TypeError, ValueError) as e:
+        problem = f'target_modules of the adapter configuration, or what restricts them, cannot be read ({e})'
+        raise DecodingError(f'{problem}: {_COPY_AGAIN}.') from e
+
 def _check_targets(config, layers, model):
     "Raise `DecodingError` for an adapter that lacks layers its configuration promises"
     targets = config.get('target_modules')
-    is_partial = config.get('layers_to_transform') is not None or config.get('exclude_modules')
-    if not isinstance(targets, list) or is_partial: return
-    are_names = all(isinstance(t, str) for t in targets)
+    if targets in (None, 'all-linear'): return
+    are_names = isinstance(targets, str) or isinstance(targets, list) and all(isinstance(t, str) for t in targets)
     require(are_names, 'target_modules of the adapter configuration are not names', _COPY_AGAIN)
-    ends = {t.rpartition('.')[2] for t in targets}  # PEFT writes whole paths when few layers are adapted
-    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    promised = [name for name in linear if name.rpartition('.')[2] in ends]
+    promised = _targets(config, [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)])
     lost = sorted(set(promised) - set(layers))
     require(
         not lost,
         f'the adapter promises {len(promised)} layers but lacks {len(lost)} of them, first {lost[:1]}',
         'load it with the base model it was trained on, or copy the adapter again')
+

@@ -377,9 +377,12 @@ def encode_one(
     if kind == 'text' and chat and lm.tokenizer.chat_template:
         kind = 'messages'
         prompt = [dict(role='user', content=prompt)]
-    ids = torch.as_tensor(_tokenized(lm.tokenizer, prompt, kind), dtype=torch.long)
-    require(len(ids) > 0, 'the prompt is empty', 'give at least one token')
     vocab = lm.model.config.vocab_size
+    try: ids = torch.as_tensor(_tokenized(lm.tokenizer, prompt, kind), dtype=torch.long)
+    except (ValueError, OverflowError, RuntimeError) as e:  # whole numbers of more than 64 bits
+        if isinstance(e, DecodingError): raise
+        raise DecodingError(f"the prompt has a token outside the vocabulary of {vocab}: use the model's own tokenizer.") from e
+    require(len(ids) > 0, 'the prompt is empty', 'give at least one token')
     is_inside = bool(0 <= ids.min() and ids.max() < vocab)
     require(is_inside, f'the prompt has a token outside the vocabulary of {vocab}', "use the model's own tokenizer")
     require(len(ids) < longest, f'the prompt has {len(ids)} tokens but the context holds {longest}', 'shorten it')

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedConfig
 from safetensors import SafetensorError, safe_open
 from huggingface_hub.errors import StrictDataclassError
 from ..foundations.errors import require, DecodingError
-from ..foundations.files import atomic_path, read_json, save_tensors
+from ..foundations.files import atomic_path, path_of, read_json, save_tensors
 from ..foundations.adapters import fingerprint, recorded_base, same_base
 from .head import DraftHead, HEAD_FAMILIES, check_family, check_vocab, target_weights
 
@@ -133,7 +133,7 @@ def read_checkpoint(
     folder:str|Path,  # Of a head
 ) -> tuple:  # Name -> tensor, metadata
     "Return what the safetensors files of a head hold, one file or several"
-    folder = Path(folder)
+    folder = path_of(folder, 'the head')
     require(folder.is_dir(), f'there is no folder {folder}', 'give the folder of a draft head')
     whole = folder/'model.safetensors'
     index = folder/'model.safetensors.index.json'
@@ -155,6 +155,17 @@ def _build_config(folder, named, kind):
         problem = f'{folder}/config.json is not a configuration of a {kind} model ({str(e)[:120]})'
         raise DecodingError(f'{problem}: copy the head again.') from e
 
+_SIZES = ('num_hidden_layers', 'hidden_size', 'vocab_size')
+
+def _check_layout(folder, named):
+    "Raise `DecodingError` for a configuration of another layout, whose missing sizes would be taken for Llama's"
+    nested = [name for name, value in named.items() if isinstance(value, dict) and set(_SIZES) & set(value)]
+    remedy = "give the head in EAGLE's layout: one Llama layer named layers.0 and fc, with their sizes in config.json"
+    layout = f'the layout of speculators ({named["speculators_model_type"]})' if 'speculators_model_type' in named else 'another layout'
+    require(not nested, f'the head in {folder} has {layout}, with its sizes inside {nested[:1]}', remedy)
+    missing = [name for name in _SIZES if name not in named]
+    require(not missing, f'{folder}/config.json does not give {" and ".join(missing)} of the head', remedy)
+
 def read_head_config(
     folder:str|Path,  # Of a head
     target:PreTrainedModel,  # The model it shall draft for
@@ -162,6 +173,7 @@ def read_head_config(
     "Return the configuration of the head in `folder`; raises `DecodingError` where it cannot fit `target`"
     folder = Path(folder)
     named = _json(folder/'config.json')
+    _check_layout(folder, named)
     kind = named.get('model_type', 'llama')  # some published heads do not name it
     known = f'give a head of {", ".join(HEAD_FAMILIES)}'
     require(kind in HEAD_FAMILIES, f'the head in {folder} is of the family {kind!r}', known)
@@ -257,7 +269,7 @@ def load_head(
     dtype:torch.dtype|None=None,  # None takes the target's
 ) -> DraftHead:  # On the target's device, in evaluation mode
     "Return the head in `folder`; raises `DecodingError` unless every tensor has its place and fits `target`"
-    folder = Path(folder)
+    folder = path_of(folder, 'the head')
     tensors, meta = read_checkpoint(folder)
     third = [k for k in tensors if k in ('d2t', 't2d') or k.startswith('midlayer.')]
     problem = f'the head in {folder} is an EAGLE-3 head ({third[:1]}), which reads several layers of the target'

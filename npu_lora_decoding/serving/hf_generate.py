@@ -9,13 +9,12 @@ __all__ = ['Settings', 'write_custom_generate', 'read_settings', 'decoder_of', '
 import json, shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from transformers import StopStringCriteria
 from ..foundations import ops
 from ..foundations.errors import require
 from ..foundations.files import atomic_path, read_json
 from ..foundations.adapters import load_adapter, read_adapter_config
 from ..foundations.lora import AdapterBank
-from ..decoding.hf_bridge import intercepted_arguments
+from ..decoding.hf_bridge import intercepted_arguments, stop_criterion
 from ..decoding.loop import Decoder
 from ..hass.checkpoint import read_checkpoint
 from ..evaluation.methods import drafters
@@ -174,7 +173,7 @@ def _with_strings(options, tokenizer):
         config = type(config).from_dict(config.to_dict() | dict(stop_strings=None))
     criteria = [
         *(options.get('stopping_criteria') or ()),
-        StopStringCriteria(tokenizer, strings),
+        stop_criterion(tokenizer, strings),
     ]
     rest = {name: value for name, value in options.items() if name != 'stop_strings'}
     return rest | dict(generation_config=config, stopping_criteria=criteria)

@@ -47,6 +47,12 @@ def _refuse_other(folder, out):
         'write into a folder of its own',
     )
 
+def _without_base(tensors):
+    "Return the tensors without the base weights that PEFT saves beside an adapter of the LM head"
+    adapted = {key.partition('.lora_')[0] for key in tensors if '.lora_' in key}
+    def is_base(key): return key.endswith('.base_layer.weight') and key.removesuffix('.base_layer.weight') in adapted
+    return {key: x for key, x in tensors.items() if not is_base(key)}
+
 def null_adapter(
     folder:str|Path,  # The expert's adapter, as PEFT saves it
     out:str|Path,  # To appear; only an earlier adapter of zeros there is replaced
@@ -57,6 +63,7 @@ def null_adapter(
     read_adapter_config(folder)
     _refuse_other(folder, out)
     tensors, meta = _read(folder)
+    tensors = _without_base(tensors)
     layer_names(tensors)
     with atomic_path(out) as tmp:
         tmp.mkdir()

@@ -12,6 +12,7 @@ import torch
 from ..foundations.errors import require
 from ..foundations.timing import stopwatch
 from ..decoding.tree import Tree, ancestors, root_tree
+from ..decoding.loop import check_part
 from .adaptive import AdaptiveDrafter, Backoff, DiscountedRatio
 
 # %% ../../nbs/4_speculation/03_joint.ipynb #5b15670b
@@ -125,6 +126,11 @@ class JointDrafter(AdaptiveDrafter):
     adaptive:bool=True  # Verify only as many draft tokens as pay, and ask only drafters that pay
     _contributions:list=field(default_factory=list, init=False, repr=False)  # `Contribution` of each
     _trees:list=field(default_factory=list, init=False, repr=False)  # Of the last proposal
+
+    def __post_init__(self):
+        is_list = isinstance(self.drafters, (list, tuple)) and len(self.drafters) > 0
+        require(is_list, f'drafters is {self.drafters!r:.60}', 'give a list of at least one drafter')
+        for drafter in self.drafters: check_part('drafter', drafter)
 
     @property
     def reads_hidden(self):  # type: ignore[override]  # Follows from the drafters, as all of these

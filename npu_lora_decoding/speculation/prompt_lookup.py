@@ -59,7 +59,8 @@ class PromptLookup(AdaptiveDrafter):
     adaptive:bool=True  # Verify only as many draft tokens as pay
 
     def __post_init__(self):
-        require(self.draft_tokens >= 1 and self.max_ngram >= self.min_ngram >= 1,
+        are_whole = all(isinstance(n, int) for n in (self.draft_tokens, self.max_ngram, self.min_ngram))
+        require(are_whole and self.draft_tokens >= 1 and self.max_ngram >= self.min_ngram >= 1,
                 f'{self.draft_tokens} draft tokens after a match of {self.min_ngram} to {self.max_ngram} tokens',
                 'give at least 1 of each, and max_ngram no smaller than min_ngram')
         texts = map(torch.as_tensor, self.corpus)

@@ -22,6 +22,10 @@ from ..foundations.lora import AdapterBank, base_forward, join_layers
 from ..foundations.model_shape import TARGETS, base_weight, target_layers
 
 # %% ../../nbs/5_temp_lora/01_adapter.ipynb #472e0da3
+_KINDS:dict = dict(
+    dict.fromkeys(('chunk', 'window', 'train_context', 'epochs', 'r', 'warmup', 'seed'), int),
+    **dict.fromkeys(('alpha', 'lr', 'dropout', 'eps', 'clip', 'max_repetition'), (int, float)))
+
 @dataclass(frozen=True)
 class ChunkSettings:
     "How a text is cut into chunks, and what each of them is read and learned after"
@@ -31,6 +35,9 @@ class ChunkSettings:
     train_context:int=1024  # Tokens before a chunk that training reads and does not learn
 
     def __post_init__(self):
+        for name, given in vars(self).items():
+            is_kind = isinstance(given, _KINDS.get(name, object))
+            require(is_kind, f'{name} is {given!r}', 'give a number')
         require(self.chunk >= 1, f'chunk is {self.chunk}', 'give at least 1')
         require(self.train_context >= 1, f'train_context is {self.train_context}', 'give at least 1')
         require(self.chunk < self.window,

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache
 from ..foundations.errors import DecodingError, require
-from ..foundations.files import ctrl_c, exists, file_text, is_folder, short_path
+from ..foundations.files import ctrl_c, exists, file_text, is_folder, path_of, short_path
 from ..foundations.timing import stopwatch
 from ..foundations.statistics import Interval, paired
 from ..decoding.loop import LM
@@ -131,7 +131,7 @@ def read_text(
     path:str|Path,  # A text file
 ) -> str:  # Its text
     "Return a file's text; raises `DecodingError` for one that is missing, empty or not Unicode text"
-    path = Path(path)
+    path = path_of(path, 'the text')
     require(exists(path) and not is_folder(path), f'no file {short_path(path)}', 'give a text file')
     text = file_text(path)
     require(text.strip() != '', f'{path.name} is empty', 'give a text')
@@ -146,6 +146,7 @@ def document_ids(
         require(text.strip() != '', 'the text is empty', 'give at least one word')
         tokens = lm.tokenizer(text, verbose=False)  # It would warn of every text longer than the context
         text = torch.tensor(tokens.input_ids)
+    require(isinstance(text, torch.Tensor), f'the text is of type {type(text).__name__}', 'read a file with read_text(path)')
     require(text.dim() == 1 and len(text) > 1,
             f'expected the tokens of one document, got shape {tuple(text.shape)}',
             'give at least two tokens in one row')
