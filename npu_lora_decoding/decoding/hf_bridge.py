@@ -16,7 +16,6 @@ import torch
 from transformers import GenerationConfig, StopStringCriteria, TextStreamer
 from transformers.generation import GenerationMixin
 from ..foundations.errors import DecodingError, require
-from .baseline import positions_of
 
 # %% ../../nbs/1_decoding/05_hf_bridge.ipynb #ef41328b
 _GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
@@ -97,7 +96,6 @@ def check_supported(
     config,  # transformers' generation configuration
     kwargs:dict,  # What transformers prepared for the model
     given:dict,  # From `intercepted_arguments`
-    mask:torch.Tensor,  # `(b, t)`
     *,
     plain:bool,  # Whether a step is one plain forward pass: no drafts, no contrast, no memory
 ):
@@ -117,13 +115,8 @@ def check_supported(
         cache is None or cache.get_seq_length() == 0,
         'a Decoder cannot continue from a filled cache',
         'give the whole prompt instead')
-    positions = kwargs.get('position_ids')
-    require(
-        positions is None or torch.equal(positions * mask, positions_of(mask) * mask),
-        'a Decoder counts positions itself',
-        'leave position_ids out')
 
-# %% ../../nbs/1_decoding/05_hf_bridge.ipynb #72264ba5
+# %% ../../nbs/1_decoding/05_hf_bridge.ipynb #fb2199bc
 def _is_whole(x, least): return isinstance(x, numbers.Integral) and not isinstance(x, bool) and x >= least
 def _is_real(x): return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
 def _at_least(least): return (f'a whole number of at least {least}', lambda x: _is_whole(x, least))

@@ -162,7 +162,7 @@ def drafters(
     head:str|None=None,  # Folder of a draft head
 ) -> dict:  # Name -> function that makes it
     "Return every drafter by name; those with a head only where there is one"
-    if names_nothing(head): return dict(lookup=PromptLookup)
+    if head is None or names_nothing(head): return dict(lookup=PromptLookup)
     return dict(
         lookup=PromptLookup,
         hass_chain=lambda: HASS(head, chain=True),
