@@ -146,7 +146,7 @@ class Memory:
 # %% ../../nbs/1_decoding/07_loop.ipynb #9e3508e1
 @torch.no_grad()
 def decode(
-    runner:BatchRunner,  # Model and cache
+    runner:BatchRunner|PreparedRunner,  # Model and cache
     ids:torch.Tensor,  # Prompts `(b, t)`, padded left
     mask:torch.Tensor,  # `(b, t)`
     *,
@@ -279,7 +279,7 @@ class Decoder:
 
     def _longest(self, max_length):
         "Return the longest text that the model has in its context at once"
-        return max_length if self.memory is None else min(max_length, self.memory.longest or max_length)
+        return min(max_length, getattr(self.memory, 'window', max_length))
 
     def _watched(self, steps):
         "Yield the steps, each after `on_step` has seen it"
