@@ -24,7 +24,8 @@ from ..foundations import ops
 from ..foundations.errors import DecodingError, require, visible
 from ..foundations.devices import generator
 from ..foundations.models import LoadedModel, encode, load_parts
-from ..foundations.lora import AdapterBank, adapter_from_peft
+from ..foundations.lora import (
+    AdapterBank, adapter_from_peft, check_rounding, peft_modules, refuse_named_rows, why_not_rows)
 from .tree import Tree, accept, accept_in_lockstep, root_tree
 from .runner import BatchRunner, CompiledRunner
 from .sampling import DecodingState, Plain, SamplingRules, Target
@@ -256,6 +257,7 @@ class Decoder:
             yield from self._watched(steps)
             return []
         roles = self.target.roles
+        self._check_layers(model)
         bank = self.bank or self._bank_of_peft(model)
         adapter_of = dict(expert=-1 if bank is None else 0, base=-1)
         memory = None if self.memory is None else self.memory.start(model, bank, roles, ids, self.compile)
@@ -288,20 +290,62 @@ class Decoder:
             yield step
 
 # %% ../../nbs/1_decoding/07_loop.ipynb #de4b8631
-def _peft_layers(model, target):
-    "Return the layers PEFT put into `model`; none where they are switched off, or merged and no base is asked for"
-    tuned = [m for m in model.modules() if hasattr(m, 'lora_A')]
-    disabled = any(m.disable_adapters for m in tuned)
-    merged = 'base' not in target.roles and any(m.merged for m in tuned)
-    return [] if disabled or merged else tuned
+def _are_off(modules):
+    "Return whether PEFT's adapters are switched off in all layers"
+    tuned = [m for m in modules.values() if hasattr(m, 'disable_adapters')]
+    return bool(tuned) and all(m.disable_adapters for m in tuned)
 
 @patch
 def _bank_of_peft(self:Decoder, model):
-    "Return the bank of the adapter PEFT put into `model`: the last one while its weights still hold, because a new one is compiled again"
-    if not _peft_layers(model, self.target): return None
+    "Return the bank of PEFT's adapter in `model`, the last one while its weights hold; None: PEFT's forward pass, or no adapter"
+    modules = peft_modules(model)
+    if not modules or _are_off(modules): return None
+    refuse_named_rows(model)
+    is_merged = any(getattr(m, 'merged', False) for m in modules.values())
+    other = None if is_merged else why_not_rows(model)
+    needs_rows = 'base' in self.target.roles or self.memory is not None
+    if not needs_rows and (is_merged or other is not None):
+        require(not (self.compile and other), 'PEFT\'s own forward pass is not compiled', 'decode with compile=False')
+        if self.drafter is not None: _check_token_by_token(modules)
+        return None
     bank = AdapterBank(model, [adapter_from_peft(model)], ops.lora)
     if self._last_bank is None or not self._last_bank.equals(bank): self._last_bank = bank
     return self._last_bank
+
+def _check_token_by_token(modules):
+    "Raise `DecodingError` where a module of PEFT's may see which tokens stand around: a draft token has none after it"
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+    def is_alone(m):
+        is_called_around = m._forward_pre_hooks or m._forward_hooks or 'forward' in vars(m)
+        return isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not is_called_around
+    alone = tuple(f'{path}.' for path, m in modules.items() if is_alone(m))  # and whatever is inside
+    others = [path for path in modules if not f'{path}.'.startswith(alone)]
+    require(not others, f'PEFT reads more than one token at a time in {others[:1]}', 'decode without a drafter')
+
+@patch
+def _check_layers(self:Decoder, model):
+    "Raise `DecodingError` for layers that give other tokens in rows, trees, or below the bank that was given"
+    request = self._request
+    if request.contrast or request.drafts or request.bank: check_rounding(model)
+    if self.bank is not None: self._check_beside(model, self.bank)
+
+@patch
+def _check_beside(self:Decoder, model, bank):
+    "Raise `DecodingError` where a bank was given, and PEFT changes more of the model than the bank covers"
+    modules = peft_modules(model)
+    if not modules or _are_off(modules): return
+    covered = {path for group in bank.slices for path in group}
+    others = [path for path, m in modules.items() if hasattr(m, 'active_adapters') and path not in covered]
+    require(
+        not others,
+        f'the model has an adapter of PEFT beside the bank, in {others[:1]}',
+        'switch it off with disable_adapter_layers(), or leave the bank out')
+    is_merged = any(getattr(m, 'merged', False) for m in modules.values())
+    require(
+        'base' not in self.target.roles or not is_merged,
+        'an adapter of PEFT is merged into the weights below the bank',
+        'call unmerge_adapter() first')
 
 # %% ../../nbs/1_decoding/07_loop.ipynb #34226e6a
 @dataclass

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FUSED_PROJECTIONS', 'lora_naive', 'stack_layers', 'lora_stacked', 'segments', 'lora_segments', 'Slices',
-           'stack_slices', 'lora_torch', 'join_layers', 'base_forward', 'fused_projections', 'AdapterBank',
-           'adapter_from_peft']
+           'stack_slices', 'lora_torch', 'join_layers', 'base_forward', 'fused_projections', 'check_output',
+           'sum_error', 'check_rounding', 'AdapterBank', 'peft_modules', 'why_not_rows', 'why_not_base',
+           'adapter_from_peft', 'refuse_named_rows']
 
 # %% ../../nbs/0_foundations/09_lora.ipynb #923e06dc
 import contextlib
@@ -17,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from transformers import PreTrainedModel
-from .errors import require
-from .adapters import Adapter, LoraWeights
+from .errors import DecodingError, require
+from .adapters import (
+    Adapter, LoraWeights, check_base_kept, check_config, is_quantised, linear_shape, quantised_layers)
 
 # %% ../../nbs/0_foundations/09_lora.ipynb #adb76b18
 def lora_naive(
@@ -184,6 +186,50 @@ def fused_projections(
         groups.setdefault((parent, family), []).append(path)
     return [tuple(g) for g in groups.values()]
 
+# %% ../../nbs/0_foundations/09_lora.ipynb #c53e9a17
+def _asked(layer, dtype):
+    "Return two inputs `(1, 3, d)` of a linear layer"
+    _, inputs = linear_shape(layer) or (0, 1)
+    device = next((w.device for w in (*layer.parameters(), *layer.buffers())), torch.device('cpu'))
+    steps = torch.arange(1., 3 * inputs + 1, device=device).view(1, 3, inputs)
+    return steps.sin().to(dtype), (3 * steps).cos().to(dtype)
+
+@torch.no_grad()
+def check_output(
+    layer:torch.nn.Module,  # A linear layer
+    dtype:torch.dtype,  # Of the model
+):
+    "Raise `DecodingError` for a quantised layer that answers in another dtype than it is asked in: there is nothing to add to"
+    if not is_quantised(layer): return
+    found = layer(_asked(layer, dtype)[0]).dtype
+    require(
+        found == dtype,
+        f'the quantised layers compute in {found} and the model in {dtype}',
+        f'load the model with dtype={found}')
+
+@torch.no_grad()
+def sum_error(
+    layer:torch.nn.Module,  # A linear layer
+    dtype:torch.dtype,  # Of its input
+) -> float:  # As a share of the output
+    "Return how far the layer's output for a sum of two inputs is from the sum of its outputs"
+    x, y = _asked(layer, dtype)
+    zero, first, second, both = (layer(z).float() for z in (torch.zeros_like(x), x, y, x + y))
+    return ((both - first - second + zero).norm() / (both - zero).norm()).nan_to_num(nan=torch.inf).item()
+
+def check_rounding(
+    model:PreTrainedModel,  # Causal LM
+):
+    "Raise `DecodingError` for quantised layers that round a row differently when others stand beside it"
+    kinds = {(type(m), type(getattr(m, 'weight', None))): m for m in quantised_layers(model)}
+    most = 4e-3 if model.dtype == torch.bfloat16 else 1e-3  # plain bf16 layers: 3e-3; 8-bit activations: 5e-3 and more
+    errors = {type(m).__name__: sum_error(m, model.dtype) for m in kinds.values()}
+    coarse = {name: error for name, error in errors.items() if error > most}
+    require(
+        not coarse,
+        f'the quantised layers of the kind {list(coarse)[:1]} round more coarsely than {model.dtype}',
+        'decode a PeftModel with Plain() and no drafter, load the model in bf16, or quantise its weights alone')
+
 # %% ../../nbs/0_foundations/09_lora.ipynb #5a85b378
 class _Shadows:
     "Forward functions of layers that read the same input: the first one called computes all, the others collect"
@@ -231,7 +277,9 @@ class AdapterBank:
 
     def _add(self, group, op):
         "Stack the adapters of layers that read the same input, and make their shadows"
-        runs = [base_forward(self.model.get_submodule(path)) for path in group]
+        layers = [self.model.get_submodule(path) for path in group]
+        for layer in layers: check_output(getattr(layer, 'base_layer', layer), self.model.dtype)
+        runs = [base_forward(layer) for layer in layers]
         self.slices[group] = stack_slices([[a.layers.get(path) for a in self.adapters] for path in group])
         shadows = _Shadows(runs, self.slices[group], op, self)
         self._groups.append(shadows)
@@ -283,44 +331,138 @@ def equals(self:AdapterBank,
     return all(_same_slices(s, other.slices[group]) for group, s in self.slices.items())
 
 # %% ../../nbs/0_foundations/09_lora.ipynb #52522d42
+_EXACT = {  # PEFT's layers whose forward pass is that of the layer below, plus scale * B(A(x))
+    'layer.Linear', 'bnb.Linear4bit', 'bnb.Linear8bitLt', 'torchao.TorchaoLoraLinear', 'hqq.HqqLoraLinear',
+    'gptq.GPTQLoraLinear', 'awq.AwqLoraLinear', 'aqlm.AqlmLoraLinear', 'eetq.EetqLoraLinear', 'inc.IncLoraLinear'}
+_TRAINED_OTHERWISE = ('MiCALinearVariant', 'VeloraLinearVariant')  # which decode as a plain LoRA does
+_WRAPPED = {  # Classes of PEFT's modules that have a field of the configuration
+    'ModulesToSaveWrapper': ('the adapter replaces whole modules ({})', 'train it with modules_to_save=None'),
+    'TrainableTokensWrapper': ('the adapter also changes token embeddings ({})', 'train it with trainable_token_indices=None'),
+    'ParamWrapper': ('the adapter changes parameters outside linear layers ({})', 'train it with target_parameters=None'),
+    'Embedding': ('the adapter also changes the token embeddings ({})', 'train it on linear layers only'),
+}
+
+def peft_modules(
+    model,  # Any model
+) -> dict:  # Module path -> module
+    "Return the modules whose classes are PEFT's own"
+    return {path: m for path, m in model.named_modules() if _home(m).startswith('peft.')}
+
+def _home(m): return type(m).__module__
+def _is_exact(m): return f'{_home(m)}.{type(m).__name__}'.removeprefix('peft.tuners.lora.') in _EXACT
+def _active(layer): return [name for name in layer.active_adapters if name in layer.lora_A]
+
+def why_not_rows(
+    model,  # A model with PEFT's modules inside
+) -> tuple|None:  # Problem and remedy; None where `adapter_from_peft` says all that PEFT's forward pass does
+    "Return why the active adapters cannot ride on rows of a batch beside an untouched base"
+    modules = peft_modules(model)
+    tuned = {path: m for path, m in modules.items() if _is_exact(m)}
+    reasons = [why_not_base(model), _why_not_config(model, modules)]
+    reasons += [_why_not_module(path, m) for path, m in modules.items()]
+    reasons += [_why_not_layer(path, m) for path, m in tuned.items()]
+    reasons += [_reason(check_output, m.base_layer, model.dtype) for m in tuned.values()]
+    reasons += [_reason(check_rounding, model)]
+    return next(filter(None, reasons), None)
+
+def _why_not_module(path, m):
+    "Return why a module of PEFT's is none of a low-rank difference, or None"
+    is_below = 'lora_' in path.rpartition('.')[2]  # a layer's own dictionaries
+    if _is_exact(m) or is_below: return None
+    name = type(m).__name__
+    problem, remedy = _WRAPPED.get(name, ('{} is a ' + name + ' of PEFT', 'train a LoRA with peft.LoraConfig'))
+    return problem.format(path), remedy
+
+def _why_not_layer(path, m):
+    "Return why a layer computes more than its two matrices for each active adapter, or None"
+    if m.disable_adapters: return f'the adapters are switched off in {path} and not in all layers', _SWITCH
+    is_called_around = bool(m._forward_pre_hooks or m._forward_hooks)
+    owner = getattr(vars(m).get('forward'), '__self__', m)
+    if is_called_around or owner is not m:
+        return f'PEFT gives {path} more than its input', 'train a plain LoRA with peft.LoraConfig'
+    for name in _active(m):
+        variant = m.lora_variant.get(name)
+        matrices = m.lora_A[name], m.lora_B[name]
+        are_plain = all(type(x) is torch.nn.Linear and x.bias is None for x in matrices)
+        is_plain_forward = variant is None or type(variant).__name__ in _TRAINED_OTHERWISE
+        if is_plain_forward and are_plain and name not in m.lora_magnitude_vector: continue
+        what = type(variant).__name__ if variant else 'more than two matrices'
+        return f'the adapter {name!r} uses {what}', 'train a plain LoRA with peft.LoraConfig'
+    return None
+
+_SWITCH = 'call enable_adapter_layers() or disable_adapter_layers()'
+
+def _why_not_config(model, modules):
+    "Return why an active configuration is not known to be a plain LoRA, or None"
+    active = {name for m in modules.values() for name in getattr(m, 'active_adapters', ())}
+    for name, config in _configs(model).items():
+        fields = config.to_dict()
+        if fields.get('peft_type') != 'LORA':
+            return f'the adapter {name!r} is of type {config.peft_type.value}', 'train a LoRA with peft.LoraConfig'
+        if name in active and (why := _reason(check_config, fields)): return why
+    return None
+
+def why_not_base(
+    model,  # A model with PEFT's modules inside
+) -> tuple|None:  # Problem and remedy
+    "Return why the model without its adapters is not the base that they were trained on, or None where it is"
+    for config in _configs(model).values():
+        fields = config.to_dict()
+        if fields.get('peft_type') == 'LORA' and (why := _reason(check_base_kept, fields)): return why
+    for path, m in peft_modules(model).items():
+        if _home(getattr(m, 'base_layer', None)).startswith('peft.'):
+            return f'{path} has an adapter around another adapter', 'load one of them into the model'
+    return None
+
+def _configs(model): return getattr(model, 'peft_config', None) or {}
+
+def _reason(check, *args):
+    "Return the problem and the remedy that `check` raises, or None"
+    try: check(*args)
+    except DecodingError as e: return tuple(str(e).removesuffix('.').rsplit(': ', 1))
+    return None
+
 def adapter_from_peft(
     model,  # A model with PEFT layers inside
     name:str|None=None,  # Which adapter; None takes the active one, or the sum of several
 ) -> Adapter:  # Its weights, by module path in `model`
     "Return an adapter of a PEFT model in memory; raises `DecodingError` when it cannot ride on a row"
-    from peft.tuners.lora import LoraLayer
-    tuned = {path: m for path, m in model.named_modules() if isinstance(m, LoraLayer)}
+    refuse_named_rows(model)
+    modules = peft_modules(model)
     require(
-        len(tuned) > 0,
+        len(modules) > 0,
         'the model has no LoRA adapter',
         'load one with peft.PeftModel.from_pretrained, or give adapter=')
     require(
-        not any(m.merged for m in tuned.values()),
+        not any(getattr(m, 'merged', False) for m in modules.values()),
         'the adapter is merged into the weights, so there is no base to contrast with',
         'call unmerge_adapter() first')
-    require(
-        not _remove_named_rows(tuned.values()),
-        'adapter_names= cannot be combined with a Decoder',
-        'give the Decoder a bank with those adapters')
-    names = [name] if name else next(iter(tuned.values())).active_adapters
+    problem, remedy = why_not_rows(model) or (None, '')
+    require(problem is None, str(problem), f'{remedy}, or decode with Plain() alone')
+    tuned = {path: m for path, m in modules.items() if _is_exact(m)}
+    names = {path: [name] if name else m.active_adapters for path, m in tuned.items()}
     layers = {}
     for path, layer in tuned.items():
-        weights = [_weights_from_peft(path, layer, n) for n in names if n in layer.lora_A]
+        weights = [_weights_from_peft(path, layer, n, model.dtype) for n in names[path] if n in layer.lora_A]
         if weights: layers[path] = join_layers(weights)
     require(len(layers) > 0, f'the model has no adapter called {name!r}', 'use one of its adapter names')
-    return Adapter('+'.join(names), layers)
+    return Adapter('+'.join(dict.fromkeys(n for found in names.values() for n in found)), layers)
 
-def _remove_named_rows(layers):
-    "Return whether PEFT's `adapter_names=` is at work; remove its hooks, which PEFT leaves behind when we refuse"
+def refuse_named_rows(
+    model,  # A model with PEFT layers inside
+):
+    "Raise `DecodingError` where PEFT's `adapter_names=` is at work; remove its hooks, which PEFT leaves behind then"
     def is_named(hook): return 'adapter_names' in getattr(hook, 'keywords', {})
-    found = [(m, key) for m in layers for key, hook in m._forward_pre_hooks.items() if is_named(hook)]
+    modules = peft_modules(model).values()
+    found = [(m, key) for m in modules for key, hook in m._forward_pre_hooks.items() if is_named(hook)]
     for m, key in found: del m._forward_pre_hooks[key]
-    return bool(found)
+    require(
+        not found,
+        'adapter_names= cannot be combined with a Decoder',
+        'give the Decoder a bank with those adapters')
 
-def _weights_from_peft(path, layer, name):
-    "Return one PEFT layer's `LoraWeights`"
-    uses_dora = getattr(layer, 'use_dora', {}).get(name)
-    require(not uses_dora, 'the adapter uses DoRA, which rescales the base weights', 'train it with use_dora=False')
+def _weights_from_peft(path, layer, name, dtype):
+    "Return one PEFT layer's `LoraWeights`; above a quantised layer in the dtype of the model"
     A = layer.lora_A[name].weight.detach()
     B = layer.lora_B[name].weight.detach()
     weights = LoraWeights(A, B, float(layer.scaling[name]))
@@ -328,4 +470,5 @@ def _weights_from_peft(path, layer, name):
         weights.is_finite,
         f'the adapter holds NaN or infinite weights in {path}',
         'train it again with a lower learning rate')
-    return weights.to(A.device, layer.base_layer.weight.dtype)
+    base = layer.base_layer
+    return weights.to(A.device, dtype if is_quantised(base) else base.weight.dtype)

@@ -121,7 +121,9 @@ def load_model(
     model, info = _or_missing(AutoModelForCausalLM.from_pretrained, name, **options)
     missing = sorted(info['missing_keys'])
     require(not missing, f'{name} lacks weights of the model, first {missing[:1]}', _COPY_FOLDER)
-    return model.to(device).eval().requires_grad_(False)
+    place = torch.empty(0, device=device).device
+    if model.device != place: model = model.to(place)  # some quantised models cannot be moved
+    return model.eval().requires_grad_(False)
 
 # %% ../../nbs/0_foundations/08_models.ipynb #5849439d
 def _check_folder(folder):

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from ..foundations import ops
 from ..foundations.errors import require
 from ..foundations.devices import generator
-from ..foundations.adapters import Adapter, LoraWeights
+from ..foundations.adapters import Adapter, LoraWeights, linear_shape
 from ..foundations.lora import AdapterBank, base_forward, join_layers
-from ..foundations.model_shape import TARGETS, base_weight, target_layers
+from ..foundations.model_shape import TARGETS, inner_layer, target_layers
 
 # %% ../../nbs/5_temp_lora/01_adapter.ipynb #472e0da3
 _KINDS:dict = dict(
@@ -225,7 +225,7 @@ class TemporaryAdapter:
         g = generator(s.seed)
         device = self.model.device
         for path in target_layers(self.model, s.targets) if s.epochs else []:
-            out_width, in_width = base_weight(self.model.get_submodule(path)).shape
+            out_width, in_width = linear_shape(inner_layer(self.model.get_submodule(path))) or (0, 0)
             bound = 1 / math.sqrt(in_width)  # As PEFT starts
             first = torch.empty(s.r, in_width).uniform_(-bound, bound, generator=g)
             A[path] = first.to(device).requires_grad_()

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
 from ..foundations.errors import require
-from ..foundations.model_shape import base_weight
+from ..foundations.model_shape import squared_norm
 from ..decoding.runner import layer_window
 from .adapter import TempLoRAConfig, TemporaryAdapter, token_losses
 
@@ -246,7 +246,6 @@ def weight_drift(
     for path in phi.A:
         A, B = (w[path].detach() for w in (phi.A, phi.B))
         added = added + ((B.T @ B) * (A @ A.T)).sum()
-        base = base_weight(phi.model.get_submodule(path))
-        weights = weights + base.float().square().sum()
+        weights = weights + squared_norm(phi.model.get_submodule(path), phi.model.dtype)
     share = (added / weights).clamp(min=0).sqrt()
     return phi.scale * share.item()

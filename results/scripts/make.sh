@@ -32,6 +32,10 @@ save_rows([row for row in rows if row['method'] != 'environment'] + environments
 P
 }
 
+# --- What works
+
+adapters() { $python tools/peft_sweep.py --json $out/adapters.json; }
+
 # --- Speed of a step
 
 speed="--prompts 4 --new-tokens 48 --rounds 3 --dtype bf16 --alpha 0.1 --beta 0.1 --relative-to peft_greedy"
