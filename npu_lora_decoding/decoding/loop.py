@@ -604,7 +604,8 @@ class LM(LoadedModel):
     def _generated(self, ids, mask, decoder, options):
         "Return what transformers' `generate` makes of the prompts"
         try:
-            return self.model.generate(  # type: ignore[operator]  # transformers 5 gives `generate` to every causal LM, not to PreTrainedModel
+            # transformers 5 gives `generate` to every causal LM, not to PreTrainedModel
+            return self.model.generate(  # type: ignore[operator]
                 ids,
                 attention_mask=mask,
                 custom_generate=decoder,

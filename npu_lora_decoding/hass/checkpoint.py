@@ -163,8 +163,12 @@ def _check_layout(folder, named):
     remedy = "give the head in EAGLE's layout: one Llama layer named layers.0 and fc, with their sizes in config.json"
     layout = f'the layout of speculators ({named["speculators_model_type"]})' if 'speculators_model_type' in named else 'another layout'
     require(not nested, f'the head in {folder} has {layout}, with its sizes inside {nested[:1]}', remedy)
+
+def _check_sizes(folder, named):
+    "Raise `DecodingError` for a configuration that leaves a size to the defaults of its family"
     missing = [name for name in _SIZES if name not in named]
-    require(not missing, f'{folder}/config.json does not give {" and ".join(missing)} of the head', remedy)
+    remedy = 'add what the head was trained with, or copy its own config.json again'
+    require(not missing, f'{folder}/config.json does not give {", ".join(missing)} of the head', remedy)
 
 def read_head_config(
     folder:str|Path,  # Of a head
@@ -179,6 +183,7 @@ def read_head_config(
     require(kind in HEAD_FAMILIES, f'the head in {folder} is of the family {kind!r}', known)
     config = _build_config(folder, named, kind)
     check_family(config, 'a head')
+    _check_sizes(folder, named)
     own = target.config
     layers = config.num_hidden_layers
     require(layers == 1, f'the head in {folder} has {layers} layers', 'give a head of one layer')

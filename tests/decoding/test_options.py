@@ -147,7 +147,7 @@ def run_transformers(lm, **options):
 
 @pytest.mark.parametrize('fields', CONFIGS, ids=str)
 def test_the_model_s_own_configuration_counts(fields):
-    "At lm.generate, where the draw and the length are said, and at generate, where nothing is"
+    "At lm.generate, with the length and the way of drawing given, and at generate alone"
     lm = toy_lm()
     for name, value in fields.items():
         setattr(lm.model.generation_config, name, value)

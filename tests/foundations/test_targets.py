@@ -76,6 +76,6 @@ def test_every_adapter_has_one_of_zeros(choice, tmp_path):
 
 
 @pytest.mark.parametrize('given', [5, None, 'x' * 5000, 'a\0b', {}])
-def test_what_is_no_folder(given):
+def test_what_cannot_be_a_folder(given):
     with pytest.raises(DecodingError, match='the adapter is'):
         load_adapter(given, BASE)

@@ -271,6 +271,23 @@ def test_folders_without_a_head(tmp_path, target):
             load_head(tmp_path, target)
 
 
+@pytest.mark.parametrize('named', [True, False])
+def test_other_layouts_are_named(tmp_path, target, named):
+    "speculators puts the sizes inside; a size that is left out would be Llama's: 32 layers, 4096 wide"
+    folder = save_head(toy_head(target), tmp_path / 'head', target)
+    file = folder / 'config.json'
+    config = json.loads(file.read_text())
+    layout = dict(speculators_model_type='eagle') if named else {}
+    file.write_text(json.dumps(layout | dict(transformer_layer_config=config)))
+    with pytest.raises(DecodingError, match='layout.*inside .*transformer_layer_config') as e:
+        load_head(folder, target)
+    assert '32 layers' not in str(e.value) and ('speculators' in str(e.value)) == named
+    for size in ('num_hidden_layers', 'hidden_size', 'vocab_size'):
+        file.write_text(json.dumps({k: v for k, v in config.items() if k != size}))
+        with pytest.raises(DecodingError, match=f'does not give {size}'):
+            load_head(folder, target)
+
+
 def test_the_remedy_for_pickled_weights_works(tmp_path, target):
     import os, subprocess, sys
 
