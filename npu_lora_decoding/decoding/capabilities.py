@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from ..foundations.errors import require
+from ..foundations.models import text_config
 from .baseline import positions_of
-from .runner import text_config
 
 # %% ../../nbs/1_decoding/06_capabilities.ipynb #51af4930
 class PreparedRunner:
@@ -203,7 +203,7 @@ def tree_problem(
     config = text_config(model)
     if getattr(type(model), '_is_stateful', False):
         return f'{family} has a recurrent state, out of which a rejected draft token cannot be taken back'
-    if not _takes(model, 'position_ids'): return f'{family} counts positions itself, and a draft tree gives them'
+    if not _takes(model, 'position_ids'): return f'{family} counts the positions of tokens itself, where a draft tree has to give them'
     others = sorted(set(getattr(config, 'layer_types', None) or []) - _MASKED_LAYERS)
     if others: return f'{family} has layers of the kind {", ".join(others)}, which the mask of a draft tree does not describe'
     if getattr(config, 'alibi', False): return f'{family} is configured with ALiBi, which counts columns where a draft tree counts depth'

@@ -13,6 +13,7 @@ from ..foundations import ops
 from ..foundations.errors import require
 from ..foundations.files import atomic_path, read_json
 from ..foundations.adapters import load_adapter, read_adapter_config
+from ..foundations.models import text_config
 from ..foundations.lora import AdapterBank
 from ..decoding.hf_bridge import intercepted_arguments, stop_criterion
 from ..decoding.loop import Decoder
@@ -191,6 +192,6 @@ def generate_with(
     tokenizer = options.pop('tokenizer', None)
     tokenizer = getattr(tokenizer, 'tokenizer', tokenizer)  # of a processor
     decoder.vocab = None
-    if tokenizer is not None and 'base' in decoder.target.roles and len(tokenizer) < model.config.vocab_size:
+    if tokenizer is not None and 'base' in decoder.target.roles and len(tokenizer) < text_config(model).vocab_size:
         decoder.vocab = len(tokenizer)
     return plain(model, *inputs, **_with_strings(options, tokenizer), custom_generate=decoder)

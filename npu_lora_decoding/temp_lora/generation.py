@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 import torch
 from ..foundations.errors import require
+from ..foundations.models import context_length
 from ..decoding.loop import Memory
 from .adapter import TempLoRAConfig, TemporaryAdapter, learn
 from .cache_reuse import CacheLedger, check_layers, key_drift, probe_length, should_recompute
@@ -144,7 +145,7 @@ class TempLoRA(TempLoRAConfig):
         require(not compile,
                 'compiled programs hold adapters as constants, and Temp-LoRA changes its adapter while it generates',
                 'decode with compile=False')
-        check_lengths(self, model.config.max_position_embeddings)
+        check_lengths(self, context_length(model))
         require(not self.recompute.startswith('slide'),
                 'the policy slide is for reading', 'generate with chunk, window, every:K or drift:X')
         check_layers(self, model.config)

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from ..foundations.errors import DecodingError, require
 from ..foundations.files import ctrl_c, exists, file_text, is_folder, path_of, short_path
 from ..foundations.timing import stopwatch
+from ..foundations.models import text_config
 from ..foundations.statistics import Interval, paired
 from ..decoding.loop import LM
 from .adapter import TempLoRAConfig, TemporaryAdapter, learn, temporary
@@ -150,7 +151,7 @@ def document_ids(
     require(text.dim() == 1 and len(text) > 1,
             f'expected the tokens of one document, got shape {tuple(text.shape)}',
             'give at least two tokens in one row')
-    vocab = lm.model.config.vocab_size
+    vocab = text_config(lm.model).vocab_size
     require(bool(0 <= text.min() and text.max() < vocab),
             f'the text has a token outside the vocabulary of {vocab}', "use the model's own tokenizer")
     return text.to(lm.device)

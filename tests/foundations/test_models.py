@@ -1,17 +1,19 @@
 "What cannot be decoded with is refused, and the sentence a user reads names the remedy"
 
-import copy, json, os, re, shutil, socket, sys, tempfile, warnings
+import copy, json, math, os, re, shutil, socket, sys, tempfile, warnings
 from pathlib import Path
 import pytest, torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config
+from transformers import AutoConfig, AutoModelForCausalLM, T5Config
 from npu_lora_decoding.foundations import models
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.foundations.lora import AdapterBank
 from npu_lora_decoding.foundations.adapters import fingerprint, load_adapter, lora_scale, toy_adapter, toy_model
 from npu_lora_decoding.foundations.models import FAMILIES, embedded_folder, embedded_gguf, encode, encode_one, file_hash
+from npu_lora_decoding.foundations.models import context_length
 from npu_lora_decoding.decoding.loop import load
+from npu_lora_decoding.speculation.prompt_lookup import PromptLookup
 from helpers.toys import toy_folder, toy_lm, toy_tokenizer
 
 
@@ -448,8 +450,8 @@ def is_adapter(folder):
     (folder / 'adapter_config.json').write_text('{}')
 
 
-def is_gpt2(folder):
-    GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=97).save_pretrained(folder)
+def has_encoder(folder):
+    T5Config(num_layers=1, num_heads=2, d_model=8, vocab_size=97).save_pretrained(folder)
 
 
 def short(folder):
@@ -471,8 +473,11 @@ MODEL_REMEDY = 'give a folder with config.json and *.safetensors, or a hub id yo
             'FOLDER holds pickled weights, which can run code: convert them with save_pretrained (safetensors).',
         ),
         (
-            is_gpt2,
-            "the family 'gpt2' is not supported: use one of llama, qwen2, qwen3, mistral, gemma, gemma2, gemma3_text.",
+            has_encoder,
+            (
+                "the family 't5' is not a causal language model of transformers: give a model that generates text by "
+                'itself, without an encoder.'
+            ),
         ),
         (
             short,
@@ -817,3 +822,53 @@ def test_offline_load_is_the_same_twice(real, monkeypatch):
     for (n, x), y in zip(a.model.state_dict().items(), b.model.state_dict().values()):
         assert torch.equal(x, y) and x.isfinite().all(), n
     assert encode(a, 'Hi')[0].tolist() == encode(b, 'Hi')[0].tolist()
+
+
+# --- other families
+
+OTHERS = dict(
+    gpt2=dict(n_head=2),
+    phi3=dict(pad_token_id=0, intermediate_size=32),
+    bloom=dict(n_head=2),
+    mamba=dict(state_size=8),
+    granite=dict(intermediate_size=32),
+)
+
+
+@pytest.fixture(params=OTHERS)
+def other(request, tmp_path):
+    "A model of another family, from its folder"
+    small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=97)
+    config = AutoConfig.for_model(request.param, **small | OTHERS[request.param])
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config)
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.3)
+    return load(toy_folder(tmp_path / 'm', model))
+
+
+def test_any_causal_family_loads_and_decodes(other):
+    options = dict(max_new_tokens=9, do_sample=False, eos_token_id=None)
+    ids, mask = encode(other, ['hello', 'abc abc'])
+    want = other.model.generate(ids, attention_mask=mask, pad_token_id=other.pad_id, **options)[:, ids.shape[1] :]
+    got = other.generate(['hello', 'abc abc'], max_new_tokens=9, eos_token_id=None)
+    assert [[t.id for t in row] for row in got.tokens] == want.tolist()
+    assert len(set(want.flatten().tolist())) > 2
+
+
+def test_its_drafts_are_exact_or_refused(other):
+    plain = other.generate('abc abc abc', max_new_tokens=9, eos_token_id=None)
+    try:
+        drafted = other.generate('abc abc abc', drafter=PromptLookup(), max_new_tokens=9, eos_token_id=None)
+    except DecodingError as e:
+        assert other.model.config.model_type in ('bloom', 'mamba') and 'leave the drafter out' in str(e)
+    else:
+        assert [t.id for t in drafted.tokens[0]] == [t.id for t in plain.tokens[0]]
+
+
+def test_a_model_without_a_limit_has_an_infinite_context():
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model('mamba', hidden_size=32, num_hidden_layers=1, vocab_size=97)
+    )
+    assert context_length(model) == math.inf and context_length(toy_model(context=64)) == 64
