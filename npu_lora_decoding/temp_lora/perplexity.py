@@ -158,7 +158,7 @@ def document_ids(
 
 def check_lengths(
     settings:TempLoRAConfig,  # Of the memory
-    context:int,  # Longest input of the model
+    context:float,  # Longest input of the model
 ):
     "Raise `DecodingError` unless the model can see what the settings ask"
     s = settings

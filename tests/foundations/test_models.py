@@ -844,7 +844,7 @@ def other(request, tmp_path):
     model = AutoModelForCausalLM.from_config(config)
     for p in model.parameters():
         if p.dim() > 1:
-            torch.nn.init.normal_(p, std=0.3)
+            torch.nn.init.normal_(p, std=0.6)
     return load(toy_folder(tmp_path / 'm', model))
 
 
