@@ -41,7 +41,7 @@ class HalfOutput(Packed):
 
 
 class OddKind(torch.nn.Module):
-    "A quantised layer that is no `torch.nn.Linear` and has no weight, as those of HQQ and AWQ"
+    "A quantised layer that does not derive from `torch.nn.Linear` and has no weight, as those of HQQ and AWQ"
 
     def __init__(self, linear):
         super().__init__()

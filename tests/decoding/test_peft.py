@@ -93,8 +93,8 @@ def expert():
 
 def test_rows_named_in_the_call_are_refused_and_forgotten(expert):
     names = dict(adapter_names=['default', '__base__'])
-    said = sentence(lambda: peft_sweep.generate(expert, custom_generate=Decoder(), **names))
-    assert said.startswith('adapter_names= cannot be combined with a Decoder: ')
+    message = sentence(lambda: peft_sweep.generate(expert, custom_generate=Decoder(), **names))
+    assert message.startswith('adapter_names= cannot be combined with a Decoder: ')
     assert torch.equal(peft_sweep.generate(expert, custom_generate=Decoder()), peft_sweep.generate(expert))
 
 
@@ -108,8 +108,8 @@ def test_bank_beside_an_adapter_of_peft(expert, tmp_path):
     )
     bank = AdapterBank(inner, [load_adapter(folder, inner)])
     for target in (loop.Plain(), CoLD()):
-        said = sentence(lambda: peft_sweep.generate(inner, custom_generate=Decoder(target, bank=bank)))
-        assert said.startswith('the model has an adapter of PEFT beside the bank') and 'q_proj' in said
+        message = sentence(lambda: peft_sweep.generate(inner, custom_generate=Decoder(target, bank=bank)))
+        assert message.startswith('the model has an adapter of PEFT beside the bank') and 'q_proj' in message
     expert.base_model.disable_adapter_layers()
     alone = AdapterBank(base, [load_adapter(folder, base)])
     got = peft_sweep.generate(inner, custom_generate=Decoder(CoLD(), bank=bank))
@@ -119,14 +119,14 @@ def test_bank_beside_an_adapter_of_peft(expert, tmp_path):
 def test_memory_over_what_no_bank_holds_is_refused():
     model = peft_sweep.tuners()['LORA, DoRA'](peft_sweep.toy_model())
     decoder = Decoder(memory=TempLoRA(chunk=6, window=16, train_context=6, r=4))
-    said = sentence(lambda: model.generate(peft_sweep.IDS[:1], max_new_tokens=8, custom_generate=decoder))
-    assert 'DoRA' in said
+    message = sentence(lambda: model.generate(peft_sweep.IDS[:1], max_new_tokens=8, custom_generate=decoder))
+    assert 'DoRA' in message
 
 
 def test_compiled_forward_pass_of_peft_is_refused():
     model = peft_sweep.tuners()['LORA, DoRA'](peft_sweep.toy_model())
-    said = sentence(lambda: peft_sweep.generate(model, custom_generate=Decoder(compile=True)))
-    assert said == "PEFT's own forward pass is not compiled: decode with compile=False."
+    message = sentence(lambda: peft_sweep.generate(model, custom_generate=Decoder(compile=True)))
+    assert message == "PEFT's own forward pass is not compiled: decode with compile=False."
 
 
 # --- Quantised bases
@@ -192,8 +192,8 @@ def test_memory_learns_above_quantised_layers(kind):
 
 
 def test_memory_is_refused_where_no_gradient_passes():
-    said = sentence(lambda: remembered(swapped(RoundedInput)))
-    assert said == (
+    message = sentence(lambda: remembered(swapped(RoundedInput)))
+    assert message == (
         "the model is quantised, and gradients do not pass through its layers of the kind ['RoundedInput']: "
         'load it in fp32 or bf16.'
     )

@@ -145,8 +145,8 @@ def test_two_adapters_in_one_file(base, folder):
         k.replace('.weight', '.second.weight'): x for k, x in load_file(folder / 'adapter_model.safetensors').items()
     }
     rename(folder, lambda k: k.replace('.weight', '.default.weight'), other)
-    said = sentence(lambda: load_adapter(folder, base))
-    assert said.startswith("the file holds several adapters, called 'default', 'second': ")
+    message = sentence(lambda: load_adapter(folder, base))
+    assert message.startswith("the file holds several adapters, called 'default', 'second': ")
 
 
 def test_two_keys_for_one_matrix(base, folder):
