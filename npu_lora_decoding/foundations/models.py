@@ -223,7 +223,7 @@ class LoadedModel:
     def pad_id(self):
         "Token that fills the left of shorter prompts, where it is masked, and what follows the end of shorter answers"
         width = text_config(self.model).vocab_size
-        known = (self.tokenizer.pad_token_id, *self.eos_ids, self.tokenizer.eos_token_id, 0)
+        known = (self.tokenizer.pad_token_id, *self.eos_ids, getattr(self.tokenizer, 'eos_token_id', None), 0)
         return next(i for i in known if i is not None and 0 <= i < width)
 
 def end_tokens(
