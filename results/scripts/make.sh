@@ -68,6 +68,12 @@ equality_speculation() {
     joined $out/equality_speculation.json "${parts[@]}"
 }
 
+# Every family of models, small, in every way of decoding; a newer transformers is a reason to make it again
+families() {
+    fresh $out/families.json
+    $python $scripts/families.py $out/families.json
+}
+
 # --- Inside vLLM, in the environment of tests/vllm-cpu
 
 vllm_cold() { bash tests/vllm-cpu/run cold --prompts 50 --json $out/vllm_cold.json; }
