@@ -254,9 +254,19 @@ class _Shadows:
 
     def _compute(self, x):
         outputs = [run(x) for run in self.runs]
-        results = self.op(outputs, x, *self.slices.tensors, self.bank.ids)
+        if x.dim() == 2: results = self._flat(outputs, x)
+        else: results = self.op(outputs, x, *self.slices.tensors, self.bank.ids)
         self.x = x
         self.left = dict(enumerate(results))
+
+    def _flat(self, outputs, x):
+        "Return the results for the tokens of all rows in one list, as OPT's and some experts' layers read them"
+        require(
+            self.bank.is_uniform,
+            'a layer with an adapter reads the tokens of all rows in one list, where those of the base cannot be told apart',
+            'train the adapter on attention layers alone, or decode with Plain()')
+        results = self.op([y[None] for y in outputs], x[None], *self.slices.tensors, self.bank.ids[:1])
+        return [y[0] for y in results]
 
 class AdapterBank:
     "Adapters stacked for one model, and the ids that say which row uses which"
@@ -268,6 +278,7 @@ class AdapterBank:
         self.model = model
         self.adapters = adapters
         self.ids:torch.Tensor|None = None
+        self.is_uniform = True  # Whether all rows use the same adapter, or none
         self.slices:dict[tuple, Slices] = {}
         self._groups = []
         self._shadows = {}
@@ -295,15 +306,16 @@ class AdapterBank:
         are_known = all(-1 <= i < n for i in rows)
         require(are_known, f'adapter ids {list(rows)} do not fit {n} adapters', 'use 0 to n-1, or -1 for the base')
         before = {path: self.model.get_submodule(path).__dict__.get('forward') for path in self._shadows}
-        outer = self.ids
+        outer = self.ids, self.is_uniform
         self.ids = self._tensor_of(rows)
+        self.is_uniform = len(set(rows)) == 1
         try:
             for path, forward in self._shadows.items(): self.model.get_submodule(path).forward = forward
             yield self
         finally:
             for path, forward in before.items(): self._restore(self.model.get_submodule(path), forward)
             for shadows in self._groups: shadows.forget()  # what an interrupted forward pass left uncollected
-            self.ids = outer
+            self.ids, self.is_uniform = outer
 
     def _tensor_of(self, rows):
         "Return one tensor for each pattern of rows: a compiled program holds it as a constant"

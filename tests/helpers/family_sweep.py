@@ -7,6 +7,7 @@ agree on tokens by luck, so log-probabilities must agree too.
 
 import contextlib
 import functools
+import io
 import math
 import re
 import warnings
@@ -86,15 +87,16 @@ class _Written(LogitsProcessor):
 
 def generate(model, rows=2, **options):
     "Return transformers' output for the prompts"
-    return model.generate(
-        **prompts(rows),
-        max_new_tokens=NEW,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-        **options,
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # some models print warnings at every step
+        return model.generate(
+            **prompts(rows),
+            max_new_tokens=NEW,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            **options,
+        )
 
 
 def reference(model, tokens=None, rows=2):
