@@ -34,7 +34,9 @@ def swept(case):
     ways = {row.way: row.outcome for row in rows}
     messages = {row.way: row.message for row in rows if row.message}
     first = rows[0]
-    return dict(method='families', model=first.model, family=first.family, kind=first.kind, ways=ways, messages=messages)
+    return dict(
+        method='families', model=first.model, family=first.family, kind=first.kind, ways=ways, messages=messages
+    )
 
 
 def unbuilt():
@@ -60,7 +62,10 @@ def main():
         for row in pool.map(swept, due):
             rows[row['model']] = row
             save_rows(ordered(rows), args.out)
-            print(f'{len(rows):4} {row["model"]}: {", ".join(f"{way} {outcome}" for way, outcome in row["ways"].items())}', flush=True)
+            print(
+                f'{len(rows):4} {row["model"]}: {", ".join(f"{way} {outcome}" for way, outcome in row["ways"].items())}',
+                flush=True,
+            )
 
 
 if __name__ == '__main__':

@@ -136,9 +136,7 @@ _SHARED_BLOCK = dict(
     layers_block_type=['linear_attention', 'linear_attention', 'hybrid', 'linear_attention', 'hybrid'],
 )
 _SHARED_STATES = dict(
-    num_hidden_layers=4,
-    layer_types=['sliding_attention', 'full_attention'] * 2,
-    num_kv_shared_layers=2,
+    num_hidden_layers=4, layer_types=['sliding_attention', 'full_attention'] * 2, num_kv_shared_layers=2
 )
 _DOTS3 = dict(
     head_dim=16,
@@ -179,7 +177,9 @@ OVERRIDES: dict[str, dict] = dict(
     gemma3n_text=_SHARED_STATES,
     gpt_neo=dict(attention_types=[[['global', 'local'], 1]]),
     granitemoehybrid=dict(layer_types=['linear_attention', 'full_attention']),
-    hrm_text=dict(H_cycles=1, L_cycles=1, L_bp_cycles=[1]),  # more cycles through the same random layers amplify roundings
+    hrm_text=dict(
+        H_cycles=1, L_cycles=1, L_bp_cycles=[1]
+    ),  # more cycles through the same random layers amplify roundings
     lfm2_moe=dict(layer_types=['conv', 'full_attention']),
     longcat_flash=dict(head_dim=8, zero_expert_num=4),
     mamba2=dict(num_heads=8, n_groups=1),
@@ -272,7 +272,6 @@ class Case:
 
     def __str__(self):
         return self.name
-
 
 
 def cases():

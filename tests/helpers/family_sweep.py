@@ -138,7 +138,9 @@ def check_plain(model, known, rows=2, **options):
 
 def _difference(ours, known):
     places = (ours != known).nonzero() if ours.shape == known.shape else []
-    return f'tokens differ from place {int(places[:, 1].min())} on' if len(places) else f'the shape is {tuple(ours.shape)}'
+    return (
+        f'tokens differ from place {int(places[:, 1].min())} on' if len(places) else f'the shape is {tuple(ours.shape)}'
+    )
 
 
 def check_contrast(model, known=None, **options):
@@ -185,7 +187,9 @@ _OTHERS = re.compile(r'mlp|ffn|expert|feed_forward|moe|vision|audio|encoder\.|ro
 def mixer_layers(model):
     "Return the paths of the linear layers with which tokens see each other"
     head = model.get_output_embeddings()
-    linear = {path: m for path, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head}
+    linear = {
+        path: m for path, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head
+    }
     inside = [path for path in linear if _MIXERS.search(path) and not _OTHERS.search(path)]
     return inside or list(linear)
 
