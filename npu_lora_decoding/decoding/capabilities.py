@@ -124,43 +124,50 @@ FORWARD_FAMILIES = tuple('''
     afmoe apertus arcee aria_text axk1 axk2 bailing_hybrid bamba bart beam bert bert-generation big_bird
     bigbird_pegasus biogpt bitnet blenderbot blenderbot-small bloom camembert codegen cohere cohere2 cohere2_moe
     cohere_compass_text ctrl cwm data2vec-text dbrx deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge dots1
-    dots3_note_text electra emu3_text_model ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 flex_olmo
-    flint fuyu gemma gemma2 gemma3 gemma3_text gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text git
-    glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa got_ocr2 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss
-    gptj granite granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hrm_text
-    hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax inkling2_text inkling_text internlm3 iquestcoder jais2
-    jamba jetmoe kimi_linear kolibri1 laguna lfm2 lfm2_moe lfm3 llama llama4_text longcat_flash marian mbart
-    megatron-bert mellum mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral
-    mllama_text_model modernbert-decoder moshi moss_transcribe_diarize mpt mvp nanochat nemotron nemotron_h olmo olmo2
-    olmo3 olmo_hybrid olmoe opt pegasus persimmon phi phi3 phi4_multimodal phimoe plbart qwen2 qwen2_moe qwen3
-    qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next qwen4_exp_text recurrent_gemma rembert roberta
-    roberta-prelayernorm roc_bert roformer seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm xlm-roberta
-    xlm-roberta-xl xmod youtu zamba zamba2 zaya
+    dots3_note_text electra emu3_text_model ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_h1
+    flex_olmo flint fuyu gemma gemma2 gemma3 gemma3_text gemma3n_text gemma4 gemma4_text gemma4_unified
+    gemma4_unified_text git glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa got_ocr2 gpt2 gpt_bigcode gpt_neo
+    gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe granitemoe_swa granitemoehybrid
+    granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax inkling2_text
+    inkling_text internlm3 iquestcoder jais2 jamba jetmoe kimi_linear kolibri1 laguna lfm2 lfm2_moe lfm3 llama
+    llama4_text longcat_flash marian mbart megatron-bert mellum mimo_v2_flash minicpm3 minimax_m2
+    minimax_m3_vl_text ministral ministral3 mistral mixtral mllama_text_model modernbert-decoder moshi
+    moss_transcribe_diarize mpt mvp nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe opt pegasus
+    persimmon phi phi3 phi4_multimodal phimoe plbart qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text
+    qwen3_moe qwen3_next qwen4_exp_text recurrent_gemma rembert roberta roberta-prelayernorm roc_bert roformer
+    seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm xlm-roberta xlm-roberta-xl xmod youtu zamba
+    zamba2 zaya
 '''.split())
 
 # Those that also verify trees of draft tokens
 TREE_FAMILIES = tuple('''
     afmoe apertus arcee aria_text axk1 beam bert bert-generation big_bird biogpt bitnet camembert codegen cohere
-    cohere2 cohere2_moe cohere_compass_text ctrl cwm data2vec-text dbrx deepseek_v2 deepseek_v3 diffllama doge dots1
-    electra emu3_text_model ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon flex_olmo flint fuyu gemma gemma2
-    gemma3 gemma3_text gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text glm glm4 glm4_moe
-    glm4_moe_lite got_ocr2 gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe
-    granitemoe_swa granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3
-    iquestcoder jais2 jetmoe kolibri1 laguna lfm2 llama longcat_flash megatron-bert mellum mimo_v2_flash minicpm3
-    minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral mllama_text_model modernbert-decoder moshi
-    nanochat nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phi4_multimodal phimoe qwen2 qwen2_moe qwen3
-    qwen3_moe rembert roberta roberta-prelayernorm roc_bert seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma
-    xglm xlm-roberta xlm-roberta-xl xmod youtu
+    cohere2 cohere2_moe cohere_compass_text ctrl cwm data2vec-text dbrx deepseek_v2 deepseek_v3 diffllama doge
+    dots1 electra emu3_text_model ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon flex_olmo flint fuyu
+    gemma gemma2 gemma3 gemma3_text gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text glm glm4
+    glm4_moe glm4_moe_lite got_ocr2 gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa
+    granitemoe granitemoe_swa granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax
+    internlm3 iquestcoder jais2 jetmoe kolibri1 laguna lfm2 llama longcat_flash megatron-bert mellum
+    mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral mllama_text_model
+    modernbert-decoder moshi nanochat nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phi4_multimodal
+    phimoe qwen2 qwen2_moe qwen3 qwen3_moe rembert roberta roberta-prelayernorm roc_bert seed_oss smollm3
+    solar_open stablelm starcoder2 vaultgemma xglm xlm-roberta xlm-roberta-xl xmod youtu
 '''.split())
 
 # Those that also run compiled, on a static cache
 STATIC_FAMILIES = tuple('''
     afmoe apertus arcee aria_text axk1 bart beam bert bert-generation big_bird bigbird_pegasus biogpt bitnet
     blenderbot blenderbot-small bloom camembert codegen cohere cohere2 cohere2_moe cohere_compass_text cwm
-    data2vec-text deepseek_v2 deepseek_v3 diffllama doge dots1 electra emu3_text_model ernie ernie4_5 ernie4_5_moe
-    exaone4 exaone_moe falcon flex_olmo flint fuyu gemma gemma2 gemma3 gemma3_text gemma4 gemma4_text gemma4_unified
-    gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite got_ocr2 gpt2 gpt_bigcode gpt_neox gpt_neox_japanese granite
-    llama mistral mixtral olmo2 opt phi phi3 qwen2 qwen3 smollm3 stablelm starcoder2
+    data2vec-text deepseek_v2 deepseek_v3 diffllama doge dots1 electra emu3_text_model ernie ernie4_5
+    ernie4_5_moe exaone4 exaone_moe falcon flex_olmo flint fuyu gemma gemma2 gemma3 gemma3_text gemma4
+    gemma4_text gemma4_unified gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite got_ocr2 gpt2 gpt_bigcode
+    gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe granitemoe_swa granitemoeshared
+    helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe
+    kolibri1 laguna lfm2 llama marian mbart megatron-bert mellum mimo_v2_flash minicpm3 minimax_m2
+    minimax_m3_vl_text ministral ministral3 mistral mixtral mllama_text_model modernbert-decoder
+    moss_transcribe_diarize mpt nanochat nemotron olmo olmo2 olmo3 olmoe opt pegasus persimmon phi phi3
+    phi4_multimodal phimoe plbart qwen2 qwen2_moe qwen3 qwen3_moe rembert roberta roberta-prelayernorm roc_bert
+    seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm xlm-roberta xlm-roberta-xl xmod youtu
 '''.split())
 
 # %% ../../nbs/1_decoding/06_capabilities.ipynb #476a852e
@@ -195,6 +202,10 @@ def forward_problem(
 # %% ../../nbs/1_decoding/06_capabilities.ipynb #846f7361
 _MASKED_LAYERS = {'full_attention', 'sliding_attention'}
 
+def _other_layers(config):
+    "Return the kinds of layers that keep something else than keys and values, or attend by another mask"
+    return sorted(set(getattr(config, 'layer_types', None) or []) - _MASKED_LAYERS)
+
 def tree_problem(
     model:PreTrainedModel,  # Whose forward pass has no problem
 ) -> str|None:  # A sentence without a remedy
@@ -204,7 +215,7 @@ def tree_problem(
     if getattr(type(model), '_is_stateful', False):
         return f'{family} has a recurrent state, out of which a rejected draft token cannot be taken back'
     if not _takes(model, 'position_ids'): return f'{family} counts the positions of tokens itself, where a draft tree has to give them'
-    others = sorted(set(getattr(config, 'layer_types', None) or []) - _MASKED_LAYERS)
+    others = _other_layers(config)
     if others: return f'{family} has layers of the kind {", ".join(others)}, which the mask of a draft tree does not describe'
     if getattr(config, 'alibi', False): return f'{family} is configured with ALiBi, which counts columns where a draft tree counts depth'
     if family not in TREE_FAMILIES: return f'drafts are not known to be exact for the family {family}'
@@ -215,6 +226,10 @@ def static_problem(
 ) -> str|None:  # A sentence without a remedy
     "Return why a static cache and a compiled program might not be exact; None where they are"
     family = model.config.model_type
+    config = text_config(model)
+    others = _other_layers(config)
+    if others: return f'{family} has layers of the kind {", ".join(others)}, which a static cache does not hold as they are'
+    if getattr(config, 'alibi', False): return f'{family} is configured with ALiBi, which counts the columns of a static cache'
     if family not in STATIC_FAMILIES: return f'the compiled path is not known to be exact for the family {family}'
     return None
 

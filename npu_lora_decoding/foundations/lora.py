@@ -263,7 +263,7 @@ class _Shadows:
         "Return the results for the tokens of all rows in one list, as OPT's and some experts' layers read them"
         require(
             self.bank.is_uniform,
-            'a layer with an adapter reads the tokens of all rows in one list, where those of the base cannot be told apart',
+            'a layer with an adapter reads the tokens of all rows in one list, where those of the base cannot be distinguished',
             'train the adapter on attention layers alone, or decode with Plain()')
         results = self.op([y[None] for y in outputs], x[None], *self.slices.tensors, self.bank.ids[:1])
         return [y[0] for y in results]

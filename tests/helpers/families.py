@@ -228,7 +228,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     'gpt_bigcode (key heads)': ('gpt_bigcode', dict(multi_query=False)),
     'gpt_neo (global)': ('gpt_neo', dict(attention_types=[[['global'], 2]])),
     'gpt_neox (sequential)': ('gpt_neox', dict(use_parallel_residual=False)),
-    'lfm2 (attention only)': ('lfm2', dict(layer_types=['full_attention'] * 2)),
+    'lfm2 (convolutions)': ('lfm2', dict(layer_types=['conv', 'full_attention'])),
     'llama (biases)': ('llama', dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
     'llama (eager attention)': ('llama', dict(attn_implementation='eager')),
     'llama (dynamic rope)': ('llama', _rope('dynamic', factor=2.0)),
