@@ -9,7 +9,6 @@ import sys
 import tempfile
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 import torch
 import transformers
@@ -21,7 +20,6 @@ from helpers.families import UNBUILT, cases
 from helpers.family_sweep import sweep
 
 PROCESSES = 2
-TASKS = 12  # Models that a process runs before a fresh one takes its place: captured programs stay in memory
 
 
 def swept(case):
@@ -57,8 +55,8 @@ def main():
     kept = json_rows(args.out) if args.out.exists() else []
     rows = {row['model']: row for row in kept if 'ways' in row and row['model'] not in args.models}
     due = [case for case in cases() if case.name not in rows and case.name in (args.models or [case.name])]
-    context = multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(PROCESSES, mp_context=context, max_tasks_per_child=TASKS) as pool:
+    context = multiprocessing.get_context('fork')  # imports take longer than a model
+    with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
         for row in pool.map(swept, due):
             rows[row['model']] = row
             save_rows(ordered(rows), args.out)
