@@ -181,7 +181,7 @@ def scripted(model, tokens):
 
 
 _MIXERS = re.compile(r'attn|attention|mixer|mamba|mlstm|temporal|conv|linear_attn')
-_OTHERS = re.compile(r'mlp|ffn|expert|feed_forward|moe|vision|audio|encoder\.|router|out_proj|gate')
+_OTHERS = re.compile(r'mlp|ffn|expert|feed_forward|moe|vision|audio|router|out_proj|gate')
 
 
 def mixer_layers(model):
