@@ -132,7 +132,7 @@ def check_plain(model, known, rows=2, **options):
     ours = out.sequences[:, -NEW:]
     _require(torch.equal(ours, tokens), _difference(ours, tokens))
     _agree(out, tokens, dict(logp=logps))
-    if 'drafter' in options:
+    if isinstance(options.get('drafter'), ScriptedDrafter):
         _used_drafts(out)
 
 
@@ -154,7 +154,7 @@ def check_contrast(model, known=None, **options):
     loss = (scores.amax(-1) - scores.gather(-1, tokens[..., None])[..., 0]).max()
     _require(loss < TOLERANCE, f'a token is worse than the best by {loss:.2g}')
     _agree(out, tokens, dict(logp=expert, base_logp=base))
-    if 'drafter' in options:
+    if isinstance(options.get('drafter'), ScriptedDrafter):
         _used_drafts(out)
     return known
 
