@@ -128,7 +128,7 @@ FORWARD_FAMILIES = tuple('''
     flex_olmo flint fuyu gemma gemma2 gemma3 gemma3_text gemma3n_text gemma4 gemma4_text gemma4_unified
     gemma4_unified_text git glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa got_ocr2 gpt2 gpt_bigcode gpt_neo
     gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe granitemoe_swa granitemoehybrid
-    granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax inkling2_text
+    granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax inkling2_text
     inkling_text internlm3 iquestcoder jais2 jamba jetmoe kimi_linear kolibri1 laguna lfm2 lfm2_moe lfm3 llama
     llama4_text longcat_flash marian mbart megatron-bert mellum mimo_v2_flash minicpm3 minimax_m2
     minimax_m3_vl_text ministral ministral3 mistral mixtral mllama_text_model modernbert-decoder moshi
@@ -146,7 +146,7 @@ TREE_FAMILIES = tuple('''
     dots1 electra emu3_text_model ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon flex_olmo flint fuyu
     gemma gemma2 gemma3 gemma3_text gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text glm glm4
     glm4_moe glm4_moe_lite got_ocr2 gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa
-    granitemoe granitemoe_swa granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax
+    granitemoe granitemoe_swa granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax
     internlm3 iquestcoder jais2 jetmoe kolibri1 laguna lfm2 llama longcat_flash megatron-bert mellum
     mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral mllama_text_model
     modernbert-decoder moshi nanochat nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phi4_multimodal
@@ -162,7 +162,7 @@ STATIC_FAMILIES = tuple('''
     ernie4_5_moe exaone4 exaone_moe falcon flex_olmo flint fuyu gemma gemma2 gemma3 gemma3_text gemma4
     gemma4_text gemma4_unified gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite got_ocr2 gpt2 gpt_bigcode
     gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe granitemoe_swa granitemoeshared
-    helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe
+    helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe
     kolibri1 laguna lfm2 llama marian mbart megatron-bert mellum mimo_v2_flash minicpm3 minimax_m2
     minimax_m3_vl_text ministral ministral3 mistral mixtral mllama_text_model modernbert-decoder
     moss_transcribe_diarize mpt nanochat nemotron olmo olmo2 olmo3 olmoe opt pegasus persimmon phi phi3
