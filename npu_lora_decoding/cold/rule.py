@@ -31,7 +31,7 @@ def _column(x, e):
 def _numbers(name, given):
     "Return a setting as a tensor"
     try: return torch.as_tensor(given, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise DecodingError(f'{name} is {given!r}: give a number, or one for each sequence.') from None
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ from .tree import Tree, accept, accept_in_lockstep, root_tree
 from .runner import BatchRunner, CompiledRunner
 from .sampling import DecodingState, Plain, SamplingRules, Target
 from .sampling import check_processors, choose_tokens, split_processors
-from npu_lora_decoding.decoding.hf_bridge import (
-    check_callables, check_generation_config, check_names, check_numbers, check_supported, intercepted_arguments,
-    stop_criterion, stream, streamer_of)
+from .hf_bridge import (
+    Columns, check_callables, check_generation_config, check_names, check_numbers, check_supported, intercepted_arguments,
+    stop_criterion, streamer_of, with_numbers)
 from .capabilities import PreparedRunner, Request, prepares_itself
 
 # %% ../../nbs/1_decoding/07_loop.ipynb #e1a63cee
@@ -221,6 +221,9 @@ class Decoder:
 
     def __post_init__(self):
         for what in _PARTS: check_part(what, getattr(self, what))
+        asked = with_numbers(dict(seed=self.seed))
+        check_numbers(asked)
+        self.seed = asked['seed']
         require(self.bank is None or hasattr(self.bank, 'attached'), f'the bank is {self.bank!r:.60}', 'give an AdapterBank')
 
     def _generator(self, device): return None if self.seed is None else generator(self.seed, device)
@@ -291,9 +294,9 @@ class Decoder:
 
 # %% ../../nbs/1_decoding/07_loop.ipynb #de4b8631
 def _are_off(modules):
-    "Return whether PEFT's adapters are switched off in all layers"
+    "Return whether PEFT's adapters are switched off in all layers, or none of them is active"
     tuned = [m for m in modules.values() if hasattr(m, 'disable_adapters')]
-    return bool(tuned) and all(m.disable_adapters for m in tuned)
+    return bool(tuned) and all(m.disable_adapters or not m.active_adapters for m in tuned)
 
 @patch
 def _bank_of_peft(self:Decoder, model):
@@ -354,7 +357,7 @@ class Output(GenerateDecoderOnlyOutput):
     steps:list|None=None  # `Step`s; the first one is the prefill
     notes:list|None=None  # What drafter and memory report about how it went
 
-def _collect(steps, streamer):
+def _collect(steps, columns):
     "Return the steps that a generator yields, streamed, and what it returns"
     out = []
     with contextlib.closing(steps):  # a Ctrl-C between two steps must not leave adapters on the model until the generator is collected
@@ -363,8 +366,8 @@ def _collect(steps, streamer):
             except StopIteration as end:
                 notes = end.value
                 break
-            if streamer is not None: stream(streamer, [[t.id for t in row] for row in out[-1].tokens])
-    if streamer is not None: streamer.end()
+            if columns is not None: columns.put([[t.id for t in row] for row in out[-1].tokens])
+    if columns is not None: columns.end()
     return out, notes
 
 def _sequences(ids, steps, pad_id):
@@ -395,7 +398,7 @@ def __call__(self:Decoder,
     check_callables('stopping_criteria', stopping_criteria)
     processors = logits_processor or []
     check_processors(processors, contrast=request.contrast, drafts=request.drafts, b=len(input_ids))
-    hard, soft = split_processors(processors)
+    hard, soft = split_processors(processors, request.contrast)
     rules = SamplingRules(
         hard, soft, stopping_criteria,
         sample=config.do_sample, generator=self._generator(input_ids.device), vocab=self.vocab)
@@ -403,15 +406,15 @@ def __call__(self:Decoder,
     steps = self.steps(
         model, input_ids, mask,
         rules=rules, max_length=config.max_length, pad_id=pad_id, inputs=model_kwargs)
-    steps, notes = _collect(steps, streamer_of(self.streamer, given, input_ids))
+    streamer = streamer_of(self.streamer, given, input_ids)
+    steps, notes = _collect(steps, None if streamer is None else Columns(streamer, pad_id))
     sequences = _sequences(input_ids, steps, pad_id)
     return Output(sequences=sequences, steps=steps, notes=notes) if config.return_dict_in_generate else sequences
 
 def _padding(config, b, criteria):
     "Return what follows the end of shorter texts: as in transformers the end token where there is no padding token"
-    eos = config.eos_token_id
-    ends = list(eos) if isinstance(eos, (list, tuple)) else [eos]
-    known = [int(i) for i in (config.pad_token_id, *ends) if i is not None]
+    given = [torch.as_tensor(i).flatten().tolist() for i in (config.pad_token_id, config.eos_token_id) if i is not None]
+    known = [i for ids in given for i in ids]
     end_together = all(type(c) in (MaxLengthCriteria, MaxTimeCriteria) for c in criteria)
     require(
         bool(known) or b == 1 or end_together,
@@ -593,12 +596,13 @@ class LM(LoadedModel):
         if do_sample is None: do_sample = False if config is None else of_config('do_sample')
         if do_sample is None: do_sample = bool(self.model.generation_config.do_sample)
         require(isinstance(do_sample, (bool, int)), f'do_sample is {do_sample!r}', 'give True or False')
-        options = dict(options, max_new_tokens=256 if max_new_tokens is None else max_new_tokens, do_sample=do_sample)
+        options = with_numbers(dict(options, max_new_tokens=256 if max_new_tokens is None else max_new_tokens))
+        options['do_sample'] = do_sample
         if options.get('pad_token_id', of_config('pad_token_id')) is None: options['pad_token_id'] = self.pad_id
         knows_end = 'eos_token_id' in options or config is not None or self.model.generation_config.eos_token_id is not None
         if not knows_end: options['eos_token_id'] = self.eos_ids or None  # the tokenizer's
         values = vars(config) if config is not None else {}
-        check_numbers({**values, **options, 'max_length': total, 'seed': seed}, sample=do_sample)
+        check_numbers({**values, **options, 'max_length': total, **with_numbers(dict(seed=seed))}, sample=do_sample)
         return self._with_stop_strings(options)
 
     def _generated(self, ids, mask, decoder, options):
@@ -611,7 +615,7 @@ class LM(LoadedModel):
                 custom_generate=decoder,
                 return_dict_in_generate=True,
                 **{name: value for name, value in options.items() if name != 'return_dict_in_generate'})
-        except (ValueError, TypeError, AttributeError, KeyError, IndexError) as e:
+        except (ValueError, TypeError, AttributeError, LookupError, RuntimeError, OverflowError) as e:
             if not _before_decoding(e): raise
             reason = str(e).strip().partition('\n')[0][:200]
             raise DecodingError(f'transformers does not take these options ({reason}): correct or leave out what it names.') from e

@@ -8,11 +8,12 @@ __all__ = ['HARD_CONSTRAINTS', 'Target', 'check_finite', 'Plain', 'split_process
 
 # %% ../../nbs/1_decoding/04_sampling.ipynb #85df7541
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 import torch
 from transformers import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor
-from ..foundations.errors import require
+from ..foundations.errors import DecodingError, require
 from .tree import Tree
 
 # %% ../../nbs/1_decoding/04_sampling.ipynb #add762c3
@@ -77,12 +78,14 @@ def _is_known(processor):
 
 def split_processors(
     processors,  # transformers `LogitsProcessorList`
+    contrast:bool=True,  # Whether the target has a base; without one, the order of all stays as it is
 ) -> tuple:  # Those before the contrast, those after it
     "Return the hard constraints and the other processors, each in its own order"
     def is_hard(p): return getattr(p, 'before_contrast', _is_known(p) and type(p).__name__ in HARD_CONSTRAINTS)
-    hard = [p for p in processors if is_hard(p)]
-    soft = [p for p in processors if p not in hard]
-    return hard, soft
+    if not contrast:
+        hard = list(takewhile(is_hard, processors))
+        return hard, list(processors[len(hard):])
+    return [p for p in processors if is_hard(p)], [p for p in processors if not is_hard(p)]
 
 # %% ../../nbs/1_decoding/04_sampling.ipynb #eb78d65b
 # They remember between calls; the others of transformers are functions of the text
@@ -150,6 +153,17 @@ class DecodingState:
         return torch.stack(self.text) if len(lengths) == 1 else None
 
 # %% ../../nbs/1_decoding/04_sampling.ipynb #97fa9fc5
+def _applied(processor, text, scores):
+    "Return a processor's scores; what transformers' own raises, over an option it does not check, becomes one sentence"
+    name = getattr(processor, '__name__', type(processor).__name__)
+    try: changed = processor(text, scores)
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as e:
+        if isinstance(e, DecodingError) or not _is_known(processor): raise
+        raise DecodingError(f'{name} fails ({type(e).__name__}: {str(e)[:120]}): correct the option it was made from.') from e
+    is_right = isinstance(changed, torch.Tensor)
+    require(is_right, f'the processor {name} returns a {type(changed).__name__}', 'return the scores as a tensor')
+    return changed
+
 def _constrained(expert, text, rules):
     "Return the expert's logits `(b, v)` in fp32, padded vocabulary excluded and hard constraints applied"
     expert = expert.float()
@@ -157,30 +171,41 @@ def _constrained(expert, text, rules):
     if rules.vocab and rules.vocab < width:
         unused = torch.arange(rules.vocab, width, device=expert.device)
         expert = expert.index_fill(-1, unused, -torch.inf)
-    for processor in rules.hard: expert = processor(text, expert)
+    for processor in rules.hard: expert = _applied(processor, text, expert)
     return expert
 
-def _draw_next(target, expert, others, *, text, rules):
+def _draw_next(target, expert, others, *, text, rules, done):
     "Return the token `(b,)` drawn from constrained expert logits, base logits and the other processors"
-    forbidden = (expert == -torch.inf).all(-1)
-    require(
-        not bool(forbidden.any()),
-        'the constraints forbid every token',
-        'loosen them (banned words, grammar, minimum length)')
+    if rules.hard or rules.vocab: expert = _check_constrained(expert, done)
     scores = target.combine(expert, *others)
-    for processor in rules.soft: scores = processor(text, scores)
-    if rules.soft: _check_choice(scores, rules.sample)
+    for processor in rules.soft: scores = _applied(processor, text, scores)
+    if rules.soft: scores = _check_choice(scores, rules.sample, done)
     if not rules.sample: return scores.argmax(-1)
     return torch.multinomial(scores.softmax(-1), 1, generator=rules.generator)[:, 0]
 
-def _check_choice(scores, sample):
-    "Raise `DecodingError` where processors left nothing to choose from: argmax would take token 0"
+def _check_constrained(expert, done):
+    "Return constrained logits, neutral where a text has ended: a grammar may allow nothing after its end"
+    best = expert.amax(-1)
+    forbidden = best == -torch.inf
+    require(
+        not bool((forbidden & ~done).any()),
+        'the constraints forbid every token',
+        'loosen them (banned words, grammar, minimum length)')
+    require(
+        not bool((best == torch.inf).any()),
+        'a score is plus infinity after the constraints',
+        'give finite biases (sequence_bias), and check the model weights')
+    return expert.masked_fill(forbidden[:, None], 0.)
+
+def _check_choice(scores, sample, done):
+    "Return the scores, neutral where a text has ended; raise `DecodingError` where nothing is left: argmax would take token 0"
     best = scores.amax(-1)
     can_choose = best.isfinite() if sample else best > -torch.inf
     require(
-        bool(can_choose.all()),
+        bool((can_choose | done).all()),
         'the processors leave no token to choose: all scores are minus infinity, or some are not numbers',
         'loosen them (banned words, grammar, top_p, temperature)')
+    return scores.masked_fill(~can_choose[:, None], 0.)
 
 # %% ../../nbs/1_decoding/04_sampling.ipynb #23e03764
 def choose_tokens(
@@ -196,7 +221,7 @@ def choose_tokens(
     if tree.size > 1 or text is None: return _choose_by_walking(target, tree, logits, state, rules)
     expert = _constrained(logits[0][:, 0], text, rules)
     others = [x[:, 0] for x in logits[1:]]
-    drawn = _draw_next(target, expert, others, text=text, rules=rules)
+    drawn = _draw_next(target, expert, others, text=text, rules=rules, done=state.done)
     return drawn[:, None], (expert[:, None], *logits[1:])
 
 def _choose_by_walking(target, tree, logits, state, rules):
@@ -210,10 +235,11 @@ def _choose_by_walking(target, tree, logits, state, rules):
         while node is not None:
             # Processors may hold one setting for each sequence, so they see a whole batch, of which row b is ours
             texts = text.expand(n, -1)
-            first, *others = (x[b, node].expand(n, -1) for x in logits)
+            first, *others = (x[b, node].repeat(n, 1) for x in logits)  # copies: a processor may write into its scores
             expert = _constrained(first, texts, of_row)
             experts[b, node] = expert[b]
-            drawn[b, node] = _draw_next(target, expert, others, text=texts, rules=of_row)[b]
+            own = dict(text=texts, rules=of_row, done=state.done[b].expand(n))
+            drawn[b, node] = _draw_next(target, expert, others, **own)[b]
             text = torch.cat([text, drawn[b, node:node+1]])
             node = _child(tree, b, node, drawn[b, node])
     return drawn, (experts, *logits[1:])
@@ -230,5 +256,5 @@ def _of_row(rules, b):
         if type(processor) is not PrefixConstrainedLogitsProcessor: return processor
         allowed = processor._prefix_allowed_tokens_fn
         alone = PrefixConstrainedLogitsProcessor(lambda _, text: allowed(b, text), num_beams=1)
-        return lambda text, scores: alone(text[:1], scores[b:b+1]).expand(len(text), -1)
+        return lambda text, scores: _applied(alone, text[:1], scores[b:b+1]).expand(len(text), -1)
     return replace(rules, hard=[own(p) for p in rules.hard], soft=[own(p) for p in rules.soft])

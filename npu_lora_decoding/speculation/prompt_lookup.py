@@ -7,6 +7,7 @@ __all__ = ['match_lengths', 'paths', 'PromptLookup']
 
 # %% ../../nbs/4_speculation/02_prompt_lookup.ipynb #c8cd0370
 from dataclasses import dataclass
+from numbers import Integral
 import torch
 from ..foundations.errors import require
 from ..decoding.tree import Tree
@@ -59,10 +60,12 @@ class PromptLookup(AdaptiveDrafter):
     adaptive:bool=True  # Verify only as many draft tokens as pay
 
     def __post_init__(self):
-        are_whole = all(isinstance(n, int) for n in (self.draft_tokens, self.max_ngram, self.min_ngram))
+        given = (self.draft_tokens, self.max_ngram, self.min_ngram)
+        are_whole = all(isinstance(n, Integral) and not isinstance(n, bool) for n in given)
         require(are_whole and self.draft_tokens >= 1 and self.max_ngram >= self.min_ngram >= 1,
                 f'{self.draft_tokens} draft tokens after a match of {self.min_ngram} to {self.max_ngram} tokens',
                 'give at least 1 of each, and max_ngram no smaller than min_ngram')
+        require(self.draft_tokens <= 1024, f'{self.draft_tokens} draft tokens', 'give at most 1024')
         texts = map(torch.as_tensor, self.corpus)
         self.corpus = tuple(text.flatten().long() for text in texts)
         self.max_draft_depth = self.draft_tokens

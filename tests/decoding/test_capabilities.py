@@ -137,6 +137,12 @@ def test_positions_of_ones_own_are_kept():
     )
 
 
+def test_prompts_that_end_in_padding_have_the_model_s_own_positions():
+    right = dict(input_ids=IDS.flip(-1), attention_mask=MASK.flip(-1))
+    same_as_generate(toy_model(), **right)
+    refused(toy_model(), Decoder(drafter=PromptLookup()), 'a prompt ends in padding.*: leave the drafter out', **right)
+
+
 def test_caches_of_another_kind_are_kept():
     model = toy_model()
     same_as_generate(model, cache_implementation='static')
@@ -236,3 +242,119 @@ def test_lists_lie_within_each_other():
     families = set(capabilities.FORWARD_FAMILIES)
     assert families >= set(capabilities.TREE_FAMILIES) and families >= set(capabilities.STATIC_FAMILIES)
     assert {'llama', 'qwen2', 'qwen3', 'mistral', 'gemma2', 'gemma3_text', 'phi3'} <= set(capabilities.TREE_FAMILIES)
+
+
+def test_kinds_of_layers_that_a_family_does_not_read_take_no_drafts():
+    sizes = dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, sliding_window=6)
+    model = family('mistral', layer_types=['full_attention'] * 2, **sizes)
+    same_as_generate(model)
+    refused(model, Decoder(drafter=PromptLookup()), 'mistral does not read the layer_types of its configuration')
+    same_as_generate(family('mistral', **sizes), Decoder(drafter=PromptLookup()))
+
+
+# --- Code of other people
+
+
+def test_inputs_prepared_by_a_class_of_ones_own():
+    class Shifted(type(toy_model())):
+        def _update_model_kwargs_for_generation(self, outputs, inputs, **options):
+            inputs = super()._update_model_kwargs_for_generation(outputs, inputs, **options)
+            return inputs | dict(position_ids=inputs['position_ids'] + 1)
+
+    model = lively(Shifted(toy_model().config).eval())
+    bare = lively(toy_model())
+    assert not torch.equal(model.generate(**OPTIONS), bare.generate(**OPTIONS))
+    same_as_generate(model)
+    refused(model, Decoder(drafter=PromptLookup()), 'Shifted prepares its inputs in a way of its own')
+    prepare = bare.prepare_inputs_for_generation
+
+    def counted(input_ids, **kwargs):
+        return prepare(input_ids, **kwargs)
+
+    bare.prepare_inputs_for_generation = counted
+    refused(bare, Decoder(drafter=PromptLookup()), 'prepares its inputs in a way of its own')
+
+
+def last_only(module, inputs, output):
+    "A steering vector for the last token"
+    state = (output[0] if isinstance(output, tuple) else output).clone()
+    state[:, -1] += 0.8
+    return (state, *output[1:]) if isinstance(output, tuple) else state
+
+
+def hooked(model):
+    model.model.layers[0].register_forward_hook(last_only)
+
+
+def replaced(model):
+    layer = model.model.layers[0]
+    forward = layer.forward
+    layer.forward = lambda state, *given, **named: last_only(layer, None, forward(state, *given, **named))
+
+
+class Mixing(torch.nn.Module):
+    def __init__(self, below):
+        super().__init__()
+        self.below = below
+
+    def forward(self, x):
+        return last_only(self, None, self.below(x))
+
+
+def exchanged(model):
+    model.model.layers[0].mlp = Mixing(model.model.layers[0].mlp)
+
+
+@pytest.mark.parametrize('change', [hooked, replaced, exchanged])
+def test_layers_that_may_read_other_tokens_take_no_drafts(change):
+    model = lively(toy_model())
+    before = model.generate(**OPTIONS)
+    change(model)
+    assert not torch.equal(model.generate(**OPTIONS), before)
+    same_as_generate(model)
+    refused(
+        model, Decoder(drafter=PromptLookup()), 'model.layers.0.* has a forward or a hook .*: leave the drafter out'
+    )
+
+
+def test_a_hook_that_vouches_for_itself_takes_drafts():
+    model = lively(toy_model())
+
+    def everywhere(module, inputs, output):
+        return output + 0.8
+
+    model.model.layers[0].mlp.register_forward_hook(everywhere)
+    refused(model, Decoder(drafter=PromptLookup()), 'its attribute token_wise can deny it')
+    everywhere.token_wise = True
+    same_as_generate(model, Decoder(drafter=PromptLookup(adaptive=False)))
+
+
+def test_a_replaced_forward_is_the_model_s_own():
+    model = lively(toy_model())
+    forward = model.forward
+
+    def first_only(*given, **named):
+        out = forward(*given, **named)
+        if out.logits.shape[1] == 1:
+            out.logits = out.logits.roll(1, -1)
+        return out
+
+    model.forward = first_only
+    same_as_generate(model)
+    refused(model, Decoder(drafter=PromptLookup()), 'has a forward of its own')
+
+
+def test_attention_of_ones_own_is_not_compiled():
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    def cool(module, query, *given, **named):
+        return sdpa_attention_forward(module, query * 2, *given, **named)
+
+    AttentionInterface.register('cool', cool)
+    AttentionMaskInterface.register('cool', ALL_MASK_ATTENTION_FUNCTIONS['sdpa'])
+    model = lively(toy_model())
+    model.set_attn_implementation('cool')
+    same_as_generate(model)
+    refused(model, Decoder(compile=True), "attention of the kind 'cool': give compile=False")

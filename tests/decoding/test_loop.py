@@ -23,6 +23,7 @@ from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter, to
 from npu_lora_decoding.foundations.models import FAMILIES, embedded_folder, load_tokenizer
 from npu_lora_decoding.decoding.loop import LM
 from npu_lora_decoding.decoding.tree import Tree
+from npu_lora_decoding.speculation.prompt_lookup import PromptLookup
 from helpers.loops import EndsOn, N, Pair, eager_dynamo, generate, same
 
 WINDOWED = ('mistral', 'gemma2', 'gemma3_text')
@@ -371,12 +372,25 @@ def test_a_streamer_gets_what_transformers_gives_it(llama, peft, where, lengths)
     ids, mask = prompts(lengths)
     answer = generate(model, ids, mask, streamer=(theirs := Collects()))
     assert theirs.got == [ids.flatten().tolist(), *answer.T[ids.shape[1] :].tolist(), 'end']
-    for drafter in (None, *([PlantedDrafter(answer, 5, 0.9)] if len(ids) == 1 else [])):
+    for drafter in (None, PlantedDrafter(answer, 5, 0.9)):
         ours = Collects()
         decoder = Decoder(drafter=drafter, streamer=ours if where in ('bound', 'both') else None)
         called = (lambda *args, **kw: decoder(*args, **kw)) if where == 'wrapped' else decoder
         same(generate(model, ids, mask, called, **(dict(streamer=ours) if where != 'bound' else {})), answer)
         assert ours.got == theirs.got
+
+
+@pytest.mark.parametrize('drafter', [None, PromptLookup(adaptive=False)], ids=['plain', 'lookup'])
+def test_ended_texts_are_filled_in_a_stream(llama, drafter):
+    ids, mask = prompts((7, 3, 5))
+    free = generate(llama, ids, mask)
+    ends = torch.stack([free[0, 9], free[2, 15]])  # `generate` takes a tensor as well as a list
+    answer = generate(llama, ids, mask, streamer=(theirs := Collects()), eos_token_id=ends)
+    ended = (answer[:, 7:, None] == ends).any(-1).int().argmax(-1)
+    assert len(set(ended.tolist())) > 1  # one ends before another
+    ours = Collects()
+    same(generate(llama, ids, mask, Decoder(drafter=drafter), streamer=ours, eos_token_id=ends), answer)
+    assert ours.got == theirs.got
 
 
 def test_one_streamer_a_call(llama):

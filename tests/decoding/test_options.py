@@ -1,6 +1,7 @@
 "What a caller asks of generation counts, or is refused in one sentence: options, configurations, and names in the place of parts"
 
 import pathlib
+import numpy as np
 import pytest, torch
 from transformers import GenerationConfig
 from npu_lora_decoding.cold.rule import CoLD
@@ -33,7 +34,7 @@ def refused(call):
 BAD = {
     'max_new_tokens': [0, -3, 2.5, 'a', True, NAN],
     'min_new_tokens': [-1, 0.5],
-    'temperature': [-1.0, NAN, 'hot', float('inf')],
+    'temperature': [-1.0, NAN, 'hot', float('inf'), 10**400],
     'top_p': [-0.1, 1.1, NAN, 'x'],
     'top_k': [-1, 2.5, NAN],
     'min_p': [-0.1, 1.1, NAN],
@@ -41,7 +42,7 @@ BAD = {
     'repetition_penalty': [0, -1, NAN],
     'no_repeat_ngram_size': [-1, 1.5],
     'num_return_sequences': [0, 2.5],
-    'seed': ['a', 1.5],
+    'seed': ['a', 1.5, 2**64, -(2**70)],
     'stop_strings': [5, '', [''], []],
     'logits_processor': ['x', [3]],
     'stopping_criteria': ['x', [3]],
@@ -49,7 +50,9 @@ BAD = {
     'target': ['cold', None, CoLD],
     'drafter': ['lookup', PromptLookup, 5],
     'memory': ['temp_lora', TempLoRA],
-    'suppress_tokens': ['a'],
+    'suppress_tokens': ['a', [None]],
+    'pad_token_id': [torch.tensor([2, 3])],
+    'forced_eos_token_id': [{}, [None]],
     'eos_token_id': ['a'],
     'attention_mask': [1],
     'custom_generate': ['x'],
@@ -57,12 +60,15 @@ BAD = {
 }
 
 
+NAMED_BY_ITS_VALUE = ('suppress_tokens', 'eos_token_id', 'pad_token_id', 'forced_eos_token_id')
+
+
 @pytest.mark.parametrize('name', BAD)
 @pytest.mark.parametrize('sample', [False, True])
 def test_values_that_mean_nothing(name, sample):
     for value in BAD[name]:
         options = dict(do_sample=sample, max_new_tokens=3) | {name: value}
-        assert name in refused(lambda: LM.generate(PROMPT, **options)) or name in ('suppress_tokens', 'eos_token_id')
+        assert name in refused(lambda: LM.generate(PROMPT, **options)) or name in NAMED_BY_ITS_VALUE
         if isinstance(value, float) and name in GenerationConfig().to_dict() and name != 'max_new_tokens':
             config = GenerationConfig(do_sample=sample, max_new_tokens=3)
             setattr(config, name, value)
@@ -72,6 +78,14 @@ def test_values_that_mean_nothing(name, sample):
 def test_temperature_zero_is_greedy_unless_tokens_are_drawn():
     assert LM.generate(PROMPT, max_new_tokens=3, temperature=0).texts == LM.generate(PROMPT, max_new_tokens=3).texts
     assert 'do_sample=False' in refused(lambda: LM.generate(PROMPT, do_sample=True, temperature=0))
+
+
+@pytest.mark.parametrize('kind', [torch.tensor, np.float64, np.float32, np.asarray], ids=str)
+def test_numbers_of_other_libraries_are_numbers(kind):
+    asked = dict(do_sample=True, max_new_tokens=6, top_k=3, temperature=0.5, no_repeat_ngram_size=2, seed=7)
+    whole = kind if kind in (torch.tensor, np.asarray) else np.int64
+    given = {name: (whole if isinstance(x, int) else kind)(x) for name, x in asked.items() if name != 'do_sample'}
+    assert LM.generate(PROMPT, do_sample=True, **given).texts == LM.generate(PROMPT, **asked).texts
 
 
 def test_unknown_options_are_named_with_the_nearest():
@@ -230,3 +244,11 @@ def test_model_arguments_of_the_harness(name, near):
     sentence = refused(lambda: _check_arguments({name: 1}))
     assert repr(name) in sentence and (near is None or f'did you mean {near}' in sentence)
     _check_arguments(dict(batch_size=1, max_length=64, max_batch_size=None))
+
+
+def test_huge_and_foreign_numbers_of_parts():
+    assert 'alpha is' in refused(lambda: CoLD(alpha=10**400)) and 'beta is' in refused(lambda: CoLD(beta=10**400))
+    assert PromptLookup(draft_tokens=np.int64(3)).draft_tokens == 3
+    assert 'at most 1024' in refused(lambda: PromptLookup(draft_tokens=10**9))
+    assert 'True draft tokens' in refused(lambda: PromptLookup(draft_tokens=True))
+    assert 'is_assistant' in refused(lambda: LM.generate(PROMPT, max_new_tokens=3, is_assistant=True))

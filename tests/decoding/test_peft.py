@@ -13,6 +13,7 @@ from npu_lora_decoding.foundations import lora
 from npu_lora_decoding.foundations.adapters import load_adapter
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.foundations.lora import AdapterBank
+from npu_lora_decoding.speculation.prompt_lookup import PromptLookup
 from quantised_toys import LIBRARIES, HalfOutput, OddKind, Packed, RoundedInput, swapped
 
 NOT_BUILT = {'LORA, LoftQ', 'MULTITASK_PROMPT_TUNING'}  # want bitsandbytes; PEFT's `generate` cannot
@@ -114,6 +115,16 @@ def test_bank_beside_an_adapter_of_peft(expert, tmp_path):
     alone = AdapterBank(base, [load_adapter(folder, base)])
     got = peft_sweep.generate(inner, custom_generate=Decoder(CoLD(), bank=bank))
     assert torch.equal(got, peft_sweep.generate(base, custom_generate=Decoder(CoLD(), bank=alone)))
+
+
+def test_without_an_active_adapter_it_is_the_base(expert):
+    expert.base_model.set_adapter([])
+    want = peft_sweep.generate(expert)
+    assert torch.equal(want, peft_sweep.generate(peft_sweep.toy_model()))
+    for drafter in (None, PromptLookup()):
+        assert torch.equal(peft_sweep.generate(expert, custom_generate=Decoder(drafter=drafter)), want)
+    message = sentence(lambda: peft_sweep.generate(expert, custom_generate=Decoder(CoLD())))
+    assert 'there is no adapter' in message
 
 
 def test_memory_over_what_no_bank_holds_is_refused():
