@@ -48,7 +48,7 @@ class _Recorder:
             cache = kwargs.get('past_key_values')
             rows, t = ids.shape
             self.note(part, rows, t, 0 if cache is None else int(cache.get_seq_length()))
-        hook.token_wise = True  # it changes nothing, so drafts stay exact (`1_decoding/06_capabilities`)
+        setattr(hook, 'token_wise', True)  # it changes nothing, so drafts stay exact (`1_decoding/06_capabilities`)
         return hook
 
     def head_hook(self, module, args, kwargs):

@@ -128,7 +128,7 @@ SMALL = dict(
     max_source_positions=64,
 )
 
-DEFAULT = object()  # Leaves a field as the family has it
+DEFAULT = 'default'  # Leaves a field as the family has it
 
 _ROPE = dict(rope_type='default', rope_theta=10_000.0)
 _SHARED_BLOCK = dict(
@@ -324,7 +324,7 @@ def _given(fields, overrides):
         place = fields
         for part in parts:
             place = place.setdefault(part, {})
-        if value is DEFAULT:
+        if value == DEFAULT:
             place.pop(last, None)
         else:
             place[last] = value
