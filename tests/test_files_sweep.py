@@ -282,6 +282,7 @@ def wanted_of(command, rows, text=None):
     return [(p.replace('大', text), a.replace('大', text) if a else a) for p, a in rows] if text else rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', TABLES)
 def test_formats(name, outcome, tmp_path):
     command = TABLES[name]

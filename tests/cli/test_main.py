@@ -67,6 +67,7 @@ def test_a_mistake_is_one_sentence(argv, message, monkeypatch, capsys):
     assert left.value.code == 2 and message in error and len(error.strip().split('\n')) == 1
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_process_of_its_own():
     done = nld('generate', 'hi', '--alpha', '0')
     assert done.returncode == 2 and done.stderr == 'nld: alpha is 0.0: choose it above 0 and up to 1.\n'

@@ -55,11 +55,13 @@ def test_every_family_is_swept_or_named_with_a_reason():
     assert set(KNOWN) == set(CASES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [name for name in CASES if name in CORE or is_due(name)])
 def test_part(name, tmp_path):
     check(name, QUICK, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['llama', 'gemma2'])
 def test_static_cache(name, tmp_path):
     check(name, ('static', 'static_drafts'), tmp_path)

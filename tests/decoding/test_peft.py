@@ -54,6 +54,7 @@ EXPECTED = {  # Tuner -> outcomes in memory, and from its folder
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tuner', EXPECTED)
 def test_tuner(tuner):
     rows = peft_sweep.sweep([tuner])

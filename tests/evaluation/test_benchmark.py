@@ -200,6 +200,7 @@ def test_equality_is_promised_for_fp32_only(lm, folder):
 # --- judging once
 
 
+@pytest.mark.slow
 def test_a_method_that_drafts_is_judged_once_with_the_one_it_equals(lm, folder, monkeypatch):
     "...unless what it wrote differs: then it is judged for itself"
     import npu_lora_decoding.evaluation.benchmark as measure

@@ -357,6 +357,7 @@ def compared(toy):
     )
 
 
+@pytest.mark.slow
 def test_rows_are_complete(compared):
     rows, _, names = compared
     *rows, environment = json.loads(json.dumps(rows))
@@ -389,6 +390,7 @@ def test_rows_are_complete(compared):
     )
 
 
+@pytest.mark.slow
 def test_equal_answers_score_equally(compared):
     "Whoever writes the same gets the same score on every item, batched or not, ours or not"
     scores = {r['method']: r['scores'] for r in compared[0] if 'scores' in r}
@@ -404,6 +406,7 @@ def test_equal_answers_score_equally(compared):
     assert scores['cold'] == scores['cold_naive'] == scores['cold_hass_chain']
 
 
+@pytest.mark.slow
 def test_work_is_counted(compared):
     work = {r['method']: r['flops_per_token'] for r in compared[0] if 'flops_per_token' in r}
     assert (
@@ -417,6 +420,7 @@ def test_work_is_counted(compared):
     )
 
 
+@pytest.mark.slow
 def test_a_page_of_a_real_comparison(compared):
     rows, looks, names = compared
     tags = Strict(whole := page(rows, looks))
@@ -430,6 +434,7 @@ def test_a_page_of_a_real_comparison(compared):
     assert tags.seen['dd'] == 2 * (len(names) + 1) and 'title="contrast' not in whole and 'contrast ' in whole
 
 
+@pytest.mark.slow
 def test_the_full_table(compared):
     rows, *_ = compared
     plain = table(rows).split('\n')
@@ -457,6 +462,7 @@ def test_an_assistant_of_another_family_is_refused(toy, tmp_path):
 # --- the command
 
 
+@pytest.mark.slow
 def test_compare_writes_table_page_and_rows(toy, tmp_path, capsys):
     (tmp_path / 'mine.csv').write_text('ask,want\n' + ''.join(f'say {i},{i}\n' for i in range(20)))
     (tmp_path / 'long.txt').write_text('the same again and again, ' * 60)

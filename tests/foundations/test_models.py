@@ -848,6 +848,7 @@ def other(request, tmp_path):
     return load(toy_folder(tmp_path / 'm', model))
 
 
+@pytest.mark.slow
 def test_any_causal_family_loads_and_decodes(other):
     options = dict(max_new_tokens=9, do_sample=False, eos_token_id=None)
     ids, mask = encode(other, ['hello', 'abc abc'])

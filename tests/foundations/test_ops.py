@@ -322,6 +322,7 @@ class Thrice(torch.nn.Module):
         return x
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_packed_weights_are_shared(monkeypatch):
     if not (ops.compiles() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):

@@ -28,6 +28,7 @@ CHOICES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('choice', CHOICES)
 def test_equal_to_peft(choice, tmp_path):
     folder = toy_adapter(BASE, tmp_path / 'a', **CHOICES[choice])

@@ -288,6 +288,7 @@ def test_other_layouts_are_named(tmp_path, target, named):
             load_head(folder, target)
 
 
+@pytest.mark.slow
 def test_the_remedy_for_pickled_weights_works(tmp_path, target):
     import os, subprocess, sys
 

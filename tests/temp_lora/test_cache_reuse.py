@@ -27,6 +27,7 @@ shapes = st.integers(2, 12).flatmap(
 )
 
 
+@pytest.mark.slow
 @examples(max_examples=60)
 @given(shapes, st.sampled_from(RULES), st.sampled_from([0.0, 3e-3]), st.integers(20, 120))
 def test_reading_is_reading(shape, rule, lr, length):
