@@ -17,13 +17,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ['torch', 'transformers', 'peft', 'matplotlib.pyplot', 'nbdev.test']
 
-# What `make test` leaves to `make test-all`: the longest, of which none is on the way to the three methods
+# What `make test` leaves to `make test-all`: the longest, none of which builds one of the three methods
 SLOW = [
     '0_foundations/10_ops', '3_hass/08_continuous_batching', '3_hass/09_self_chat', '3_hass/10_features',
     '3_hass/11_acceptance', '3_hass/12_initialization', '3_hass/15_train', '3_hass/16_pipeline',
     '4_speculation/04_compiled_draft', '4_speculation/05_head_drafter', '5_temp_lora/06_budget',
-    '5_temp_lora/07_translation', '6_evaluation/03_flops', '6_evaluation/04_benchmark', '6_evaluation/09_draft_plots',
-    '6_evaluation/05_equivalence', '6_evaluation/10_html_report', '8_cli/04_memory', '8_cli/05_compare',
+    '5_temp_lora/07_translation', '6_evaluation/03_flops', '6_evaluation/04_benchmark',
+    '6_evaluation/05_equivalence', '6_evaluation/09_draft_plots', '6_evaluation/10_html_report',
+    '6_evaluation/12_lm_eval', '7_serving/01_hf_generate', '7_serving/08_web_demo', '8_cli/04_memory',
+    '8_cli/05_compare', 'tutorials/00_tour', 'tutorials/when_contrast_pays',
 ]
 
 
