@@ -80,7 +80,7 @@ def test_temperature_zero_is_greedy_unless_tokens_are_drawn():
     assert 'do_sample=False' in refused(lambda: LM.generate(PROMPT, do_sample=True, temperature=0))
 
 
-@pytest.mark.parametrize('kind', [torch.tensor, np.float64, np.float32, np.asarray], ids=str)
+@pytest.mark.parametrize('kind', [torch.tensor, np.float64, np.float32, np.asarray], ids=['tensor', 'float64', 'float32', 'array'])
 def test_numbers_of_other_libraries_are_numbers(kind):
     asked = dict(do_sample=True, max_new_tokens=6, top_k=3, temperature=0.5, no_repeat_ngram_size=2, seed=7)
     whole = kind if kind in (torch.tensor, np.asarray) else np.int64
