@@ -149,7 +149,7 @@ def test_runs_share_a_folder_and_an_adapter_counts(model, tmp_path, capsys):
         (None, ['--data', 'a', '--prompts', 'b'], 'conversations and prompts are both given'),
         (None, ['--recipe', 'eagle3'], "unknown recipe 'eagle3'"),
         (None, ['--optimizer', 'sgd'], "optimizer is 'sgd'"),
-        (None, ['--conversations', '0'], 'per_shard is 0'),
+        (None, ['--conversations', '0'], '--conversations is 0'),
     ],
 )
 def test_refused(model, tmp_path, rows, options, message):
@@ -433,7 +433,7 @@ def test_every_option_of_export_arrives(model, toy_head, tmp_path, monkeypatch, 
     [
         (['--engine', 'tgi'], "unknown engine 'tgi': use one of vllm, sglang"),
         (['--dtype', 'int4'], "unknown dtype 'int4'"),
-        (['--tokens', '0'], '0 draft tokens of a forward pass'),
+        (['--tokens', '0'], '--tokens is 0'),
     ],
 )
 def test_export_refused(model, toy_head, tmp_path, options, message):
