@@ -114,7 +114,6 @@ ASKS = (
     'guidance',
     'contrastive search',
     'filled cache',
-    'own positions',
     'flex attention',
     'max_length',
 )
@@ -188,8 +187,8 @@ REFUSED = {  # a part of the sentence -> when it, or another that holds as well,
     'does not return scores': lambda c: c.ask == 'scores',
     'passes of its own': lambda c: c.ask == 'guidance',
     'leave penalty_alpha': lambda c: c.ask == 'contrastive search',
-    'continue from a filled cache': lambda c: c.ask == 'filled cache',
-    'counts positions itself': lambda c: c.ask == 'own positions',
+    'continue from a filled cache': lambda c: c.ask == 'filled cache' and not c.entry.startswith('lm'),
+    'sets past_key_values itself': lambda c: c.ask == 'filled cache' and c.entry.startswith('lm'),
     'trees need a mask': lambda c: c.ask == 'flex attention',
     'values of alpha or beta': lambda c: c.target == 'each' and c.batch != 'three',
     'there is no adapter': lambda c: cold(c) and c.memory == 'none' and c.entry.endswith(('no adapter', 'off')),
@@ -588,7 +587,6 @@ def asked(c):
             'contrastive search': dict(penalty_alpha=0.6),
             'flex attention': {},
             'max_length': dict(max_length=12),
-            'own positions': dict(position_ids=torch.arange(3, 3 + t)[None].expand(len(batch(c)[0]), -1)),
         }.get(c.ask)
         if c.ask != 'filled cache'
         else dict(past_key_values=filled(subject(c.family).bare(c)))

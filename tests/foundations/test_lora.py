@@ -204,6 +204,7 @@ class Block(torch.nn.Module):
         for name in ('q_proj', 'k_proj', 'v_proj'):
             setattr(self, name, torch.nn.Linear(6, 6))
         self.device = torch.device('cpu')
+        self.dtype = torch.float32
 
 
 def test_layers_collect_only_what_was_computed_from_their_own_input():
