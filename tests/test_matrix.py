@@ -9,7 +9,7 @@ import contextlib, io, random, sys, tempfile, time
 from collections import Counter, namedtuple
 from dataclasses import replace
 from functools import cached_property, lru_cache
-from itertools import combinations, product
+from itertools import combinations, product, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -601,8 +601,8 @@ def options(c):
         out |= dict(temperature=1.3, top_k=0)
     elif c.how != 'greedy':
         out['logits_processor'] = LogitsProcessorList(HOW[c.how])
-    if eos:
-        out['eos_token_id'] = eos
+    if eos or of_lm(c):
+        out['eos_token_id'] = eos or None  # None: lm.generate would take the tokenizer's end token
     stops = [Pair(set(pairs))] * bool(pairs)
     if words and of_lm(c):
         out['stop_strings'] = words
@@ -625,11 +625,12 @@ def stream_of(c):
     return TextStreamer(subject(c.family).tokenizer, skip_prompt=True) if c.stream == 'text' else None
 
 
-def streamed(c, stream, printed, ids, steps, tokens):
+def streamed(c, stream, printed, ids, tokens):
     "Check that what was streamed is what was generated"
     if c.stream == 'tokens':
-        batches = [[t[i].id for t in x.tokens if i < len(t)] for x in steps for i in range(max(map(len, x.tokens)))]
-        assert stream.got == [ids.flatten().tolist(), *batches, 'end'], 'the stream is another text'
+        pad = subject(c.family).lm.pad_id if of_lm(c) else 0
+        columns = [list(column) for column in zip_longest(*tokens, fillvalue=pad)]  # as plain decoding streams them
+        assert stream.got == [ids.flatten().tolist(), *columns, 'end'], 'the stream is another text'
     if c.stream == 'text':
         text = subject(c.family).tokenizer.decode(tokens[0], skip_special_tokens=of_lm(c))
         assert printed == text + '\n', 'the stream is another text'
@@ -672,7 +673,7 @@ def run(c, bench):
                 **dict(return_dict_in_generate=True) | kw,
             )
     tokens = [[t.id for x in out.steps for t in x.tokens[b]] for b in range(len(ids))]
-    streamed(c, stream, printed.getvalue(), ids, out.steps, tokens)
+    streamed(c, stream, printed.getvalue(), ids, tokens)
     returned(c, s, ids, out, tokens)
     return tokens, out.steps
 
