@@ -35,33 +35,46 @@ HEAVY = ['torch', 'transformers', 'peft', 'accelerate', 'matplotlib.pyplot', 'hy
 COPIED = ['nbs', 'npu_lora_decoding', 'tests', 'tools', 'kernels', 'settings.ini', 'pyproject.toml', 'setup.py', 'README.md']
 LINKED = ['results', 'docs']
 
-# Where the tests of a module are if not in the file of its name
+# Where the tests of a module are if not, or not only, in the file of its name; the quickest first
 TESTS = {
     'foundations.errors': ['foundations/test_files.py'],
     'foundations.devices': ['foundations/test_files.py'],
     'foundations.timing': ['foundations/test_files.py'],
-    'foundations.adapters': ['foundations/test_models.py'],
+    'foundations.adapters': ['foundations/test_adapter_config.py', 'foundations/test_targets.py', 'foundations/test_models.py'],
+    'foundations.models': ['foundations/test_prompts.py', 'foundations/test_models.py'],
+    'foundations.model_shape': ['temp_lora/test_adapter.py'],
+    'foundations.training': ['temp_lora/test_adapter.py', 'hass/test_train.py'],
     'decoding.runner': ['decoding/test_loop.py'],
-    'decoding.sampling': ['decoding/test_loop.py'],
-    'decoding.hf_bridge': ['decoding/test_loop.py'],
+    'decoding.sampling': ['decoding/test_sampling.py', 'decoding/test_loop.py'],
+    'decoding.hf_bridge': ['decoding/test_options.py', 'decoding/test_loop.py'],
+    'decoding.capabilities': ['decoding/test_capabilities.py', 'decoding/test_families.py'],
+    'decoding.loop': ['decoding/test_peft.py', 'decoding/test_options.py', 'decoding/test_loop.py'],
+    'cold.tune': ['evaluation/test_html_report.py'],
     'hass.checkpoint': ['hass/test_head.py'],
     'hass.ring_cache': ['hass/test_self_chat.py'],
     'hass.continuous_batching': ['hass/test_self_chat.py'],
     'hass.config': ['hass/test_train.py'],
+    'hass.training_step': ['hass/test_train.py'],
     'speculation.joint': ['speculation/test_prompt_lookup.py'],
     'speculation.compiled_draft': ['speculation/test_head_drafter.py'],
     'temp_lora.checkpoint': ['temp_lora/test_adapter.py'],
+    'temp_lora.budget': ['temp_lora/test_generation.py'],
     'evaluation.judging': ['evaluation/test_benchmark.py'],
     'evaluation.methods': ['evaluation/test_benchmark.py'],
     'evaluation.equivalence': ['evaluation/test_benchmark.py'],
     'evaluation.recommend': ['evaluation/test_html_report.py'],
+    'evaluation.draft_plots': ['serving/test_web_demo.py'],
     'evaluation.pareto': ['evaluation/test_html_report.py'],
+    'evaluation.lm_eval': ['decoding/test_options.py'],
     'serving.vllm_worker': ['serving/test_vllm_process.py'],
     'serving.vllm_client': ['serving/test_vllm_plugin.py'],
     'serving.vllm_pairing': ['serving/test_vllm_plugin.py'],
     'cli.registry': ['cli/test_main.py'],
-    'cli.decoding': ['cli/test_main.py'],
+    'cli.decoding': ['cli/test_numbers.py', 'cli/test_main.py'],
+    'cli.memory': ['cli/test_numbers.py', 'cli/test_main.py'],
     'cli.compare': ['cli/test_main.py'],
+    'cli.adapter': ['cli/test_main.py'],
+    'cli.doctor': ['evaluation/test_kernel_check.py'],
 }
 
 
