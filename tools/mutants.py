@@ -7,16 +7,18 @@
 
 A bug changes one comparison, sum, number, condition, return value, bound or statement of an exported cell, in the notebook
 and in the module made of it. It counts as found when the tests of its module (tests/<chapter>/test_<module>.py, or those
-named in TESTS) or its notebook fail, or take much longer than without it. Nothing in the checkout is touched: each worker
-has a copy. The survivors are printed with their place and their diff; tests/README.md says what became of them.
+named in TESTS) or its notebook fail, or take much more processor time than without it. Nothing in the checkout is touched:
+each worker has a copy. The survivors are printed with their place and their diff; tests/README.md says what became of them.
 """
 import argparse
 import ast
 import difflib
 import json
+import math
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -34,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ['torch', 'transformers', 'peft', 'accelerate', 'matplotlib.pyplot', 'hypothesis', 'pytest', 'nbdev.test']
 COPIED = ['nbs', 'npu_lora_decoding', 'tests', 'tools', 'kernels', 'settings.ini', 'pyproject.toml', 'setup.py', 'README.md']
 LINKED = ['results', 'docs']
+IDLE = 10  # Times the processor time that a trial may take, until it counts as waiting for ever
 
 # Where the tests of a module are if not, or not only, in the file of its name; the quickest first
 TESTS = {
@@ -269,9 +272,11 @@ def plant(folder, mutant):
 
 # --- Trials
 
-def trial(folder, tests, notebook, slow):
+def trial(folder, tests, notebook, slow, *, seconds):
     "Export the notebook, run the tests and then the notebook; leave with status 0 where nothing fails"
     os.setsid()  # so that what the tests start can be ended with them
+    # Of the processor: a busy or suspended machine must not look like a bug that was found
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     os.chdir(folder)
     sys.path[:0] = [str(folder), str(folder/'kernels')]
     os.environ['PYTHONPATH'] = os.pathsep.join(sys.path[:2])
@@ -294,9 +299,12 @@ def trial(folder, tests, notebook, slow):
 def ends_well(folder, nb, options, seconds):
     "Return whether a trial in a process of its own ends in time and with status 0"
     context = multiprocessing.get_context('forkserver')
-    process = context.Process(target=trial, args=(folder, tests_of(nb.module), nb.name, options.slow))
+    process = context.Process(
+        target=trial,
+        args=(folder, tests_of(nb.module), nb.name, options.slow),
+        kwargs=dict(seconds=math.ceil(seconds)))
     process.start()
-    process.join(seconds)
+    process.join(IDLE * seconds)
     if process.is_alive():
         os.killpg(process.pid, signal.SIGKILL)
         process.join()

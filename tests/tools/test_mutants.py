@@ -2,9 +2,12 @@
 
 import ast
 import json
+from pathlib import Path
 import pytest
-from book import Notebook
-from mutants import mutants_of, plant
+from book import Notebook, book
+from mutants import TESTS, mutants_of, plant
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def notebook(*sources):
@@ -69,3 +72,8 @@ def test_a_bug_is_taken_out_again(tmp_path):
     undo()
     assert path.read_text() == before
     assert mutant.diff() == '@@ -1,2 +1,2 @@\n #| export\n-x = 1\n+x = 2'
+
+
+def test_the_tests_of_a_module_are_there():
+    assert set(TESTS) <= {nb.module for nb in book()}
+    assert all((ROOT / 'tests' / file).exists() for files in TESTS.values() for file in files)
