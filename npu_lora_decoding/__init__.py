@@ -46,4 +46,5 @@ def __getattr__(name):
 
 def __dir__(): return sorted(__all__)
 
+importlib.import_module(f'{__name__}.foundations.threads')  # how torch's threads wait is decided before torch is loaded
 importlib.import_module(f'{__name__}._moved')  # names the new place of modules that were renamed in 0.2.0

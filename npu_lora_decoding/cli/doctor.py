@@ -12,6 +12,7 @@ from ..foundations import ops
 from ..foundations.errors import DecodingError
 from ..foundations.devices import has_device, import_npu
 from ..foundations.files import cache_dir, save_rows
+from ..foundations.threads import waiting
 from ..foundations.tasks import king_james
 from ..foundations.models import EMBEDDED
 from ..evaluation.methods import load_target
@@ -38,7 +39,8 @@ def _findings():
     "Yield (name, what was found) for everything that decoding can use"
     env = environment()
     versions = ', '.join(f'{name} {env[name]}' for name in ('python', 'torch', 'transformers', 'peft'))
-    yield 'versions', f'{versions} ({env["cores"]} threads)'
+    yield 'versions', versions
+    yield 'threads', f'{env["cores"]}, {waiting()}'
     yield 'cuda', 'usable' if has_device('cuda') else 'no CUDA device is present'
     yield 'npu', _npu_state()
     yield 'compile', 'usable' if ops.compiles() else 'no C++ compiler: decode with compile=False, or install g++'

@@ -16,7 +16,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from ..foundations.errors import require
 from ..foundations.models import text_config
-from .baseline import positions_of
+from .baseline import folding_head, positions_of
 
 # %% ../../nbs/1_decoding/06_capabilities.ipynb #51af4930
 class PreparedRunner:
@@ -33,7 +33,7 @@ class PreparedRunner:
     def _run(self, **which):
         "Run one forward pass; return the logits after the last token `(b, 1, v)`, as the only role"
         prepared = self.model.prepare_inputs_for_generation(self.text, **which, **self.inputs)
-        out = self.model(**prepared, return_dict=True)
+        with folding_head(self.model): out = self.model(**prepared, return_dict=True)
         has_encoder = self.model.config.is_encoder_decoder
         self.inputs = self.model._update_model_kwargs_for_generation(out, self.inputs, is_encoder_decoder=has_encoder)
         return (out.logits[:, -1:],)

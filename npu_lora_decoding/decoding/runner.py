@@ -17,7 +17,7 @@ from ..foundations import ops
 from ..foundations.errors import require
 from ..foundations.models import text_config
 from ..foundations.timing import stopwatch
-from .baseline import last_logits, positions_of
+from .baseline import folded, last_logits, positions_of
 from .tree import Tree, tree_mask
 
 # %% ../../nbs/1_decoding/03_runner.ipynb #52ef6f1d
@@ -34,7 +34,7 @@ def _hidden(model, tokens, mask, positions, cache):
 
 def _prefill_hidden(model, *args):
     h = _hidden(model, *args)
-    return model.get_output_embeddings()(h[:, -1:]), h
+    return model.get_output_embeddings()(folded(h[:, -1:])), h
 
 def _step_hidden(model, *args):
     h = _hidden(model, *args)

@@ -7,6 +7,7 @@ __all__ = ['EVAL_BATCH_SIZE', 'SAMPLING', 'peft_model', 'merged_model', 'assista
            'methods', 'load_target']
 
 # %% ../../nbs/6_evaluation/02_methods.ipynb #e34cca8a
+import contextlib
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from ..foundations.errors import require
 from ..foundations.models import load_model, load_tokenizer, names_nothing, shipped_adapter
-from ..decoding.baseline import beam_search
+from ..decoding.baseline import beam_search, folding_head
 from ..decoding.hf_bridge import NEUTRAL
 from ..decoding.sampling import Plain
 from ..decoding.loop import LM, bank_of, load
@@ -118,7 +119,9 @@ def merged_model(
 def _greedily(model, lm, ids, mask, n, eos, **options):
     "Return the new tokens of transformers' `generate` without sampling"
     how = NEUTRAL | dict(max_new_tokens=n, do_sample=False, eos_token_id=list(eos) or None, pad_token_id=lm.pad_id)
-    return model.generate(input_ids=ids, attention_mask=mask, **how | options)[:, ids.shape[1]:]
+    assistant = options.get('assistant_model')
+    with folding_head(model), folding_head(assistant) if assistant else contextlib.nullcontext():
+        return model.generate(input_ids=ids, attention_mask=mask, **how | options)[:, ids.shape[1]:]
 
 def _transformers(make, assistant=None, **options):
     "Return how to build transformers' `generate` on the model that `make` returns"

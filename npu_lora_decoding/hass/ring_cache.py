@@ -53,7 +53,7 @@ def _prefill(model, head):
     "Return the keys and values of every layer after the tokens `head` `(2 layers, g, s, k)`"
     cache = DynamicCache(config=model.config)
     ids = torch.tensor([head or [0]], device=model.device)
-    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)  # nobody reads the logits
     pairs:list = []
     for layer in cache.layers: pairs += [getattr(layer, 'keys', None), getattr(layer, 'values', None)]
     problem = f'the cache of the family {model.config.model_type!r} is not made of equal key and value tensors'
