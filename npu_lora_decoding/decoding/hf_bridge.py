@@ -157,6 +157,7 @@ _RANGES:dict = {  # Option of generation -> what it may be, in words and as a te
 _ARGUMENTS = (  # Of `generate`, beside the fields of its configuration
     'generation_config', 'logits_processor', 'stopping_criteria', 'prefix_allowed_tokens_fn', 'streamer', 'assistant_model',
     'synced_gpus', 'negative_prompt_ids', 'negative_prompt_attention_mask', 'use_model_defaults', 'position_ids')
+_KNOWN_NAMES = {*_ARGUMENTS, *GenerationConfig().to_dict()}
 
 def with_numbers(
     options:dict,  # Name -> value
@@ -181,11 +182,11 @@ def check_names(
     own:tuple=(),  # More names that are known
 ):
     "Raise `DecodingError` for an option that `generate` does not know, with the nearest that it knows"
-    known = {*_ARGUMENTS, *own, *GenerationConfig().to_dict()}
-    for name in options:
+    known = {*_KNOWN_NAMES, *own}
+    for name in (name for name in options if name not in known):  # to search for the nearest takes as long as a forward pass
         near = difflib.get_close_matches(name, known, n=1)
         remedy = f'did you mean {near[0]}' if near else "see transformers' GenerationConfig for those there are"
-        require(name in known, f'generation has no option {name!r}', remedy)
+        raise DecodingError(f'generation has no option {name!r}: {remedy}.')
 
 def check_generation_config(
     config,  # Given as `generation_config`

@@ -50,6 +50,12 @@ speed_eager() {
         $speed --json $out/speed_eager.json
 }
 
+# How torch's threads wait for one another, alone and beside busy neighbours; a stopped run continues
+threads() {
+    fresh $out/threads.json
+    $python $scripts/threads.py $out/threads.json
+}
+
 # --- Equality
 
 equality() {

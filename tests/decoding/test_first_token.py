@@ -5,14 +5,16 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 from npu_lora_decoding.cold.expert import answer_loss, collate
 from npu_lora_decoding.cold.rule import CoLD
-from npu_lora_decoding.decoding import baseline, runner
+from npu_lora_decoding.decoding import baseline, hf_bridge, runner
 from npu_lora_decoding.decoding.baseline import folded, next_logits
 from npu_lora_decoding.decoding.capabilities import PreparedRunner
+from npu_lora_decoding.decoding.hf_bridge import NEUTRAL
 from npu_lora_decoding.decoding.runner import BatchRunner, CompiledRunner
 from npu_lora_decoding.decoding.tree import root_tree
 from npu_lora_decoding.evaluation.lm_eval import unmasked_logits
 from npu_lora_decoding.evaluation.methods import methods
 from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter
+from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.hass.checkpoint import save_head
 from npu_lora_decoding.hass.drafting import HeadCache, draft_chain, draft_tree
 from npu_lora_decoding.hass.head import target_weights
@@ -90,6 +92,16 @@ def test_naive_and_ring(lm, batch):
     assert copied(lm.model, lambda: next_logits(lm.model, *batch)) == 0
     ring = Ring(lm.model, 2, 32, [3, 4, 5])
     assert copied(lm.model, lambda: ring.forward(torch.tensor([5, 6]))) == 0
+
+
+def test_no_time_is_spent_on_names_that_are_known(monkeypatch):
+    "To search for the name nearest to each option took as long as the prefill"
+    asked = []
+    monkeypatch.setattr(hf_bridge.difflib, 'get_close_matches', lambda *args, **options: asked.append(args) or [])
+    hf_bridge.check_names(dict(NEUTRAL, max_new_tokens=1, temperature=1.0))
+    assert asked == []
+    with pytest.raises(DecodingError, match="no option 'tmperature': see transformers' GenerationConfig"):
+        hf_bridge.check_names(dict(tmperature=1.0))
 
 
 # --- Every method of a comparison
