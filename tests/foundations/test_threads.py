@@ -1,4 +1,4 @@
-"How threads wait is decided before torch is loaded, never against the user, and said"
+"How threads wait is decided before torch is loaded, never against the user, and shown"
 
 import os, subprocess, sys
 import pytest
@@ -28,7 +28,7 @@ def test_what_the_user_set_is_left_alone(name):
     assert answer == f'as the environment asks ({name}=7)'
 
 
-def test_too_late_is_said_and_nothing_is_set():
+def test_too_late_is_reported_and_nothing_is_set():
     "A variable that is set too late would act on other programs alone"
     shown = python(f'import torch, npu_lora_decoding; {SHOW}; {TELL}').splitlines()
     assert shown[0] == 'None True'
