@@ -1,4 +1,4 @@
-"One of several processes that train toy heads together; torchrun starts them, test_train_head.py reads what they found"
+"One of several processes that train toy heads together; torchrun starts them, tests/hass/test_train.py reads what they found"
 
 import json, os, signal, sys
 from pathlib import Path
