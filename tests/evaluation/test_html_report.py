@@ -14,7 +14,7 @@ from npu_lora_decoding.foundations.devices import generator
 from npu_lora_decoding.hass.head import DraftHead, head_config
 from npu_lora_decoding.hass.checkpoint import save_head
 from npu_lora_decoding.evaluation.methods import methods
-from npu_lora_decoding.evaluation.benchmark import compare, speed_ratio, table
+from npu_lora_decoding.evaluation.benchmark import BATCHES, compare, speed_ratio, table
 from npu_lora_decoding.foundations.files import json_rows
 from npu_lora_decoding.evaluation.html_report import Looks, acceptance_svg, frontier, page, pareto_svg
 from npu_lora_decoding.foundations.tasks import Item
@@ -236,6 +236,21 @@ def test_too_little_is_not_judged():
     assert verdicts([row('greedy', scores=shifted(0, 20)), row('cold', scores=shifted(9, 20))])[0].helps
     narrow = [row('greedy', ms_runs=[[30.0] * 3] * 3), row('hass_tree', same_as='greedy', ms_runs=[[10.0] * 3] * 3)]
     assert verdicts(narrow)[1].helps is None and '3 rounds on 3 batches' in verdicts(narrow)[1].reason
+
+
+@pytest.mark.parametrize('rounds, judged', [(1, None), (2, True)])
+def test_one_round_chooses_and_the_other_judges(rounds, judged):
+    slow = row('greedy', ms_runs=[[30.0] * BATCHES] * rounds)
+    fast = row('hass_tree', same_as='greedy', ms_runs=[[10.0] * BATCHES] * rounds)
+    assert verdicts([slow, fast])[1].helps is judged
+
+
+def test_a_reason_begins_with_one_capital_and_a_method_keeps_its_name():
+    helps = Verdict('CoLD', True, 'CoLD changes it by +2.00')
+    unjudged = Verdict('HASS', None, 'the clock ran for 1 round')
+    fails = Verdict('HASS', False, 'hass_tree is 0.90 times as fast')
+    assert recommendation([helps, unjudged]) == 'Use CoLD: CoLD changes it by +2.00. The clock ran for 1 round.'
+    assert recommendation([helps, fails]) == 'Use CoLD: CoLD changes it by +2.00. hass_tree is 0.90 times as fast.'
 
 
 def test_a_row_is_judged_on_turns_that_did_not_choose_it():
