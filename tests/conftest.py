@@ -4,6 +4,7 @@ import os
 
 # Read once, at import, by the libraries below: hence before them.
 os.environ.update(HF_HUB_OFFLINE='1', HF_HUB_DISABLE_PROGRESS_BARS='1', TOKENIZERS_PARALLELISM='false')
+os.environ.update(NLD_PROGRESS='none')
 
 import random
 import hypothesis, numpy as np, pytest, torch

@@ -9,6 +9,7 @@ __all__ = ['train_lora', 'custom_generate', 'null_adapter']
 from pathlib import Path
 from ..foundations.tasks import get_task, read_items
 from ..foundations.models import embedded_folder, names_nothing, shipped_adapter, shipped_head
+from ..foundations.progress import Stage
 from ..cold.expert import FinetuneConfig, card, finetune
 from ..evaluation.methods import load_target
 from ..serving.hf_generate import Settings, write_custom_generate
@@ -35,7 +36,7 @@ def train_lora(
     "Train a LoRA adapter; Ctrl-C saves, the same command continues"
     kept = numbers_of(snapshots, '--snapshots', int)
     lm, _ = load_target(model, 'none', dtype, device)
-    items = read_items(prompts) if prompts else get_task(task, data).train
+    with Stage('reading the items'): items = read_items(prompts) if prompts else get_task(task, data).train
     config = FinetuneConfig(
         steps=steps, batch=batch, r=rank, alpha=2*rank, lr=lr, seed=seed, save_every=25, snapshots=kept)
     name = Path(prompts).name if prompts else task
@@ -61,8 +62,9 @@ def custom_generate(
     settings = Settings(method, alpha, beta, _drafter_name(head, lookup), head=head is not None, compile=compile)
     if adapter == 'shipped': adapter = shipped_adapter()
     if head == 'shipped': head = shipped_head()
-    whole = embedded_folder() if model == 'embedded' else model
-    print('wrote', write_custom_generate(out, settings, adapter, head, whole))
+    with Stage('preparing the model'): whole = embedded_folder() if model == 'embedded' else model
+    with Stage('writing the folder'): written = write_custom_generate(out, settings, adapter, head, whole)
+    print('wrote', written)
     if model: print(f'transformers serve {out} --trust-remote-code')
     else: print(f"model.generate(..., custom_generate='{out}', trust_remote_code=True)")
 

@@ -14,13 +14,14 @@ from ..foundations.files import save_rows
 from ..foundations.tasks import king_james, prompts_of
 from ..foundations.models import EMBEDDED, shipped_head
 from ..foundations.model_shape import shape_of
+from ..foundations.progress import Stage, is_watched, track
 from ..decoding.sampling import Plain
 from ..decoding.loop import LM
 from ..cold.rule import CoLD
 from ..temp_lora.perplexity import Progress, read_document
 from ..temp_lora.generation import TempLoRA
 from ..temp_lora.budget import cost_of
-from ..evaluation.methods import load_target
+from ..evaluation.methods import compiled_too, load_target
 from ..evaluation.benchmark import compare as measure, table
 from ..evaluation.recommend import recommendation, verdicts
 from ..evaluation.plots import plot_speed, token_ansi, save_plot
@@ -79,7 +80,8 @@ def _reading_rows(lm, text, most, settings):
     shape = shape_of(lm.model)
     rows = []
     for name, how in dict(base=replace(settings, epochs=0), temp_lora=settings).items():
-        reading = read_document(lm, ids, how, on_chunk=Progress(name=f'{name:<10}'))
+        on_chunk = None if is_watched() else Progress(name=f'{name:<10}')
+        with Stage(name): reading = read_document(lm, ids, how, on_chunk=on_chunk)
         require(reading.finished, 'the reading was stopped', 'give the command again, or leave --text out')
         flops = cost_of(shape, how, len(ids)).flops / len(ids)
         row = reading_row(name, reading, (0,), **model_fields(lm), text=Path(text).name, flops_per_token=flops)
@@ -190,6 +192,7 @@ def demo(
     beta:float=.1,  # CoLD's strength
     dtype:str='fp32',  # fp32, bf16 or fp16
     text_tokens:int=2048,  # Of the King James Bible, read with and without Temp-LoRA; 0: none
+    compile:bool=False,  # Also measure our methods compiled, in the same table
     html:str='nld-demo.html',  # The page
 ):
     "A real model and adapter: all methods on held-out verses, one table and one page"
@@ -198,12 +201,15 @@ def demo(
     its = king_james().test[:items]
     print(f'{items} verses of books the adapter has not seen, modern English to King James English.\n', flush=True)
     target = CoLD(alpha, beta)
-    for item in its[:show]: _demo_verse(lm, item, target)
-    print(f'Now every method in turns, a few minutes: {", ".join(_SHOWN)} ...\n', flush=True)
+    for item in track(its[:show], 'answering', 'verses'): _demo_verse(lm, item, target)
+    head = str(shipped_head('king_james'))
+    fast = compiled_too(_SHOWN, target, head) if compile else {}
+    names = [*_SHOWN, *fast]
+    print(f'Now every method in turns, a few minutes: {", ".join(names)} ...\n', flush=True)
     looks = Looks(lm, its, 40, counted=2)
     rows = measure(
-        lm, folder, its, list(_SHOWN), new_tokens=new_tokens, rounds=rounds, target=target, metric='chrf',
-        head=str(shipped_head('king_james')), timed=timed, answer_tokens=64, look=looks.add, once=True)
+        lm, folder, its, names, new_tokens=new_tokens, rounds=rounds, target=target, metric='chrf',
+        head=head, others=fast, timed=timed, answer_tokens=64, look=looks.add, once=True)
     print(table(rows, full=True), flush=True)
     if text_tokens: rows = _with_reading(rows, _demo_reading(lm, text_tokens))
     counts = f'{items} held-out verses, {timed} of them timed in {rounds} rounds'

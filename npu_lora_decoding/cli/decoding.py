@@ -15,6 +15,7 @@ from ..foundations.files import json_rows, save_rows
 from ..foundations.statistics import paired
 from ..foundations.tasks import Item, get_task, prompts_of, read_items
 from ..foundations.models import names_nothing, shipped_head
+from ..foundations.progress import Stage
 from ..decoding.sampling import Plain
 from ..cold.rule import CoLD
 from ..cold.tune import BETAS, advise, plot_sweep, sweep
@@ -77,8 +78,9 @@ def generate(
     asked = Item(prompt, '', system).messages if lm.tokenizer.chat_template else prompt
     target = CoLD(alpha, beta) if method == 'cold' else Plain()
     options = dict(do_sample=True, temperature=temperature) if method == 'sample' else {}
-    out = lm.generate(
-        asked, target, _drafter(head, lookup), max_new_tokens=new_tokens, stream=True, seed=seed, **options)
+    with Stage('answering'):
+        out = lm.generate(
+            asked, target, _drafter(head, lookup), max_new_tokens=new_tokens, stream=True, seed=seed, **options)
     for note in out.notes: print(note)
     if view: print(token_ansi(out))
 
@@ -240,7 +242,8 @@ def page(
     example = _EXAMPLE if model is None and adapter is None else _STORY
     is_shipped = model is None and adapter in (None, 'none')
     if head is None and is_shipped: head = shipped_head('king_james' if folder else 'smollm2-135m')
-    shown = build(lm, None if names_nothing(head) else head, example.prompt, example.system)
+    with Stage('building the page'):
+        shown = build(lm, None if names_nothing(head) else head, example.prompt, example.system)
     print(f'Open {serve(shown, port)} in a browser; Ctrl-C ends the page.', flush=True)
     try: threading.Event().wait()
     finally: shown.close()

@@ -13,8 +13,10 @@ from ..foundations.errors import DecodingError
 from ..foundations.devices import has_device, import_npu
 from ..foundations.files import cache_dir, save_rows
 from ..foundations.threads import waiting
+from ..foundations.timing import read_bandwidth
 from ..foundations.tasks import king_james
 from ..foundations.models import EMBEDDED
+from ..foundations.progress import Stage
 from ..evaluation.methods import load_target
 from ..evaluation.benchmark import environment
 from ..evaluation.kernel_check import kernel_device, kernel_report, wrong
@@ -41,6 +43,7 @@ def _findings():
     versions = ', '.join(f'{name} {env[name]}' for name in ('python', 'torch', 'transformers', 'peft'))
     yield 'versions', versions
     yield 'threads', f'{env["cores"]}, {waiting()}'
+    yield 'memory', f'read at {read_bandwidth() / 1e9:.1f} GB/s: no step can be faster than reading the weights once'
     yield 'cuda', 'usable' if has_device('cuda') else 'no CUDA device is present'
     yield 'npu', _npu_state()
     yield 'compile', 'usable' if ops.compiles() else 'no C++ compiler: decode with compile=False, or install g++'
@@ -59,13 +62,14 @@ def doctor(
     "Show what runs here, what does not, and why"
     if kernels: _check_kernels(kernel_device(device), json)
     else:
-        for name, found in _findings(): print(f'{name:<11} {found}')
+        with Stage('looking at this machine'):
+            for name, found in _findings(): print(f'{name:<11} {found}')
 
 def _check_kernels(device, file):
     "Write the report of `6_evaluation/07_kernel_check`; status 1 when a kernel is wrong"
     lm, _ = load_target(None, None, 'fp32', device.type)
     def save(report): save_rows([dict(method='kernels') | report, environment()], file)
-    problems = wrong(kernel_report(device, lm, king_james().dev[:16], save))
+    with Stage('checking the kernels'): problems = wrong(kernel_report(device, lm, king_james().dev[:16], save))
     if not problems: print(f'{file}: all kernels agree with the references')
     else:
         print(f'{file}: {len(problems)} WRONG, the first is {problems[0]}')

@@ -6,12 +6,14 @@
 __all__ = ['TABLE', 'usage', 'load_command', 'run', 'main']
 
 # %% ../../nbs/8_cli/02_main.ipynb #d93bab83
+import contextlib
 import difflib
 import importlib
 import sys
 from collections.abc import Callable
 from .. import __version__
 from ..foundations.errors import DecodingError, require, visible
+from ..foundations.progress import Stage, shown
 from .registry import COMMANDS, run_command
 
 # %% ../../nbs/8_cli/02_main.ipynb #3da5d102
@@ -72,7 +74,8 @@ def load_command(
     "Return the function of a command; raises `DecodingError` for an unknown name"
     require(name in TABLE, f'unknown command {name!r}', _similar(name))
     module, _ = TABLE[name]
-    importlib.import_module(f'npu_lora_decoding.{module}')  # here, because it loads torch, which takes seconds
+    with Stage('importing torch and transformers'):
+        importlib.import_module(f'npu_lora_decoding.{module}')  # here, because it loads torch, which takes seconds
     return COMMANDS[name]
 
 def run(
@@ -87,7 +90,10 @@ def run(
 
 def main():
     "Entry point of `nld`: user errors are one sentence and status 2, Ctrl-C is status 130"
-    try: run(sys.argv[1:])
+    argv = sys.argv[1:]
+    is_command = len(argv) > 0 and argv[0] in TABLE
+    try:
+        with shown(f'nld {argv[0]}') if is_command else contextlib.nullcontext(): run(argv)
     except DecodingError as e:
         print(f'nld: {visible(str(e))}', file=sys.stderr)
         sys.exit(2)

@@ -17,6 +17,7 @@ from ..foundations.errors import require
 from ..foundations.files import save_rows
 from ..foundations.tasks import read_bible
 from ..foundations.model_shape import shape_of
+from ..foundations.progress import is_watched, track
 from ..temp_lora.perplexity import (
     SEGMENTS, Progress, change, check_lengths, check_useful, document_ids, read_document, read_text)
 from ..decoding.loop import LM
@@ -186,11 +187,11 @@ def perplexity(
     shape = shape_of(lm.model, learning.targets if 'temp_lora' in names else None)
     folder = Path(out or f'{Path(text).stem}.run')
     readings = {}
-    for name in names:
+    for name in track(names, 'scoring', 'methods'):
         how = replace(settings, **_METHODS[name])
         readings[name] = read_document(
             lm, ids, how, folder/f'{name}.safetensors', save_every=save_every, stop_after=stop_after,
-            on_chunk=Progress(name=f'{name:<10}'))
+            on_chunk=None if is_watched() else Progress(name=f'{name:<10}'))
         _print_notes(name, readings[name], folder)
     if all(r.chunks for r in readings.values()): print(perplexity_table(readings, edges))
     about = model_fields(lm) | dict(text=Path(text).name)

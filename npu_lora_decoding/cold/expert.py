@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch
 import torch.nn.functional as F
-from fastprogress.fastprogress import progress_bar
 from safetensors.torch import load_file
 from ..foundations.errors import DecodingError, require
 from ..foundations.files import atomic_path, ctrl_c, save_tensors
@@ -23,6 +22,7 @@ from ..foundations.adapters import fingerprint
 from ..foundations.models import encode_one
 from ..foundations.training import damaged_state, has_state, learning_rate
 from ..foundations.training import read_state, restore_state, write_state
+from ..foundations.progress import Stage
 from ..decoding.baseline import positions_of
 from ..decoding.loop import LM
 
@@ -264,9 +264,8 @@ def _run(lm, model, pairs, folder, *, config, base, card, stop_after):
     def save(): save_state(folder, model, opt, step=done, config=config, losses=losses, data=data)
     lengths = [len(prompt) + len(answer) for prompt, answer in pairs]
     end = config.steps if stop_after is None else min(config.steps, done + stop_after)
-    bar = progress_bar(range(done, end), total=end-done)
-    with ctrl_c() as asked:
-        for step in bar:
+    with ctrl_c() as asked, Stage('training', end, 'steps', first=done, leave=True) as stage:
+        for step in range(done, end):
             chosen = batch_of_step(lengths, step, config.batch, config.seed)
             batch = collate([pairs[i] for i in chosen], lm.pad_id)
             losses.append(train_step(model, opt, batch, learning_rate(step, config)))
@@ -274,8 +273,8 @@ def _run(lm, model, pairs, folder, *, config, base, card, stop_after):
                 math.isfinite(losses[-1]),
                 f'the loss is {losses[-1]} at step {step}',
                 'train again with a lower learning rate')
-            bar.comment = f'loss {sum(losses[-20:]) / len(losses[-20:]):.3f}'
             done = step + 1
+            stage.update(done, f'loss {sum(losses[-20:]) / len(losses[-20:]):.3f}')
             if done % config.save_every == 0 and done < end: save()
             if done in config.snapshots: save_adapter(lm, model, folder/f'adapter-{done}', base)
             if asked: break

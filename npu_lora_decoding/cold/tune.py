@@ -9,6 +9,7 @@ __all__ = ['BETAS', 'Setting', 'sweep', 'Advice', 'advise', 'plot_sweep']
 from dataclasses import dataclass
 from ..foundations.errors import require
 from ..foundations.statistics import Interval, paired, ENOUGH
+from ..foundations.progress import Stage
 from ..decoding.sampling import Plain
 from .rule import CoLD
 
@@ -29,15 +30,19 @@ def sweep(
     log=print,  # Called with one line for each setting
 ) -> list:  # `Setting`s; the first is greedy (beta 0)
     "Return the scores of greedy and of every setting on the same items"
+    strengths = [beta for beta in betas if beta]
     def run(alpha, beta):
+        stage.update(note=f'alpha {alpha}, beta {beta}')
         target = CoLD(alpha, beta) if beta else Plain()
         scores = tuple(score(target))
         log(f'alpha {alpha:<5} beta {beta:<5} score {sum(scores) / len(scores):.4g}')
+        stage.update(stage.done + 1)
         return Setting(alpha, beta, scores)
-    greedy = run(alphas[0], 0.)
-    found = [run(alphas[0], beta) for beta in betas if beta]
-    best = max(found, key=lambda s: sum(s.scores))
-    others = [run(alpha, best.beta) for alpha in alphas[1:]]
+    with Stage('trying', len(strengths) + len(alphas), 'settings') as stage:
+        greedy = run(alphas[0], 0.)
+        found = [run(alphas[0], beta) for beta in strengths]
+        best = max(found, key=lambda s: sum(s.scores))
+        others = [run(alpha, best.beta) for alpha in alphas[1:]]
     return [greedy, *found, *others]
 
 # %% ../../nbs/2_cold/03_tune.ipynb #eac2c2ad

@@ -23,9 +23,11 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from ..foundations import ops
 from ..foundations.errors import DecodingError, require, visible
 from ..foundations.devices import generator
-from ..foundations.models import LoadedModel, encode, load_parts
+from ..foundations.files import short_path
+from ..foundations.models import EMBEDDED, LoadedModel, encode, load_parts
 from ..foundations.lora import (
     AdapterBank, adapter_from_peft, check_rounding, peft_modules, refuse_named_rows, why_not_rows)
+from ..foundations.progress import Stage
 from .tree import Tree, accept, accept_in_lockstep, root_tree
 from .runner import BatchRunner, CompiledRunner
 from .sampling import DecodingState, Plain, SamplingRules, Target
@@ -645,5 +647,6 @@ def load(
     dtype:str|torch.dtype|None=None,  # `fp32`, `bf16`, `fp16`; None means fp32
 ) -> LM:  # Ready to decode
     "Load a model with its tokenizer and adapter; raises `DecodingError` with a remedy when they do not fit"
-    parts = load_parts(name, adapter, device, dtype)
+    shown = EMBEDDED if name is None else short_path(Path(str(name)).name)
+    with Stage(f'loading {shown}'): parts = load_parts(name, adapter, device, dtype)
     return LM(parts.model, parts.tokenizer, parts.adapter, parts.name)

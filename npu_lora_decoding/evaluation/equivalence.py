@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 import torch
 from ..foundations.errors import require
+from ..foundations.progress import track
 from ..decoding.runner import BatchRunner
 from ..decoding.sampling import Plain
 from ..decoding.loop import LM, bank_of
@@ -116,7 +117,7 @@ def check(
     found = []
     tokens = 0
     number = 0
-    for ids, mask in batches:
+    for ids, mask in track(batches, name, 'batches'):
         quick = fast(ids, mask, new_tokens).tolist()
         sure = slow(ids, mask, new_tokens).tolist()
         for prompt, m, a, b in zip(ids, mask, quick, sure):
@@ -149,6 +150,12 @@ def _promises(lm, adapter, target, compile, head):
                 yield f'{label} = without', t, _alone(run), alone[way]
                 yield f'{label}, padded batch = without, one by one', t, run, alone[way]
 
+def _number_of_promises(adapter, compile, head):
+    "Return how many promises there are"
+    each = 1 + compile + 2 * len(drafters(head)) * (1 + compile)
+    ways = 2 if adapter else 1
+    return ways * (1 + each)
+
 def verify(
     lm:LM,  # Model and adapter
     adapter,  # The adapter's PEFT folder (PEFT loads it itself), or None
@@ -170,7 +177,9 @@ def verify(
     )
     batches = batches_of(lm, prompts, batch)
     done = []
-    for name, t, fast, slow in _promises(lm, adapter, target, compile=compile, head=head):
+    promises = _promises(lm, adapter, target, compile=compile, head=head)
+    promised = _number_of_promises(adapter, compile, head)
+    for name, t, fast, slow in track(promises, 'verifying', 'promises', promised):
         if name in skip or not name.startswith(only): continue
         done.append(check(lm, name, t, fast, slow, batches=batches, new_tokens=new_tokens))
         log(done[-1])

@@ -18,7 +18,7 @@ from ..foundations.tasks import Item
 from ..foundations.models import encode
 from ..decoding.loop import LM
 from .judging import prompt_of, until_end
-from .benchmark import BATCHES, speed_ratio
+from .benchmark import BATCHES, speed_ratio, stall_notes
 from .recommend import recommendation, verdicts
 from .plots import token_html
 from .draft_plots import proposer_html, reached
@@ -325,7 +325,8 @@ def _name(row):
     "Return a method's name as a table cell, with what is special about it"
     notes = []
     if row['peer']: notes.append('third party')
-    if row.get('compiled'): notes.append('compiled')
+    if row.get('compiled') and not row['method'].endswith('_compiled'): notes.append('compiled')
+    if row.get('stalled'): notes.append('stalled')
     if row.get('judged_as'): notes.append(f'scores of {row["judged_as"]}')
     small = (' ', Small(', '.join(notes))) if notes else ()
     return Td(row['method'], *small, title=row['method'])
@@ -357,6 +358,7 @@ _COST = {
     'ms to first token': lambda r: _number(r.get('ms_to_first'), '{:.0f}'),
     'ms a step, spread': lambda r: _number(r['ms_per_token'], '{:.1f}', r['ms_spread']),
     'GFLOPs a token': lambda r: _number(_giga(r.get('flops_per_token')), '{:.3f}'),
+    'times the floor': lambda r: _number(r.get('floor')),
     'peak MB': lambda r: _number(r['peak_mb'], '{:.0f}'),
     'same tokens as greedy': lambda r: _number(r['equal_tokens'], '{:.0%}'),
 }
@@ -393,6 +395,10 @@ _NOTE_TABLE = (
     'A ratio compares two methods turn by turn; intervals are 95% and resample prompts. Green or red: the interval '
     f'excludes "no difference", on at least {ENOUGH} items or {BATCHES} timed batches. With many rows, one in forty looks better by chance.'
 )
+_NOTE_FLOOR = (
+    'The floor is the time in which the weights are read once from memory, at the speed that was measured here; a forward '
+    'pass of the target is given as a multiple of it. '
+)
 _NOTE_PARETO = (
     'Dots are means, lines 95% intervals of the quality itself and of the speed. The dashed line is the frontier: it joins, '
     'in blue, the methods that no other beats in both; grey ones are beaten. Hollow dots are third parties. '
@@ -425,8 +431,9 @@ def _facts(rows, about):
 def _tables(rows):
     "Return quality and speed of all methods, and what they cost"
     seen = _measured(rows)
+    below = ([_NOTE_FLOOR] if any(r.get('floor') for r in seen) else []) + stall_notes(seen)
     note = (_NOTE_SCORES if any(r.get('judged_as') for r in rows) else '') + _NOTE_TABLE
-    return H2('All methods'), _grid_of(seen, _MAIN), _soft(note), H2('What they cost'), _grid_of(seen, _COST)
+    return H2('All methods'), _grid_of(seen, _MAIN), _soft(note), H2('What they cost'), _grid_of(seen, _COST), *map(_soft, below)
 
 def _pictures(rows, looks):
     "Return quality against speed, and how far drafts were accepted"

@@ -10,11 +10,11 @@ __all__ = ['ARMS', 'Arm', 'write', 'until_end', 'adapted', 'prompt_of', 'batches
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from fastprogress.fastprogress import progress_bar
 from ..foundations.errors import DecodingError, require
 from ..foundations.files import json_rows, save_rows
 from ..foundations.tasks import Item, get_metric
 from ..foundations.models import encode
+from ..foundations.progress import Stage, track
 from ..decoding.baseline import beam_search
 from ..decoding.hf_bridge import NEUTRAL
 from ..decoding.sampling import Plain
@@ -97,11 +97,13 @@ def answers(
     "Return the answer to every item"
     order = sorted(range(len(items)), key=lambda i: len(items[i].prompt))
     texts = [''] * len(items)
-    for start in progress_bar(range(0, len(items), batch), leave=False):
-        part = order[start:start+batch]
-        prompts = [prompt_of(lm, items[i]) for i in part]
-        for i, text in zip(part, write(lm, prompts, arm, new_tokens)):
-            texts[i] = text
+    with Stage('answering', len(items), 'items') as stage:
+        for start in range(0, len(items), batch):
+            part = order[start:start+batch]
+            prompts = [prompt_of(lm, items[i]) for i in part]
+            for i, text in zip(part, write(lm, prompts, arm, new_tokens)):
+                texts[i] = text
+            stage.update(start + len(part))
     return texts
 
 def judge(
@@ -165,11 +167,11 @@ def score_arms(
     parsed = [(a, *parse_arm(a)) for a in arms]
     kept = json_rows(path) if path and Path(path).exists() else []
     rows = [r for r in kept if r.get('method') == about['method']]
-    for text, arm, label in parsed:
+    for text, arm, label in track(parsed, 'evaluating', 'ways'):
         wanted = about | dict(arm=text)
         row = next((r for r in rows if 'scores' in r and all(r.get(k) == v for k, v in wanted.items())), None)
         if row is None:
-            texts = answers(lm, items, arm, new_tokens, batch)
+            with Stage(label): texts = answers(lm, items, arm, new_tokens, batch)
             row = wanted | dict(label=label, scores=[round(s, 4) for s in judge(texts, items, metric)])
             rows.append(row)
             if path: save_rows(rows + list(foot), path)

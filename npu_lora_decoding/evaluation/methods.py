@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['EVAL_BATCH_SIZE', 'SAMPLING', 'peft_model', 'merged_model', 'assistant_model', 'drafters', 'Method', 'speculative',
-           'methods', 'load_target']
+           'methods', 'compiled_too', 'load_target']
 
 # %% ../../nbs/6_evaluation/02_methods.ipynb #e34cca8a
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from ..foundations.errors import require
 from ..foundations.models import load_model, load_tokenizer, names_nothing, shipped_adapter
+from ..foundations.progress import Stage
 from ..decoding.baseline import beam_search, folding_head
 from ..decoding.hf_bridge import NEUTRAL
 from ..decoding.sampling import Plain
@@ -143,7 +144,7 @@ def assistant_model(
         f'the assistant {Path(name).name} has other tokens than {lm.name}',
         'give a smaller model of the same family',
     )
-    return load_model(name, lm.device, lm.dtype)
+    with Stage(f'loading {Path(name).name}'): return load_model(name, lm.device, lm.dtype)
 
 def _peft_mixed(target):
     "Return how to build CoLD by PEFT's mixed batches and a logits processor"
@@ -187,6 +188,7 @@ class Method:
     hides_tau:bool=False  # Emits several tokens per forward pass and does not report how many
     same_as:str|None=None  # The method that decodes the same distribution without drafting
     compiles:bool=False  # Whether `compile` makes a difference to it
+    compiled:bool=False  # Whether its forward passes are compiled
     share:float=1.  # Of its rows, those that multiply the adapter beside the base
     other_process:bool=False  # Runs in another process, whose memory cannot be seen
 
@@ -204,6 +206,7 @@ def speculative(
         needs_adapter='base' in target.roles,
         same_as=same_as,
         compiles=True,
+        compiled=compile,
         share=1 / len(target.roles),
     )
 
@@ -212,11 +215,12 @@ SAMPLING = dict(do_sample=True, temperature=1., top_k=0, top_p=1., seed=0)
 
 def _our_methods(target, compile, head):
     "Return the methods of our loop, and their plain references"
+    fast:dict = dict(compiles=True, compiled=compile)
     found = dict(
-        greedy=Method(_ours(Plain(), compile), compiles=True),
-        sample=Method(_ours(Plain(), compile, **SAMPLING), compiles=True),
+        greedy=Method(_ours(Plain(), compile), **fast),
+        sample=Method(_ours(Plain(), compile, **SAMPLING), **fast),
         beam=Method(_beam),
-        cold=Method(_ours(target, compile), needs_adapter=True, compiles=True, share=.5),
+        cold=Method(_ours(target, compile), needs_adapter=True, share=.5, **fast),
         cold_naive=Method(_two_pass(target), needs_adapter=True, share=.5),
     )
     drafted = {}
@@ -252,6 +256,21 @@ def methods(
     drafted, plain = _our_methods(target, compile, head)
     assisted, theirs = _third_parties(target, assistant)
     return drafted | assisted | plain | theirs
+
+# %% ../../nbs/6_evaluation/02_methods.ipynb #d0c63b85
+def compiled_too(
+    names:Iterable,  # Methods; those to which compiling makes no difference are left out
+    target:CoLD=CoLD(),  # Alpha and beta of the contrastive methods
+    head:str|None=None,  # Folder of a draft head
+) -> dict:  # NAME_compiled -> `Method`, for `others` of `compare`
+    "Return methods with compiled forward passes, beside the same without"
+    known = methods(target, compile=True, head=head)
+    own = {name: f'{name}_compiled' for name in names if known[name].compiles}
+    found = {}
+    for name, new in own.items():
+        same = known[name].same_as
+        found[new] = replace(known[name], same_as=own.get(same, same))
+    return found
 
 # %% ../../nbs/6_evaluation/02_methods.ipynb #40af78da
 def load_target(

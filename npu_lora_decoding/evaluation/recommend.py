@@ -61,6 +61,8 @@ def _of_drafting(rows, idea, is_mine):
         return Verdict(idea, None, reason)
     def ratio_over(r, turns): return speed_ratio(r['ms_runs'][turns], rows[r['same_as']]['ms_runs'][turns])
     best = max(found, key=lambda r: ratio_over(r, slice(0, 1)).mean)
+    stalled = [r['method'] for r in (best, rows[best['same_as']]) if r.get('stalled')]
+    if stalled: return Verdict(idea, None, f'{stalled[0]} stalled while it was timed, so {idea} cannot be judged')
     ratio = ratio_over(best, slice(1, None))
     change = f'{best["method"]} is {_range(ratio, ".2f")} times as fast as {best["same_as"]}'
     return _verdict(idea, ratio, best['method'], change, neutral=1)

@@ -15,6 +15,7 @@ import torch
 from ..foundations.errors import DecodingError, require
 from ..foundations.devices import generator
 from ..foundations.models import encode_one
+from ..foundations.progress import track
 from ..decoding.tree import accept
 from ..decoding.loop import LM
 from .head import DraftHead
@@ -313,7 +314,7 @@ def measure_acceptance(
             'name the lengths of chains, or give a tree')
     order = sorted(range(len(texts)), key=lambda i: len(texts[i].ids))
     parts:dict = {}
-    for i in range(0, len(order), batch):
+    for i in track(range(0, len(order), batch), 'replaying answers', 'batches'):
         some = [texts[j] for j in order[i:i+batch]]
         for name, counts in _replays(head, embed, lm_head, some, vocab=vocab, chain=chain, tree=tree):
             parts.setdefault(name, []).append(counts)
@@ -364,7 +365,7 @@ def target_texts(
     asked = [encode_one(lm, prompt) for prompt in prompts]
     order = sorted(range(len(asked)), key=lambda i: len(asked[i]))
     out:dict = {}
-    for i in range(0, len(order), batch):
+    for i in track(range(0, len(order), batch), 'answering', 'batches'):
         rows = order[i:i+batch]
         answers = lm.generate(
             [asked[j] for j in rows],

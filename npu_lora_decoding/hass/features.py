@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from ..foundations.errors import DecodingError, require
 from ..foundations.files import atomic_path, read_json, save_tensors
 from ..foundations.lora import AdapterBank
+from ..foundations.progress import track
 from ..decoding.loop import LM, bank_of
 
 # %% ../../nbs/3_hass/10_features.ipynb #35d6407c
@@ -260,7 +261,8 @@ def write_features(
     mine = [shards[i] for i in missing if i % processes == rank]  # by number, whatever the others have written already
     if _note(folder) != known:
         _write_note(folder, known)
-    for done, (file, part, data) in enumerate(mine, 1):
+    files = track(mine, 'storing features', 'files')
+    for done, (file, part, data) in enumerate(files, 1):
         _write_shard(file, lm, part, batch=batch, data=data)
         progress(done, len(mine))
     return folder

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from ..foundations.errors import require
 from ..foundations.devices import generator
+from ..foundations.progress import Stage, track
 from ..decoding.loop import LM
 from .head import draft_rows, target_weights
 from .checkpoint import load_head
@@ -127,7 +128,7 @@ def texts_of(
     if new_tokens:
         ids = [x[:start + new_tokens] for x, start in zip(ids, starts)]
     features = []
-    for i in range(0, len(ids), batch):
+    for i in track(range(0, len(ids), batch), 'reading answers', 'batches'):
         features += target_features(lm, ids[i:i+batch])
     return [Text(x, start, f) for x, start, f in zip(ids, starts, features)]
 
@@ -161,7 +162,7 @@ def make_head(
     say = report if main else lambda *_: None
     kept, held = gather(lm, folder, source, say)
     acc.wait_for_everyone()
-    examples, dropped = encode_all(lm, kept, source.max_tokens)
+    with Stage('encoding conversations'): examples, dropped = encode_all(lm, kept, source.max_tokens)
     _report_dropped(say, 'examples', dropped)
     vocab = _draft_vocab(lm, examples, config, say)
     answers = sum(int(e.response.sum()) for e in examples)
@@ -171,7 +172,7 @@ def make_head(
     learnt = _training_texts(lm, kept, source) if main else ()
     head = None if init is None else load_head(init, lm.model, torch.float32)
     found:dict = dict(vocab=vocab, data=data_hash(lm, examples), accelerator=acc, init=head)
-    run = start_run(lm, store, folder/name, config, **found)
+    with Stage('preparing the head'): run = start_run(lm, store, folder/name, config, **found)
     about = f'Trained on {len(examples):,} conversations ({_origin(source)}){_going_on(init)}.'
     try:
         return train(run, texts, tree=tree, about=about, stop_after=stop_after, learnt=learnt)
@@ -232,11 +233,11 @@ def acceptance_rows(
     "Return how well every head is accepted on every set of texts"
     rows = []
     frozen = target_weights(lm.model)
-    for folder in heads:
+    for folder in track(heads, 'measuring', 'heads'):
         head = load_head(folder, lm.model)
         vocab = None if full else head.vocab
         lm_head = frozen.lm_head if full else draft_rows(head, frozen)
-        for name, texts in sets.items():
+        for name, texts in track(sets.items(), 'measuring', 'sets'):
             how:dict = dict(vocab=vocab, chain=chain, tree=tree)
             found = measure_acceptance(head, frozen.embed, lm_head, texts, **how)
             about = dict(head=head_name(folder), set=name, questions=len(texts))

@@ -9,15 +9,14 @@ __all__ = ['vllm_engine', 'write_vllm', 'write_conversations']
 import hashlib, importlib.util, itertools, json, os, random, time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 import torch
 import transformers
-from fastprogress.fastprogress import progress_bar
 from ..foundations.errors import DecodingError, require
 from ..foundations.devices import generator
 from ..foundations.files import atomic_path, read_json
 from ..foundations.adapters import fingerprint
 from ..foundations.models import encode_one, end_tokens
+from ..foundations.progress import Stage, track
 from ..decoding.loop import LM
 from .chat_data import read_prompts
 from .continuous_batching import WriteConfig, after_question, generate_dialogues
@@ -201,18 +200,15 @@ def _collect(lm, steps, count, config, ahead, quiet):
     "Return the dialogues of all steps, by index, with a bar; after 50 steps say how long all conversations `ahead` may take"
     done:list = []
     start = time.perf_counter()
-    bar:Any = None if quiet else progress_bar(range(count))
-    if bar:
-        bar.update(0)
-    for n, ended in enumerate(steps, 1):
-        done += ended
-        seconds = time.perf_counter() - start
-        if n == 50 and ahead and not quiet:
-            print(_estimate(lm, config, n, seconds, conversations=ahead))
-        if ended and bar:
-            tokens = sum(len(d.tokens) - d.answer_start for d in done)
-            bar.comment = f'{tokens / seconds:.0f} answer tokens/s'
-            bar.update(len(done))
+    with Stage('generating', count, 'conversations', bar=not quiet, leave=True) as stage:
+        for n, ended in enumerate(steps, 1):
+            done += ended
+            seconds = time.perf_counter() - start
+            if n == 50 and ahead and not quiet:
+                print(_estimate(lm, config, n, seconds, conversations=ahead))
+            if ended:
+                tokens = sum(len(d.tokens) - d.answer_start for d in done)
+                stage.update(len(done), f'{tokens / seconds:.0f} answer tokens/s')
     return sorted(done, key=lambda dialogue: dialogue.index)
 
 def _shard(lm, s, config, prompts, engine, ahead, quiet):
@@ -266,7 +262,8 @@ def _write_missing(lm, config, prompts, engine, files, missing, quiet):
     "Write one missing shard after the other, with a line for each"
     start = time.perf_counter()
     n = config.per_shard
-    for i, s in enumerate(missing):
+    shards = track(missing, 'writing', 'shards') if len(missing) > 1 else missing
+    for i, s in enumerate(shards):
         some = prompts and prompts[s*n:(s+1)*n]
         ahead = 0 if i else len(missing) * n
         done = _shard(lm, s, config, some, engine=engine, ahead=ahead, quiet=quiet)

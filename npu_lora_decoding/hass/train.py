@@ -11,17 +11,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LoggerType, get_available_trackers
-from fastprogress.fastprogress import progress_bar
 from ..foundations.errors import require
 from ..foundations.devices import generator
 from ..foundations.files import atomic_path, ctrl_c
 from ..foundations.training import damaged_state, has_state, learning_rate
 from ..foundations.training import read_state, restore_state, write_state
+from ..foundations.progress import Stage
 from ..decoding.loop import LM
 from .head import DraftHead, TargetWeights, draft_rows, target_weights, head_config
 from .checkpoint import save_head
@@ -252,17 +251,14 @@ def train(
     c = run.config
     main = run.accelerator.is_main_process
     end = min(c.steps, run.done + (c.steps if stop_after is None else stop_after))
-    bar:Any = range(run.done, end)
-    if main:
-        bar = progress_bar(bar, total=end - run.done)
-    with ctrl_c() as asked:
-        for step in bar:
+    training = Stage('training', end, 'steps', first=run.done, bar=main, leave=True)
+    with ctrl_c() as asked, training:
+        for step in range(run.done, end):
             losses = train_step(run, step)
             run.losses.append(losses)
             run.done = step + 1
             _log(run, step)
-            if main:
-                bar.comment = _comment(run)
+            training.update(run.done, _comment(run))
             stop = _anywhere(asked, run.accelerator)
             if main and texts and (run.done % c.eval_every == 0 or run.done == c.steps):
                 _measure(run, evaluate(run, texts, tree, learnt), about)

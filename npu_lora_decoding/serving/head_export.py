@@ -22,6 +22,7 @@ from ..foundations.errors import DecodingError, require
 from ..foundations.files import atomic_path, read_json, save_tensors
 from ..foundations.adapters import fingerprint
 from ..foundations.model_shape import head_width
+from ..foundations.progress import Stage
 from ..decoding.loop import LM
 from ..hass.head import DraftHead, check_vocab, target_weights
 from ..hass.checkpoint import load_head, read_checkpoint
@@ -411,7 +412,7 @@ def export_head(
         save_tensors(engine_tensors(head, engine, dtype), tmp/'model.safetensors', about)
         if get_engine(engine).token_map and head.vocab is not None and not full:
             (tmp/MAP).write_bytes(token_map(head.vocab))
-        return check_export(tmp, head, lm, engine, text=text)
+        with Stage('checking what was written'): return check_export(tmp, head, lm, engine, text=text)
 
 # %% ../../nbs/7_serving/02_head_export.ipynb #2232be97
 def serve_command(

@@ -19,6 +19,7 @@ from ..foundations.files import ctrl_c, exists, file_text, is_folder, path_of, s
 from ..foundations.timing import stopwatch
 from ..foundations.models import text_config
 from ..foundations.statistics import Interval, paired
+from ..foundations.progress import Stage
 from ..decoding.loop import LM
 from .adapter import TempLoRAConfig, TemporaryAdapter, learn, temporary
 from .cache_reuse import CacheLedger, Reader, check_layers, parse_rule
@@ -275,16 +276,18 @@ def _read(run, pace):
     ids, out = run.ids, run.out
     before = len(out.chunks)
     d = out.settings.chunk
-    for start in range(before * d, len(ids) - d + 1, d):
-        done = len(out.chunks) - before
-        if pace.asked or pace.stop_after is not None and done >= pace.stop_after:
-            break
-        out.chunks.append(_one_chunk(run, start, start + d))
-        out.notes += run.phi.notes[len(out.notes):]
-        if pace.on_chunk is not None:
-            pace.on_chunk(out)
-        if pace.file is not None and len(out.chunks) % pace.save_every == 0:
-            _save(run, pace.file)
+    with Stage('reading', len(ids), 'tokens', first=before * d, bar=False) as stage:
+        for start in range(before * d, len(ids) - d + 1, d):
+            done = len(out.chunks) - before
+            if pace.asked or pace.stop_after is not None and done >= pace.stop_after:
+                break
+            out.chunks.append(_one_chunk(run, start, start + d))
+            out.notes += run.phi.notes[len(out.notes):]
+            stage.update(start + d, f'perplexity {out.perplexity():.3f}')
+            if pace.on_chunk is not None:
+                pace.on_chunk(out)
+            if pace.file is not None and len(out.chunks) % pace.save_every == 0:
+                _save(run, pace.file)
     rest = len(out.chunks) * d
     out.finished = rest > len(ids) - d
     if pace.file is not None and len(out.chunks) > before:
