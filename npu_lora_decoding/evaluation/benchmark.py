@@ -426,7 +426,7 @@ BATCHES = 4  # Timed batches below which no speed is judged
 def table(
     rows:list,  # From `compare`
     relative_to:str|None=None,  # Method whose step time counts as 1; None takes the first
-    full:bool=False,  # Also the first token, the work, and the gain in quality
+    full:bool=False,  # Also the work, the floor, and the gain in quality
 ) -> str:  # Markdown
     "Return the rows as a table of ratios"
     rows = [r for r in rows if r['method'] != 'environment']
@@ -449,6 +449,7 @@ def _with_interval(x, interval, form='{:.2f}'):
 
 def _columns(r, ref):
     "Return heading -> cell of one row"
+    first = f'first token / {ref["method"]}'
     low, high = (x / ref['ms_per_token'] for x in r['ms_spread'])
     is_compiled = r.get('compiled') and not r['method'].endswith('_compiled')  # some have it in their names
     name = r['method'] + (' (third party)' if r['peer'] else '') + (', compiled' if is_compiled else '')
@@ -461,15 +462,18 @@ def _columns(r, ref):
         'peak MB': _show(r['peak_mb'], '{:.0f}'),
         'quality': '' if r['quality'] is None else _with_interval(r['quality'], r['quality_interval']),
         'same tokens as greedy': _show(r['equal_tokens'], '{:.0%}'),
+        first: _ratio(r, ref, 'ms_to_first'),
     }
+
+def _ratio(r, ref, key):
+    "Return how many times as much a row has as the reference; nothing where one of them lacks it"
+    return _show(r[key] / ref[key] if r.get(key) and ref.get(key) else None)
 
 def _more_columns(r, ref):
     "Return heading -> cell of what the full form adds"
-    def ratio(key): return _show(r[key] / ref[key] if r.get(key) and ref.get(key) else None)
     return {
         'gain, 95%': _gain(r),
-        f'first token / {ref["method"]}': ratio('ms_to_first'),
-        f'FLOPs / {ref["method"]}': ratio('flops_per_token'),
+        f'FLOPs / {ref["method"]}': _ratio(r, ref, 'flops_per_token'),
         'times the floor': _show(r.get('floor')),
     }
 
