@@ -81,18 +81,19 @@ def plot_draft(
     accepted = step.accepted[b].tolist()
     who = tree.proposers(b, list(range(len(parents))))
     places = _places(parents)
-    leaves = 1 - min(y for _, y in places.values())
+    own_row = min(y for _, y in places.values()) - 1  # of the target's own token, below the leaves
     deepest = max(x for x, _ in places.values())
-    ax = ax or plt.subplots(figsize=(deepest + 2, .32 * leaves + .8))[1]
+    ax = ax or plt.subplots(figsize=(deepest + 2, .32 * (1 - own_row) + .8))[1]
     for i, place in places.items():
         edge = PALETTE.accepted if accepted[i] else PALETTE.third_party
         if parents[i] >= 0: _edge(ax, places[parents[i]], place, c=edge, lw=1.6 if accepted[i] else .8)
         _node(ax, lm, place, tokens[i], fill=COLOURS.get(who[i], OTHERS) if i else 'white', edge=edge)
     if step.tokens[b]:  # the target's own token, after the last accepted one
-        x, y = places[max(i for i in places if accepted[i])]
-        _edge(ax, (x, y), (x + .7, y), c=PALETTE.target, lw=.8, ls=':')
-        _node(ax, lm, (x + .7, y), step.tokens[b][-1].id, fill='white', edge=PALETTE.target)
-    ax.set(xlim=(-.4, deepest + 1.2), ylim=(-leaves + .3, .7))
+        last = places[max(i for i in places if accepted[i])]
+        own = last[0] + 1, own_row
+        _edge(ax, last, own, c=PALETTE.target, lw=.8, ls=':')
+        _node(ax, lm, own, step.tokens[b][-1].id, fill='white', edge=PALETTE.target)
+    ax.set(xlim=(-.4, deepest + 1.2), ylim=(own_row - .7, .7))
     ax.axis('off')
     return ax
 
