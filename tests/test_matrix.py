@@ -31,8 +31,8 @@ from transformers import (
 )
 import npu_lora_decoding.decoding.runner as rows_module
 import npu_lora_decoding.speculation.adaptive as sizing
-import npu_lora_decoding.speculation.head_drafter as speculate
-from npu_lora_decoding.foundations import ops
+from npu_lora_decoding.foundations import ops, programs
+from npu_lora_decoding.speculation import compiled_draft
 from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter
 from npu_lora_decoding.cold.rule import CoLD
 from npu_lora_decoding.decoding.sampling import Plain
@@ -53,7 +53,6 @@ from helpers.loops import Pair, eager_dynamo
 # `small` is a fixture
 from helpers.loops import (
     Collects,
-    Uncompiled,
     calm_model,
     chi_square,
     exact,
@@ -541,7 +540,8 @@ class Bench:
 PATCHES = {
     ops: dict(compiles=lambda device=None: True),
     rows_module: dict(_compiled_step=rows_module._step, _compiled_step_hidden=rows_module._step_hidden),
-    speculate: dict(CompiledDraft=Uncompiled),
+    programs: dict(program_of=lambda f, inputs, about: programs._uncompiled(f)),
+    compiled_draft: dict(program_of=lambda f, inputs, about: programs._uncompiled(f)),
 }
 COSTS = dict(
     pays=lambda rows, sizes: {n: 1e3 + n for n in sizes},
@@ -905,7 +905,7 @@ def test_traced_programs(c, monkeypatch):
         '_compiled_step_hidden',
         torch.compile(rows_module._step_hidden, dynamic=False, fullgraph=True, backend='eager'),
     )
-    monkeypatch.setattr(speculate, 'CompiledDraft', Uncompiled)
+    monkeypatch.setattr(compiled_draft, 'program_of', lambda f, inputs, about: programs._uncompiled(f))
     c = c._replace(cache='static')
     with patch(f'{__name__}.PATCHES', {}):
         assert compare(c, *run(c, Bench()), REPORT.setdefault('traced by torch.compile', Counter(valid=1))) is None

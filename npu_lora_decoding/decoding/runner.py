@@ -16,6 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from ..foundations import ops
 from ..foundations.errors import require
 from ..foundations.models import text_config
+from ..foundations.programs import layer_programs
 from ..foundations.timing import stopwatch
 from .baseline import folded, last_logits, positions_of
 from .tree import Tree, tree_mask
@@ -261,26 +262,28 @@ _compiled_step = torch.compile(_step, dynamic=False, fullgraph=True)
 _compiled_step_hidden = torch.compile(_step_hidden, dynamic=False, fullgraph=True)
 
 @contextlib.contextmanager
-def _compiler_settings(model, seen):
-    "Let the block run compiled, with attention made of products, which the compiler fuses with the softmax"
+def _attention_for_programs(model):
+    "Let the block run with attention made of products, which the compiler fuses with the softmax"
     # for few queries against a short cache the flash kernel costs more
     before = model.config._attn_implementation
     model.config._attn_implementation = 'grouped' if model.config.model_type in PLAIN_ATTENTION else 'eager'
-    try:
-        with ops.compiler_settings(model.device, seen): yield
+    try: yield
     finally: model.config._attn_implementation = before
 
 class CompiledRunner(BatchRunner):
-    "Runs the rows of a batch on a static cache, one compiled program for each shape of tree"
+    "Runs the rows of a batch on a static cache, one compiled program for each kind of layer and shape of tree"
     def _run(self, model, tokens, *rest):
+        if self.layers is not None:  # transformers' own model around layers that run programs
+            with _attention_for_programs(model), self.layers.attached(): return super()._run(model, tokens, *rest)
         seen = tokens.shape in self._seen
         self._seen.add(tokens.shape)
         step = _compiled_step_hidden if self.keep_hidden else _compiled_step
-        with _compiler_settings(model, seen): return step(model, tokens, *rest)
+        with _attention_for_programs(model), ops.compiler_settings(seen): return step(model, tokens, *rest)
 
     def _new_cache(self):
+        self.layers = layer_programs(self.model)
         require(
-            ops.compiles(self.model.device),
+            self.layers is not None or ops.compiles(self.model.device),
             'torch.compile finds no compiler',
             'install a C++ compiler (g++), or decode with compile=False')
         rows = self.b * len(self.roles)

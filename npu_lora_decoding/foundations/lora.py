@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['FUSED_PROJECTIONS', 'lora_naive', 'stack_layers', 'lora_stacked', 'segments', 'lora_segments', 'Slices',
            'stack_slices', 'lora_torch', 'join_layers', 'base_forward', 'fused_projections', 'check_output',
-           'sum_error', 'check_rounding', 'AdapterBank', 'peft_modules', 'why_not_rows', 'why_not_base',
-           'adapter_from_peft', 'refuse_named_rows']
+           'sum_error', 'check_rounding', 'attached_banks', 'AdapterBank', 'peft_modules', 'why_not_rows',
+           'why_not_base', 'adapter_from_peft', 'refuse_named_rows']
 
 # %% ../../nbs/0_foundations/09_lora.ipynb #923e06dc
 import contextlib
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -268,6 +269,15 @@ class _Shadows:
         results = self.op([y[None] for y in outputs], x[None], *self.slices.tensors, self.bank.ids[:1])
         return [y[0] for y in results]
 
+# Model -> the banks whose adapters are on it, innermost last
+_ATTACHED:weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+def attached_banks(
+    model:PreTrainedModel,  # Causal LM
+) -> tuple:  # `AdapterBank`s
+    "Return the banks inside whose blocks we are"
+    return tuple(_ATTACHED.get(model, ()))
+
 class AdapterBank:
     "Adapters stacked for one model, and the ids that say which row uses which"
     def __init__(self,
@@ -282,6 +292,7 @@ class AdapterBank:
         self.slices:dict[tuple, Slices] = {}
         self._groups = []
         self._shadows = {}
+        self._below:dict[str, list] = {}
         self._known_ids:dict[tuple, torch.Tensor] = {}
         changed = dict.fromkeys(path for a in adapters for path in a.layers)
         for group in fused_projections(changed): self._add(group, op)
@@ -309,10 +320,13 @@ class AdapterBank:
         outer = self.ids, self.is_uniform
         self.ids = self._tensor_of(rows)
         self.is_uniform = len(set(rows)) == 1
+        attached = _ATTACHED.setdefault(self.model, [])
+        attached.append(self)
         try:
             for path, forward in self._shadows.items(): self.model.get_submodule(path).forward = forward
             yield self
         finally:
+            attached.pop()
             for path, forward in before.items(): self._restore(self.model.get_submodule(path), forward)
             for shadows in self._groups: shadows.forget()  # what an interrupted forward pass left uncollected
             self.ids, self.is_uniform = outer
@@ -327,6 +341,46 @@ class AdapterBank:
         "Remove the shadow, or put back one that was there before us"
         if forward is None: layer.__dict__.pop('forward', None)
         else: layer.forward = forward
+
+    def _under(self, path):
+        "Return the shadows of the layers below a module"
+        if path not in self._below:
+            self._below[path] = [s for group, s in zip(self.slices, self._groups) if group[0].startswith(f'{path}.')]
+        return self._below[path]
+
+    def structure_under(self,
+        path:str,  # Of a module
+    ) -> list:
+        "Return which layers below a module have adapters, and by what operation they are added"
+        groups = [[name.removeprefix(path) for name in group] for group in self.slices if group[0].startswith(f'{path}.')]
+        return [groups, [f'{s.op.__module__}.{s.op.__qualname__}' for s in self._under(path)], self.is_uniform]
+
+    def tensors_under(self,
+        path:str,  # Of a module
+    ) -> list:
+        "Return the ids of the rows and the adapters of the layers below a module, in one list"
+        shadows = self._under(path)
+        tensors = [x for s in shadows for x in (s.slices.A, *s.slices.B, s.slices.scale, s.slices.ranks)]
+        return [self.ids, *tensors] if shadows else []
+
+    @contextlib.contextmanager
+    def reading(self,
+        path:str,  # Of a module
+        tensors,  # As `tensors_under` returns them
+    ):
+        "Let the layers below a module use other tensors inside the block"
+        shadows = self._under(path)
+        before = self.ids, [s.slices for s in shadows]
+        given = iter(tensors)
+        if shadows: self.ids = next(given)
+        try:
+            for s in shadows: s.slices = Slices(next(given), [next(given) for _ in s.slices.B], next(given), next(given))
+            yield
+        finally:
+            self.ids, slices = before
+            for s, old in zip(shadows, slices):
+                s.slices = old
+                s.forget()
 
 # %% ../../nbs/0_foundations/09_lora.ipynb #07b315b9
 def _same_slices(a, b):

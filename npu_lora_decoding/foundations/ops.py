@@ -11,12 +11,9 @@ __all__ = ['ALIGN', 'lora_shrink', 'lora_expand', 'lora', 'cold_scores', 'cold_s
 
 # %% ../../nbs/0_foundations/10_ops.ipynb #6fae8f00
 import contextlib
-import ctypes
 import functools
-import hashlib
 import importlib.util
 import warnings
-import weakref
 from collections.abc import Callable
 from typing import Any
 import torch
@@ -214,53 +211,16 @@ def compiles(
     except (InvalidCxxCompiler, RuntimeError): return False
 
 # %% ../../nbs/0_foundations/10_ops.ipynb #6a1c861d
-_PACKED:Any = weakref.WeakValueDictionary()  # Layout and digest -> packed weight, for all programs of the process
-
-def _layout_and_digest(x):
-    "Return what two packed weights have in common when one can stand for the other"
-    mkldnn = torch.ops.mkldnn
-    raw = (ctypes.c_char * mkldnn._nbytes(x)).from_address(mkldnn.data_ptr(x))
-    layout = bytes(mkldnn._get_mkldnn_serialized_md(x).tolist())
-    return layout, hashlib.blake2b(raw, digest_size=16).digest()
-
-def _share_packed(
-    graph:torch.fx.Graph,  # Of a program, after its weights were packed
-):
-    "Let packed weights that are copies of each other be one"
-    nodes:dict = {}
-    module = graph.owning_module
-    for node in list(graph.nodes):
-        x = getattr(module, node.target, None) if node.op == 'get_attr' else None
-        if not isinstance(x, torch.Tensor) or not x.is_mkldnn: continue
-        key = _layout_and_digest(x)
-        if key in nodes:
-            node.replace_all_uses_with(nodes[key])
-            graph.erase_node(node)
-        else:
-            nodes[key] = node
-            setattr(module, node.target, _PACKED.setdefault(key, x))
-
-_FAST_ON_CPU = {  # inductor's settings for a small model's step on a CPU
-    'freezing': True,
-    'cpp.enable_concat_linear': True,
-    'cpp_wrapper': True,
-    'post_grad_custom_pre_pass': _share_packed,
-}
-
 @contextlib.contextmanager
 def compiler_settings(
-    device:torch.device,  # Where compiled code runs
     seen:bool,  # Whether a program for these shapes has run before
 ):
     "Let the block run compiled, and without guards where the shapes were seen"
-    import torch._inductor.config as inductor
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance(skip_guard_eval_unsafe=seen))
         if not seen:  # where nothing is compiled, changing settings would cost more than a layer
             # torch's own limit is 8 programs in a process, and each shape needs one
             stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))
-            # both halves of the compiler read `freezing`, so it cannot be an option of torch.compile
-            stack.enter_context(inductor.patch(_FAST_ON_CPU if device.type == 'cpu' else {}))
         yield
 
 # %% ../../nbs/0_foundations/10_ops.ipynb #ea339fbe

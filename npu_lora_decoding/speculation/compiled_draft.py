@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from ..foundations import ops
 from ..foundations.errors import require
+from ..foundations.programs import description, program_of
 from ..hass.head import DraftHead
 from ..hass.drafting import HeadCache, draft_chain, draft_tree
 
@@ -103,20 +104,30 @@ class CompiledDraft:
     def __init__(self,
         program:DraftProgram,  # Compiled when it first runs
     ):
-        device = program.embed.device
-        require(ops.compiles(device),
-                'torch.compile finds no compiler', 'install a C++ compiler (g++), or decode with compile=False')
-        self.device = device
-        self._run = torch.compile(program.eval(), dynamic=False, fullgraph=True)
-        self._seen = set()
+        self.program = program.eval()
+        self._runs:dict = {}  # Shapes -> compiled program
 
     @torch.no_grad()
     def __call__(self, *inputs):
         "Return what the program returns; the first call with a shape compiles it"
-        with ops.compiler_settings(self.device, self.ready(*inputs)):
-            out = self._run(*inputs)
-        self._seen.add(self._shapes(inputs))
-        return out
+        key = self._shapes(inputs)
+        if key not in self._runs: self._runs[key] = self._compiled(inputs)
+        return self._runs[key](*inputs)
+
+    def _compiled(self, inputs):
+        "Return a function of these shapes"
+        program = self.program
+        device = program.embed.device
+        if device.type != 'cpu':
+            require(ops.compiles(device), 'torch.compile finds no compiler', 'decode with compile=False')
+            return torch.compile(program, dynamic=False, fullgraph=True)
+        named = dict(program.named_parameters()) | dict(program.named_buffers())
+        weights = list(named.values())
+        def f(*tensors):
+            of_weights = dict(zip(named, tensors))
+            return torch.func.functional_call(program, of_weights, tensors[len(weights):])
+        run = program_of(f, [*weights, *inputs], description(program))
+        return lambda *inputs: run([*weights, *inputs])
 
     @staticmethod
     def _shapes(inputs):
@@ -124,4 +135,4 @@ class CompiledDraft:
 
     def ready(self, *inputs) -> bool:
         "Return whether a program for these shapes is there"
-        return self._shapes(inputs) in self._seen
+        return self._shapes(inputs) in self._runs

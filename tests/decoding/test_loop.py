@@ -12,7 +12,7 @@ from transformers import (
     TextStreamer,
 )
 import npu_lora_decoding.decoding.runner as rows_module
-from npu_lora_decoding.foundations import ops
+from npu_lora_decoding.foundations import ops, programs
 from npu_lora_decoding.cold.rule import CoLD
 from npu_lora_decoding.decoding.sampling import Plain
 from npu_lora_decoding.foundations.errors import DecodingError
@@ -24,7 +24,7 @@ from npu_lora_decoding.foundations.models import FAMILIES, embedded_folder, load
 from npu_lora_decoding.decoding.loop import LM
 from npu_lora_decoding.decoding.tree import Tree
 from npu_lora_decoding.speculation.prompt_lookup import PromptLookup
-from helpers.loops import EndsOn, N, Pair, eager_dynamo, generate, same
+from helpers.loops import EndsOn, N, Pair, eager_dynamo, generate, same, uncompiled
 
 WINDOWED = ('mistral', 'gemma2', 'gemma3_text')
 compiled = pytest.mark.skipif(not ops.compiles(), reason='torch.compile finds no C++ compiler')
@@ -605,9 +605,7 @@ class PlantedDrafter(Drafter):
 @pytest.fixture(params=['growing', 'static'])
 def rows(request, monkeypatch):
     "Options of the Decoder for each kind of cache; the static one without its compiler"
-    monkeypatch.setattr(ops, 'compiles', lambda device=None: True)
-    monkeypatch.setattr(rows_module, '_compiled_step', rows_module._step)
-    monkeypatch.setattr(rows_module, '_compiled_step_hidden', rows_module._step_hidden)
+    uncompiled(monkeypatch)
     return dict(compile=request.param == 'static')
 
 
@@ -959,8 +957,7 @@ def test_sampled_draft_tokens_follow_the_distribution(llama):
 @pytest.mark.parametrize('lengths', [(200,), (200, 198, 199)])
 def test_trees_near_the_end_of_a_static_cache(lengths, monkeypatch):
     "A tree, or rows that accept different numbers of draft tokens, must not run over the columns of the cache"
-    monkeypatch.setattr(ops, 'compiles', lambda device=None: True)
-    monkeypatch.setattr(rows_module, '_compiled_step', rows_module._step)
+    uncompiled(monkeypatch)
     ids, mask = prompts(lengths)
     trees_change_nothing(toy(context=512), None, ids, mask, Plain(), dict(compile=True), max_new_tokens=56)
 
@@ -1036,7 +1033,20 @@ def test_the_static_path_keeps_a_window(family, monkeypatch):
     compiled_is_eager(toy(family), None, Plain(), (9, 3), max_new_tokens=12)
 
 
-def test_no_compiler_is_named(llama, monkeypatch):
+def test_without_a_compiler_steps_run_as_they_are(llama, monkeypatch):
+    "In one sentence, once; and the tokens are the same"
+    monkeypatch.setattr(programs, 'compiles', lambda: False)
+    monkeypatch.setattr(programs, '_WARNED', set())
+    monkeypatch.setattr(programs, '_PROGRAMS', {})
+    monkeypatch.setattr(programs, '_found', lambda name: None)
+    with pytest.warns(UserWarning, match='steps run uncompiled, because torch.compile finds no compiler: install'):
+        fast = generate(llama, *prompts(), Decoder(compile=True))
+    same(fast, generate(llama, *prompts(), Decoder()))
+
+
+def test_a_whole_model_needs_a_compiler(llama, monkeypatch):
+    "Where layers cannot share programs"
+    monkeypatch.setattr(rows_module, 'layer_programs', lambda model: None)
     monkeypatch.setattr(ops, 'compiles', lambda device=None: False)
     with pytest.raises(DecodingError, match='finds no compiler'):
         generate(llama, *prompts(), Decoder(compile=True))

@@ -307,51 +307,6 @@ def test_topk_loss_is_the_plain_definition(t, v, seed, data):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-class Thrice(torch.nn.Module):
-    "The same two layers, three times"
-
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = (
-            torch.nn.Linear(i, o, bias=False).bfloat16().requires_grad_(False) for i, o in ((64, 128), (128, 64))
-        )
-
-    def forward(self, x):
-        for _ in range(3):
-            x = self.down(torch.relu(self.up(x)))
-        return x
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_packed_weights_are_shared(monkeypatch):
-    if not (ops.compiles() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        pytest.skip('nothing is packed on this processor')
-    share = ops._share_packed
-    counts = []
-    net = Thrice().eval()
-    packed = lambda graph: [
-        id(x)
-        for n in graph.nodes
-        if n.op == 'get_attr' and isinstance(x := getattr(graph.owning_module, n.target), torch.Tensor) and x.is_mkldnn
-    ]
-
-    def counted(graph):
-        before = packed(graph)
-        share(graph)
-        counts.append((len(before), packed(graph)))
-
-    monkeypatch.setitem(ops._FAST_ON_CPU, 'post_grad_custom_pre_pass', counted)
-    run = torch.compile(net, dynamic=False, fullgraph=True)
-    with ops.compiler_settings(torch.device('cpu'), False):
-        for rows in (8, 8, 16):
-            x = torch.randn(rows, 64).bfloat16()
-            torch.testing.assert_close(run(x), net(x), rtol=2e-2, atol=2e-2)
-    torch._dynamo.reset()
-    assert [(before, len(after)) for before, after in counts] == [(6, 2)] * 2
-    assert counts[0][1] == counts[1][1], 'the second program has copies of its own'
-
-
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 @given(st.integers(0, 2**31), st.integers(2, 300), st.sampled_from(['plain', 'ties', 'flat', 'nan', 'inf', 'base']))
 def test_the_plausible_few_are_enough(dtype, seed, v, kind):

@@ -17,7 +17,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.pytorch_utils import Conv1D
 from npu_lora_decoding.cold.rule import CoLD
+from unittest import mock
 from npu_lora_decoding.decoding import runner
+from npu_lora_decoding.foundations import programs
+from helpers.loops import exported
 from npu_lora_decoding.decoding.loop import Decoder
 from npu_lora_decoding.evaluation.kernel_check import ScriptedDrafter
 from npu_lora_decoding.foundations.errors import DecodingError
@@ -228,11 +231,14 @@ def captured():
     "Let compiled steps be captured as one graph, without the minute that a compiler takes"
     torch._dynamo.reset()
     kept = runner._compiled_step
+    patched = mock.patch.object(programs, 'program_of', exported)
+    patched.start()
     runner._compiled_step = torch.compile(runner._step, backend='eager', dynamic=False, fullgraph=True)
     try:
         yield
     finally:
         runner._compiled_step = kept
+        patched.stop()
         torch._dynamo.reset()
 
 

@@ -12,7 +12,8 @@ from npu_lora_decoding.foundations.devices import generator
 from npu_lora_decoding.foundations.lora import AdapterBank
 from npu_lora_decoding.hass.checkpoint import save_head
 from npu_lora_decoding.hass.head import DraftHead, head_config
-from npu_lora_decoding.speculation.compiled_draft import CompiledDraft
+from npu_lora_decoding.speculation import compiled_draft
+from npu_lora_decoding.foundations import programs
 from transformers import StoppingCriteria
 
 N = 10
@@ -53,8 +54,24 @@ class Pair(StoppingCriteria):
         return torch.tensor([tuple(r[-2:].tolist()) in self.pairs for r in ids])
 
 
+def exported(f, inputs, about):
+    "Return a function as `program_of` records it, without compiling the record"
+    record = torch.export.export(programs._Module(f), tuple(x.detach() for x in inputs), strict=False).module()
+    return programs._uncompiled(record)
+
+
+def uncompiled(monkeypatch):
+    "Let the static path run without its compiler: layers and drafts as functions of all their tensors"
+    monkeypatch.setattr(ops, 'compiles', lambda device=None: True)
+    monkeypatch.setattr(rows_module, '_compiled_step', rows_module._step)
+    monkeypatch.setattr(rows_module, '_compiled_step_hidden', rows_module._step_hidden)
+    for module in (programs, compiled_draft):
+        monkeypatch.setattr(module, 'program_of', lambda f, inputs, about: programs._uncompiled(f))
+
+
 def eager_dynamo(monkeypatch):
-    "torch.compile's tracing and guards without its slow code generation"
+    "torch.compile's tracing and guards without its slow code generation, for whole models"
+    monkeypatch.setattr(rows_module, 'layer_programs', lambda model: None)
     torch._dynamo.reset()
     monkeypatch.setattr(ops, 'compiles', lambda device=None: True)
     monkeypatch.setattr(
@@ -107,13 +124,6 @@ def toy(tmp, family='llama', v=23, context=256, seed=0, vocab=None):
     head = knowing_head(model, vocab)
     bank = AdapterBank(model, [load_adapter(toy_adapter(model, tmp / 'adapter', lora_alpha=1), model)], ops.lora)
     return Toy(model, head, save_head(head, tmp / 'head', model), bank)
-
-
-class Uncompiled(CompiledDraft):
-    def __init__(self, program):
-        self.device = program.embed.device
-        self._run = program.eval()
-        self._seen = set()
 
 
 def count_drafted(out):

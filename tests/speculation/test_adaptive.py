@@ -6,7 +6,6 @@ import bisect, contextlib
 from types import SimpleNamespace
 import pytest, torch
 from hypothesis import given, strategies as st
-import npu_lora_decoding.decoding.runner as rows_module
 import npu_lora_decoding.speculation.adaptive as sizing
 from npu_lora_decoding.foundations import ops
 from npu_lora_decoding.foundations.adapters import toy_model
@@ -15,6 +14,7 @@ from npu_lora_decoding.foundations.devices import generator
 from npu_lora_decoding.decoding.loop import Decoder, Drafter
 from npu_lora_decoding.speculation.prompt_lookup import PromptLookup
 from npu_lora_decoding.decoding.runner import BatchRunner, CompiledRunner
+from helpers.loops import uncompiled
 from npu_lora_decoding.speculation.adaptive import (
     Calibration,
     AcceptanceByDepth,
@@ -138,9 +138,7 @@ def runner_on(model, cached):
 @pytest.mark.parametrize('keeps', [False, True])
 def test_measuring_leaves_no_trace(monkeypatch, static, keeps):
     "Cache, valid columns, hidden states and pending nodes stay; and the next forward pass gives the same logits"
-    monkeypatch.setattr(ops, 'compiles', lambda device=None: True)
-    monkeypatch.setattr(rows_module, '_compiled_step', rows_module._step)
-    monkeypatch.setattr(rows_module, '_compiled_step_hidden', rows_module._step_hidden)
+    uncompiled(monkeypatch)
     model = toy_model(vocab=11)
     mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
     rows = (CompiledRunner if static else BatchRunner)(

@@ -32,7 +32,7 @@ from npu_lora_decoding.speculation.head_drafter import HASS, committed_slots
 from npu_lora_decoding.decoding.tree import root_tree
 from helpers.loops import EndsOn, Pair, generate, same
 from helpers.toys import toy_tokenizer
-from helpers.loops import COLD, Collects, PLAIN, Toy, Uncompiled, chi_square, count_drafted, sampled, small, toy
+from helpers.loops import COLD, Collects, PLAIN, Toy, chi_square, count_drafted, sampled, small, toy, uncompiled
 
 compiled = pytest.mark.skipif(not ops.compiles(), reason='torch.compile finds no C++ compiler')
 
@@ -56,10 +56,7 @@ def paying(monkeypatch):
 @pytest.fixture(params=['growing', 'static'])
 def rows(request, monkeypatch):
     "Options of the Decoder for each kind of cache; the static one without its compiler"
-    monkeypatch.setattr(ops, 'compiles', lambda device=None: True)
-    monkeypatch.setattr(rows_module, '_compiled_step', rows_module._step)
-    monkeypatch.setattr(rows_module, '_compiled_step_hidden', rows_module._step_hidden)
-    monkeypatch.setattr(speculate, 'CompiledDraft', Uncompiled)
+    uncompiled(monkeypatch)
     return dict(compile=request.param == 'static')
 
 
