@@ -189,7 +189,7 @@ def _compiled(f, inputs, name):
         _say('steps run uncompiled, because torch.compile finds no compiler: install a C++ compiler (g++)')
         return _uncompiled(f)
     try:
-        with compiling(): return _kept(f, inputs, _folder(name))
+        with compiling(len(_PROGRAMS) + 1): return _kept(f, inputs, _folder(name))
     except Exception as e:  # a compiler is a large program, with errors of many kinds
         _say(f'steps run uncompiled, because compiling failed ({type(e).__name__}: {str(e).strip()[:120]})')
         return _uncompiled(f)
