@@ -67,7 +67,6 @@ def bmm_of_few(
 # %% ../../nbs/0_foundations/16_programs.ipynb #06e2d067
 _SETTINGS = {  # Of the compiler
     'cpp.enable_floating_point_contract_flag': 'fast',  # a product and a sum in one instruction
-    'aot_inductor.compile_wrapper_opt_level': 'O0',  # what calls the kernels: hardly any work
     'aot_inductor.precompile_headers': False,  # pays for a dozen programs, and we need a few
     'cpp_cache_precompile_headers': False}
 _TRUSTING = {'cpp.vec_isa_ok': True}  # The compiler knows what the processor does: trying takes as long as compiling
