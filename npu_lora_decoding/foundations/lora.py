@@ -293,6 +293,7 @@ class AdapterBank:
         self._groups = []
         self._shadows = {}
         self._below:dict[str, list] = {}
+        self._structures:dict[tuple, tuple] = {}
         self._known_ids:dict[tuple, torch.Tensor] = {}
         changed = dict.fromkeys(path for a in adapters for path in a.layers)
         for group in fused_projections(changed): self._add(group, op)
@@ -350,10 +351,16 @@ class AdapterBank:
 
     def structure_under(self,
         path:str,  # Of a module
-    ) -> list:
+    ) -> tuple:
         "Return which layers below a module have adapters, and by what operation they are added"
-        groups = [[name.removeprefix(path) for name in group] for group in self.slices if group[0].startswith(f'{path}.')]
-        return [groups, [f'{s.op.__module__}.{s.op.__qualname__}' for s in self._under(path)], self.is_uniform]
+        key = path, self.is_uniform
+        if key not in self._structures:
+            groups = [g for g in self.slices if g[0].startswith(f'{path}.')]
+            inside = tuple(tuple(name.removeprefix(path) for name in group) for group in groups)
+            shapes = tuple(str(tuple(x.shape)) for x in self.tensors_under(path)[1:])
+            operations = tuple(f'{s.op.__module__}.{s.op.__qualname__}' for s in self._under(path))
+            self._structures[key] = inside, shapes, operations, self.is_uniform
+        return self._structures[key]
 
     def tensors_under(self,
         path:str,  # Of a module

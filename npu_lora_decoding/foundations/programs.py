@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 import torch
 from torch import nn
+from transformers.cache_utils import StaticLayer
 from .errors import DecodingError
 from .files import atomic_path, cache_dir, read_json
 from .lora import AdapterBank, attached_banks
@@ -300,13 +301,14 @@ def _own_forward(module):
 # %% ../../nbs/0_foundations/16_programs.ipynb #31cd1c8e
 class _Layer:
     "One decoder layer: its tensors, and the programs that it runs"
-    def __init__(self, model, number, path, kind):
+    def __init__(self, model, number, path, *, kind, programs):
         self.model = model
         self.number = number
         self.path = path
         self.layer = model.get_submodule(path)
-        self.kind = kind
-        self.programs:dict = {}
+        self.kind = hash(kind)  # A number is sooner compared than a long text
+        self.text = kind
+        self.programs = programs  # Of all layers
         self.places = []  # Where each of its tensors is, and its name
         for inside, m in self.layer.named_modules():
             for found in (m._parameters, m._buffers):
@@ -322,11 +324,12 @@ class _Layer:
         "Run the program of these shapes"
         cache = kwargs.get('past_key_values')
         columns = None if args or cache is None else cache.layers[self.number]
-        if columns is None or not columns.is_initialized: return self._as_it_is(hidden, *args, **kwargs)
+        if type(columns) is not StaticLayer or not columns.is_initialized: return self._as_it_is(hidden, *args, **kwargs)
         inputs, rest = _flat(kwargs)
         given = [columns.keys, columns.values, columns.cumulative_length, hidden, *inputs]
         weights = self.tensors(banks)
-        key = rest, len(weights), tuple([layout(x) for x in given])
+        structure = tuple([bank.structure_under(self.path) for bank in banks])
+        key = self.kind, structure, rest, tuple([layout(x) for x in given])
         if key not in self.programs: self.programs[key] = self._program(banks, weights, given, rest=rest, columns=columns)
         return self.programs[key](weights + given)[0]
 
@@ -336,7 +339,7 @@ class _Layer:
     def _program(self, banks, weights, given, *, rest, columns):
         "Return the program of layers of this kind, and inputs of these shapes"
         structure = [bank.structure_under(self.path) for bank in banks]
-        about = repr((self.kind, self.model.config._attn_implementation, rest, structure))
+        about = repr((self.text, self.model.config._attn_implementation, rest, structure))
         def f(*tensors): return self._compute(tensors, banks, rest, columns=columns)
         return program_of(f, weights + given, about)
 
@@ -359,7 +362,9 @@ class LayerPrograms:
     "The decoder layers of a model, which run programs inside a block"
     def __init__(self, model, kinds):
         self.model = model
-        self.layers = [_Layer(model, i, path, kind) for i, (path, kind) in enumerate(kinds.items())]
+        programs:dict = {}
+        found = enumerate(kinds.items())
+        self.layers = [_Layer(model, i, path, kind=kind, programs=programs) for i, (path, kind) in found]
 
     @contextlib.contextmanager
     def attached(self):

@@ -1,0 +1,303 @@
+"Programs of layers: what decides which one runs, what a cache folder can hold, and equality with the layers as they are"
+
+import json, warnings
+from contextlib import nullcontext
+import pytest, torch
+from npu_lora_decoding.foundations import ops, programs
+from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter, toy_model
+from npu_lora_decoding.foundations.lora import AdapterBank
+from npu_lora_decoding.foundations.programs import (
+    FAMILIES,
+    bmm_of_few,
+    layer_kind,
+    layer_programs,
+    linear_of_few,
+    program_name,
+    program_of,
+)
+from npu_lora_decoding.decoding.runner import _without_windows
+from transformers import StaticCache
+from helpers.loops import exported
+
+compiled = pytest.mark.skipif(not ops.compiles(), reason='no C++ compiler')
+
+
+def double(x):
+    return x * 2
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    "An empty cache folder, a compiler that only counts, and a process that has no program yet"
+    made = []
+
+    def compile(f, inputs, file):
+        made.append(f)
+        file.write_text('a program')
+
+    monkeypatch.setenv('NLD_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(programs, 'compiles', lambda: True)
+    monkeypatch.setattr(programs, '_compile', compile)
+    monkeypatch.setattr(programs, '_load', lambda file: programs._uncompiled(double))
+    monkeypatch.setattr(programs, '_WARNED', set())
+    return made
+
+
+def asked(about='double'):
+    "Ask for a program as a new process does"
+    programs._PROGRAMS.clear()
+    x = torch.ones(2, 3)
+    (out,) = program_of(double, [x], about)([x])
+    assert torch.equal(out, x * 2)
+
+
+def folder():
+    (found,) = (programs.cache_dir() / 'programs').iterdir()
+    return found
+
+
+# --- the cache folder
+
+
+def test_a_program_is_made_once_for_all_processes(cache):
+    for _ in range(3):
+        asked()
+    assert len(cache) == 1
+
+
+@pytest.mark.parametrize('damage', ['cut', 'other', 'no seal', 'no program', 'seal is no JSON', 'seal is a list'])
+def test_a_damaged_program_is_made_again(cache, damage):
+    asked()
+    file = folder() / 'program.pt2'
+    seal = folder() / 'seal.json'
+    if damage == 'cut':
+        file.write_text('a prog')
+    elif damage == 'other':
+        file.write_text('a PROGRAM')
+    elif damage == 'no seal':
+        seal.unlink()
+    elif damage == 'no program':
+        file.unlink()
+    else:
+        seal.write_text('[1]' if damage == 'seal is a list' else '{"sha')
+    asked()
+    asked()
+    assert len(cache) == 2
+
+
+def test_a_program_that_does_not_load_is_made_again(cache, monkeypatch):
+    asked()
+
+    def fails_once(file):
+        monkeypatch.setattr(programs, '_load', lambda file: programs._uncompiled(double))
+        raise RuntimeError('made for another processor')
+
+    monkeypatch.setattr(programs, '_load', fails_once)
+    with pytest.warns(UserWarning, match='cannot be loaded and is made again'):
+        asked()
+    assert len(cache) == 2
+
+
+def test_a_killed_compilation_leaves_nothing_that_is_taken_for_a_program(cache):
+    asked()
+    whole = folder()
+    left = whole.with_name(f'.{whole.name}.{programs.platform.node().replace(".", "_")}-999999999.part')
+    whole.rename(left)
+    asked()
+    assert len(cache) == 2 and not left.exists()
+
+
+def test_a_cache_folder_that_cannot_be_written_costs_only_the_next_process(cache, monkeypatch, tmp_path):
+    (tmp_path / 'file').write_text('')
+    monkeypatch.setenv('NLD_CACHE', str(tmp_path / 'file' / 'cache'))
+    with pytest.warns(UserWarning, match='not kept for the next process: cannot write'):
+        asked()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')  # once a process
+        asked()
+    assert len(cache) == 2
+
+
+def test_a_compiler_that_fails_is_named_and_the_function_runs(cache, monkeypatch):
+    def fails(*_):
+        raise RuntimeError('CppCompileError: no space left')
+
+    monkeypatch.setattr(programs, '_compile', fails)
+    with pytest.warns(UserWarning, match='run uncompiled, because compiling failed .RuntimeError: CppCompileError'):
+        asked()
+
+
+def test_two_at_once(cache, monkeypatch):
+    "Another process finished the same program meanwhile"
+    compile = programs._compile
+
+    def late(f, inputs, file):
+        compile(f, inputs, file)
+        monkeypatch.setattr(programs, '_compile', compile)
+        programs._make(f, inputs, programs._folder(program_name('double', inputs)))
+
+    monkeypatch.setattr(programs, '_compile', late)
+    asked()
+    asked()
+    assert json.loads((folder() / 'seal.json').read_text()) and len(cache) == 2
+
+
+# --- what a program depends on
+
+
+def test_a_name_holds_all_that_a_program_depends_on(monkeypatch):
+    x = torch.ones(4, 6)
+    name = lambda *inputs, about='f': program_name(about, list(inputs))
+    names = [name(x), name(x, about='g'), name(x, x), name(x[:2]), name(x.T.contiguous()), name(x.T), name(x.half())]
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 77)
+    names.append(name(x))
+    monkeypatch.setattr(programs, '_machine', lambda: 'another')
+    names.append(name(x))
+    assert len(set(names)) == len(names)
+    assert name(x[:1]) == name(x[:1].as_strided((1, 6), (99, 1))), 'strides of one row do not matter'
+
+
+def changes(layer):
+    "Yield changes of a layer that its program must notice, each undone before the next"
+    norm = layer.input_layernorm
+    kept = norm.variance_epsilon
+    norm.variance_epsilon = 0.5
+    yield 'a number'
+    norm.variance_epsilon = kept
+    layer.mlp.act_fn, before = torch.nn.Tanh(), layer.mlp.act_fn
+    yield 'a module'
+    layer.mlp.act_fn = before
+    config = layer.self_attn.config
+    config.attention_dropout = 0.25
+    yield 'the configuration'
+    config.attention_dropout = 0.0
+    layer.self_attn.scaling, before = 0.3, layer.self_attn.scaling
+    yield 'another number'
+    layer.self_attn.scaling = before
+
+
+def test_a_kind_changes_with_the_layer():
+    first, second = toy_model().base_model.layers
+    kind = layer_kind(first)
+    assert kind == layer_kind(second)
+    for what in changes(first):
+        assert layer_kind(first) != kind, what
+    assert layer_kind(first) == kind
+
+
+def foreign(layer):
+    "Yield ways in which people change a layer, of which we cannot know what they do; each undone before the next"
+    handle = layer.mlp.register_forward_pre_hook(lambda *_: None)
+    yield 'a hook'
+    handle.remove()
+    layer.mlp.forward = lambda x: x
+    yield 'a forward of its own'
+    del layer.mlp.forward
+
+    class Mine(torch.nn.SiLU):
+        pass
+
+    layer.mlp.act_fn, before = Mine(), layer.mlp.act_fn
+    yield 'a module of their own'
+    layer.mlp.act_fn = before
+
+
+def test_layers_that_others_changed_share_no_program():
+    model = toy_model()
+    assert layer_programs(model) is not None
+    for what in foreign(model.base_model.layers[1]):
+        assert layer_programs(model) is None, what
+    assert layer_programs(toy_model('gpt2')) is None
+
+
+# --- equality
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize('rows', [1, 2, 4, 5, 9])
+def test_a_product_of_few_rows_is_the_product(rows, dtype):
+    gen = torch.Generator().manual_seed(rows)
+    x, w, bias = (torch.randn(*shape, generator=gen).to(dtype) for shape in ((1, rows, 33), (21, 33), (21,)))
+    close = dict(rtol=2e-2, atol=2e-2) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(linear_of_few(x, w, bias), torch.nn.functional.linear(x, w, bias), **close)
+    torch.testing.assert_close(linear_of_few(x[0, -1], w), torch.nn.functional.linear(x[0, -1], w), **close)
+    y = torch.randn(3, 33, 5, generator=gen).to(dtype)
+    torch.testing.assert_close(bmm_of_few(x.expand(3, -1, -1), y), x.expand(3, -1, -1) @ y, **close)
+
+
+def stepped(model, bank, *, run, ids=((1, 2, 3), (4, 5, 6)), n=1):
+    "Return the logits of two steps of `n` tokens behind a prompt, and the cache's planes"
+    cache = StaticCache(config=_without_windows(model.config), max_cache_len=16)
+    out = []
+    with torch.no_grad(), bank.attached([0, -1]):
+        model(torch.tensor(ids), past_key_values=cache)
+        for token in (7, 8):
+            with run():
+                out.append(model(torch.full((2, n), token), past_key_values=cache).logits)
+    return [*out, *(x for layer in cache.layers for x in (layer.keys, layer.values))]
+
+
+def adapted(model, tmp_path, **options):
+    return AdapterBank(model, [load_adapter(toy_adapter(model, tmp_path, **options), model)], ops.lora)
+
+
+def same(got, want):
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('n', [1, 3])
+def test_layers_by_programs_are_the_layers(family, n, tmp_path, monkeypatch):
+    monkeypatch.setattr(programs, 'program_of', exported)
+    model = toy_model(family)
+    bank = adapted(model, tmp_path)
+    want = stepped(model, bank, run=nullcontext, n=n)
+    same(stepped(model, bank, run=layer_programs(model).attached, n=n), want)
+    assert not any('forward' in vars(m) for m in model.modules()), 'something is left on the model'
+
+
+def test_weights_and_adapters_are_inputs(tmp_path, monkeypatch):
+    "A program that was made before they changed in place, or for another adapter of the shape, sees what is there now"
+    made = []
+    monkeypatch.setattr(programs, 'program_of', lambda *a: made.append(a) or exported(*a))
+    model = toy_model()
+    bank = adapted(model, tmp_path / 'one')
+    layers = layer_programs(model)
+    first = stepped(model, bank, run=layers.attached)
+    count = len(made)
+    other = adapted(model, tmp_path / 'two', seed=5)
+    plain = nullcontext
+    same(stepped(model, other, run=layers.attached), stepped(model, other, run=plain))
+    with torch.no_grad():
+        model.base_model.layers[1].mlp.up_proj.weight.mul_(-2)
+    changed = stepped(model, bank, run=layers.attached)
+    same(changed, stepped(model, bank, run=plain))
+    assert (changed[0] - first[0]).abs().max() > 1e-2 and len(made) == count == 1
+
+
+def test_adapters_on_other_layers_have_other_programs(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(programs, 'program_of', lambda *a: made.append(a[2]) or exported(*a))
+    model = toy_model()
+    plain = nullcontext
+    layers = layer_programs(model)
+    for target in ('o_proj', 'down_proj', 'q_proj'):
+        bank = adapted(model, tmp_path / target, target_modules=[target])
+        same(stepped(model, bank, run=layers.attached), stepped(model, bank, run=plain))
+    assert len(set(made)) == len(made) == 3
+
+
+@pytest.mark.slow
+@compiled
+def test_a_compiled_program_serves_all_layers_and_the_next_process(tmp_path, monkeypatch):
+    monkeypatch.setenv('NLD_CACHE', str(tmp_path / 'cache'))
+    model = toy_model()
+    bank = adapted(model, tmp_path / 'adapter')
+    want = stepped(model, bank, run=nullcontext)
+    programs._PROGRAMS.clear()
+    same(stepped(model, bank, run=layer_programs(model).attached), want)
+    assert len(programs._PROGRAMS) == 1
+    programs._PROGRAMS.clear()
+    monkeypatch.setattr(programs, '_compile', lambda *_: pytest.fail('compiled again'))
+    same(stepped(model, bank, run=layer_programs(model).attached), want)
