@@ -360,7 +360,10 @@ class _Layer:
 # %% ../../nbs/0_foundations/16_programs.ipynb #4af4f994
 class LayerPrograms:
     "The decoder layers of a model, which run programs inside a block"
-    def __init__(self, model, kinds):
+    def __init__(self,
+        model,  # Causal LM
+        kinds:dict,  # Path of each decoder layer, in their order -> its `layer_kind`
+    ):
         self.model = model
         programs:dict = {}
         found = enumerate(kinds.items())
