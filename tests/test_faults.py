@@ -963,6 +963,18 @@ ELSEWHERE = {
         'converted again, and a note says so',
         'foundations/test_models.py::test_damaged_cache_is_converted_again',
     ),
+    ('a compiled program in the cache is damaged', 'compiled steps'): (
+        'compiled again',
+        'foundations/test_programs.py::test_a_damaged_program_is_made_again',
+    ),
+    ('the cache folder cannot be written', 'compiled steps'): (
+        'compiled for this process, and a warning says so',
+        'foundations/test_programs.py::test_a_cache_folder_that_cannot_be_written_costs_only_the_next_process',
+    ),
+    ('there is no C++ compiler, or it fails', 'compiled steps'): (
+        'steps run uncompiled, with the same tokens, and a warning says so',
+        'decoding/test_loop.py::test_without_a_compiler_steps_run_as_they_are',
+    ),
 }
 
 
