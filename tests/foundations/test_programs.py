@@ -65,7 +65,7 @@ def test_a_program_is_made_once_for_all_processes(cache):
     assert len(cache) == 1
 
 
-@pytest.mark.parametrize('damage', ['cut', 'other', 'no seal', 'no program', 'seal is no JSON', 'seal is a list'])
+@pytest.mark.parametrize('damage', ['cut', 'other', 'no seal', 'no program', 'seal is cut', 'seal is a list'])
 def test_a_damaged_program_is_made_again(cache, damage):
     asked()
     file = folder() / 'program.pt2'
