@@ -17,6 +17,7 @@ import os
 import platform
 import sys
 import tempfile
+import uuid
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -165,7 +166,7 @@ def program_of(
     f:Callable,  # Function of tensors that returns one tensor, or several; it may change tensors in place
     inputs:list,  # Tensors of the shapes that it will be called with
     about:str,  # What the function is: two that differ must differ here
-) -> Callable:  # A list of tensors -> a list of tensors
+) -> Callable:  # A list of tensors, which may be emptied -> a list of tensors
     "Return a compiled form of `f`, from the cache folder where it is there; `f` itself where nothing can be compiled"
     inputs = [x.detach() for x in inputs]
     name = program_name(about, inputs)
@@ -229,10 +230,15 @@ def _is_known(module):
     is_ours = own is None or getattr(own, '__module__', None) in (AdapterBank.__module__, __name__)
     return is_ours and type(module).__module__.startswith(_KNOWN) and not (module._forward_hooks or module._forward_pre_hooks)
 
-@functools.cache
-def _source_of(home):
-    "Return a digest of the file of a module"
-    return hashlib.sha256(inspect.getsource(sys.modules[home]).encode()).hexdigest()
+_SOURCES:dict[type, str] = {}  # Class -> digest
+
+def _source_of(kind):
+    "Return a digest of the file that a class is written in; one of its own for a class that was typed at a prompt"
+    if kind not in _SOURCES:
+        try: source = inspect.getsource(sys.modules[kind.__module__])
+        except (TypeError, OSError, KeyError): source = str(uuid.uuid4())
+        _SOURCES[kind] = hashlib.sha256(source.encode()).hexdigest()
+    return _SOURCES[kind]
 
 def description(
     module:nn.Module,  # Any
@@ -241,7 +247,7 @@ def description(
     "Return what a module computes, but for its tensors: the code of its classes, and all attributes that can be compared"
     configs = {} if configs is None else configs
     modules = dict(module.named_modules())
-    kinds = sorted({(type(m).__module__, type(m).__qualname__, _source_of(type(m).__module__)) for m in modules.values()})
+    kinds = sorted({(type(m).__module__, type(m).__qualname__, _source_of(type(m))) for m in modules.values()})
     return repr((kinds, [(path, type(m).__qualname__, _attributes(m, configs)) for path, m in modules.items()]))
 
 def layer_kind(

@@ -9,6 +9,7 @@ from npu_lora_decoding.foundations.lora import AdapterBank
 from npu_lora_decoding.foundations.programs import (
     FAMILIES,
     bmm_of_few,
+    description,
     layer_kind,
     layer_programs,
     linear_of_few,
@@ -183,6 +184,17 @@ def test_a_kind_changes_with_the_layer():
     for what in changes(first):
         assert layer_kind(first) != kind, what
     assert layer_kind(first) == kind
+
+
+def test_a_class_without_a_file_is_like_no_other():
+    "Typed at a prompt, and typed again otherwise: neither this process nor the next may take one for the other"
+    texts = []
+    for factor in (1, 2):
+        home = dict(torch=torch, __name__='typed at a prompt')
+        exec(f'class Typed(torch.nn.Module):\n    def forward(self, x): return x * {factor}', home)
+        texts.append(description(home['Typed']()))
+        assert description(home['Typed']()) == texts[-1]
+    assert texts[0] != texts[1]
 
 
 def foreign(layer):
