@@ -32,7 +32,7 @@ OLD = (
 ).split()
 NEW = (
     'ms_to_first ms_runs speedup speedup_interval speedup_over flops_per_token metric items gain gain_interval '
-    'gain_over scores same_as judged_as compiled'
+    'gain_over scores same_as judged_as compiled floor floor_ms measured_again ms_replaced stalled'
 ).split()
 
 
