@@ -357,7 +357,7 @@ class AdapterBank:
         if key not in self._structures:
             groups = [g for g in self.slices if g[0].startswith(f'{path}.')]
             inside = tuple(tuple(name.removeprefix(path) for name in group) for group in groups)
-            shapes = tuple(str(tuple(x.shape)) for x in self.tensors_under(path)[1:])
+            shapes = tuple(str((tuple(x.shape), x.dtype)) for x in self.tensors_under(path)[1:])
             operations = tuple(f'{s.op.__module__}.{s.op.__qualname__}' for s in self._under(path))
             self._structures[key] = inside, shapes, operations, self.is_uniform
         return self._structures[key]

@@ -131,6 +131,7 @@ def _load(file):
 # %% ../../nbs/0_foundations/16_programs.ipynb #c5372958
 _PROGRAMS:dict[str, Callable] = {}  # Name -> program, for all models of the process
 _WARNED:set = set()  # Sentences that were shown
+_FAILED:set = set()  # Names of programs that could not be compiled
 
 def _say(problem):
     "Warn, once a process"
@@ -170,7 +171,11 @@ def program_of(
     "Return a compiled form of `f`, from the cache folder where it is there; `f` itself where nothing can be compiled"
     inputs = [x.detach() for x in inputs]
     name = program_name(about, inputs)
-    if name not in _PROGRAMS: _PROGRAMS[name] = _found(name) or _compiled(f, inputs, name)
+    if name not in _PROGRAMS:
+        program = None if name in _FAILED else _found(name) or _compiled(f, inputs, name)
+        # not kept for others: it runs the layer and the adapters of whoever asked first
+        if program is None: return _uncompiled(f)
+        _PROGRAMS[name] = program
     return _PROGRAMS[name]
 
 def _folder(name): return cache_dir()/'programs'/name
@@ -185,15 +190,16 @@ def _found(name):
         return None
 
 def _compiled(f, inputs, name):
-    "Return a new program, or the function itself with a warning"
+    "Return a new program; None, with a warning, where there is none"
     if not compiles():
         _say('steps run uncompiled, because torch.compile finds no compiler: install a C++ compiler (g++)')
-        return _uncompiled(f)
+        return None
     try:
         with compiling(len(_PROGRAMS) + 1): return _kept(f, inputs, _folder(name))
     except Exception as e:  # a compiler is a large program, with errors of many kinds
         _say(f'steps run uncompiled, because compiling failed ({type(e).__name__}: {str(e).strip()[:120]})')
-        return _uncompiled(f)
+        _FAILED.add(name)
+        return None
 
 def _uncompiled(f):
     def run(tensors):
@@ -228,7 +234,10 @@ def _is_known(module):
     "Return whether a module runs code of torch, transformers or PEFT, or an adapter bank of ours, and nothing around it"
     own = vars(module).get('forward')
     is_ours = own is None or getattr(own, '__module__', None) in (AdapterBank.__module__, __name__)
-    return is_ours and type(module).__module__.startswith(_KNOWN) and not (module._forward_hooks or module._forward_pre_hooks)
+    homes = type(module).__module__, getattr(type(module).forward, '__module__', '')  # a class may be patched
+    holds_tensor = any(isinstance(x, torch.Tensor) for x in vars(module).values())  # which is no parameter
+    is_hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+    return is_ours and not holds_tensor and not is_hooked and all(home.startswith(_KNOWN) for home in homes)
 
 _SOURCES:dict[type, str] = {}  # Class -> digest
 
@@ -312,13 +321,14 @@ class _Layer:
         self.number = number
         self.path = path
         self.layer = model.get_submodule(path)
-        self.kind = hash(kind)  # A number is sooner compared than a long text
         self.text = kind
         self.programs = programs  # Of all layers
         self.places = []  # Where each of its tensors is, and its name
         for inside, m in self.layer.named_modules():
             for found in (m._parameters, m._buffers):
                 self.places += [(found, name, f'{inside}.{name}'.lstrip('.')) for name, x in found.items() if x is not None]
+        # a number is sooner compared than a long text; layers of one kind may hold weights of different dtypes
+        self.kind = hash((kind, tuple(layout(found[name]) for found, name, _ in self.places)))
 
     def tensors(self, banks):
         "Return its weights, and the adapters that banks put on it, as they are now"
@@ -335,7 +345,7 @@ class _Layer:
         given = [columns.keys, columns.values, columns.cumulative_length, hidden, *inputs]
         weights = self.tensors(banks)
         structure = tuple([bank.structure_under(self.path) for bank in banks])
-        key = self.kind, structure, rest, tuple([layout(x) for x in given])
+        key = self.kind, structure, tuple(map(id, banks)), rest, tuple([layout(x) for x in given])
         if key not in self.programs: self.programs[key] = self._program(banks, weights, given, rest=rest, columns=columns)
         return self.programs[key](weights + given)[0]
 

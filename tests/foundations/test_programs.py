@@ -41,6 +41,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(programs, '_compile', compile)
     monkeypatch.setattr(programs, '_load', lambda file: programs._uncompiled(double))
     monkeypatch.setattr(programs, '_WARNED', set())
+    monkeypatch.setattr(programs, '_FAILED', set())
     return made
 
 
@@ -206,6 +207,14 @@ def foreign(layer):
     yield 'a forward of its own'
     del layer.mlp.forward
 
+    layer.mlp.table = torch.ones(2)
+    yield 'a tensor that is no parameter'
+    del layer.mlp.table
+    kind = type(layer.mlp)
+    kind.forward, before = lambda self, x: x, kind.forward
+    yield 'a patched class'
+    kind.forward = before
+
     class Mine(torch.nn.SiLU):
         pass
 
@@ -277,7 +286,6 @@ def test_weights_and_adapters_are_inputs(tmp_path, monkeypatch):
     bank = adapted(model, tmp_path / 'one')
     layers = layer_programs(model)
     first = stepped(model, bank, run=layers.attached)
-    count = len(made)
     other = adapted(model, tmp_path / 'two', seed=5)
     plain = nullcontext
     same(stepped(model, other, run=layers.attached), stepped(model, other, run=plain))
@@ -285,7 +293,31 @@ def test_weights_and_adapters_are_inputs(tmp_path, monkeypatch):
         model.base_model.layers[1].mlp.up_proj.weight.mul_(-2)
     changed = stepped(model, bank, run=layers.attached)
     same(changed, stepped(model, bank, run=plain))
-    assert (changed[0] - first[0]).abs().max() > 1e-2 and len(made) == count == 1
+    assert (changed[0] - first[0]).abs().max() > 1e-2 and len(
+        {program_name(about, inputs) for _, inputs, about in made}
+    ) == 1
+
+
+def test_without_a_compiler_no_adapter_is_taken_for_another(tmp_path, monkeypatch):
+    "What runs uncompiled holds the adapters of whoever asked first, so it may not serve the next"
+    monkeypatch.setenv('NLD_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(programs, 'compiles', lambda: False)
+    model = toy_model()
+    banks = [adapted(model, tmp_path / str(seed), seed=seed) for seed in (0, 5)]
+    layers = layer_programs(model)
+    for bank in (*banks, banks[0]):
+        want = stepped(model, bank, run=nullcontext)
+        same(stepped(model, bank, run=layers.attached), want)
+        same(stepped(model, bank, run=layer_programs(model).attached), want)
+
+
+def test_weights_of_another_dtype_have_another_program():
+    model = toy_model().bfloat16()
+    first, second = layer_programs(model).layers
+    assert first.kind == second.kind
+    model.base_model.layers[1].input_layernorm.float()  # as preparing a model for training does
+    first, second = layer_programs(model).layers
+    assert first.kind != second.kind
 
 
 def test_adapters_on_other_layers_have_other_programs(tmp_path, monkeypatch):
