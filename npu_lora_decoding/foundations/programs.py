@@ -235,7 +235,7 @@ def _is_known(module):
     own = vars(module).get('forward')
     is_ours = own is None or getattr(own, '__module__', None) in (AdapterBank.__module__, __name__)
     homes = type(module).__module__, getattr(type(module).forward, '__module__', '')  # a class may be patched
-    holds_tensor = any(isinstance(x, torch.Tensor) for x in vars(module).values())  # which is no parameter
+    holds_tensor = any(isinstance(x, torch.Tensor) for x in vars(module).values())  # not a parameter
     is_hooked = bool(module._forward_hooks or module._forward_pre_hooks)
     return is_ours and not holds_tensor and not is_hooked and all(home.startswith(_KNOWN) for home in homes)
 

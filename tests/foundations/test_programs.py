@@ -208,7 +208,7 @@ def foreign(layer):
     del layer.mlp.forward
 
     layer.mlp.table = torch.ones(2)
-    yield 'a tensor that is no parameter'
+    yield 'a tensor beside the parameters'
     del layer.mlp.table
     kind = type(layer.mlp)
     kind.forward, before = lambda self, x: x, kind.forward
