@@ -210,7 +210,8 @@ def _uncompiled(f):
 # %% ../../nbs/0_foundations/16_programs.ipynb #b49076f4
 FAMILIES = ('llama', 'qwen2', 'qwen3', 'mistral', 'gemma', 'gemma2', 'gemma3_text')  # Whose layers were compared
 _KNOWN = ('torch.', 'transformers.', 'peft.')
-_OF_ONE_LAYER = ('layer_idx', 'forward')
+# What counts for one layer, and what every module has and is looked at elsewhere: its tensors, its modules, its hooks
+_LEFT_OUT = frozenset(('layer_idx', 'forward', *vars(nn.Module()))) - {'training'}
 
 def _is_plain(x):
     if isinstance(x, dict): return all(map(_is_plain, (*x, *x.values())))
@@ -227,7 +228,7 @@ def _attribute(x, configs):
 
 def _attributes(module, configs):
     "Return the attributes of a module that can be compared"
-    found = {k: _attribute(v, configs) for k, v in vars(module).items() if k not in _OF_ONE_LAYER}
+    found = {k: _attribute(v, configs) for k, v in vars(module).items() if k not in _LEFT_OUT}
     return sorted((k, v) for k, v in found.items() if v is not None)
 
 def _is_known(module):
@@ -254,8 +255,9 @@ def description(
     configs:dict|None=None,  # Texts of configurations, kept while several modules are described
 ) -> str:
     "Return what a module computes, but for its tensors: the code of its classes, and all attributes that can be compared"
-    configs = {} if configs is None else configs
-    modules = dict(module.named_modules())
+    return _description(dict(module.named_modules()), {} if configs is None else configs)
+
+def _description(modules, configs):
     kinds = sorted({(type(m).__module__, type(m).__qualname__, _source_of(type(m))) for m in modules.values()})
     return repr((kinds, [(path, type(m).__qualname__, _attributes(m, configs)) for path, m in modules.items()]))
 
@@ -264,8 +266,11 @@ def layer_kind(
     configs:dict|None=None,  # As for `description`
 ) -> str|None:  # What it computes; None where we cannot tell
     "Return a text that two layers of a model share when one program serves both"
-    are_plain = all(type(p) in (torch.Tensor, nn.Parameter) for p in (*layer.parameters(), *layer.buffers()))
-    return description(layer, configs) if are_plain and all(map(_is_known, layer.modules())) else None
+    modules = dict(layer.named_modules())  # once: walking through them takes most of the time
+    tensors = [x for m in modules.values() for own in (m._parameters, m._buffers) for x in own.values()]
+    are_plain = {type(x) for x in tensors} <= {torch.Tensor, nn.Parameter, type(None)}
+    is_known = are_plain and all(map(_is_known, modules.values()))
+    return _description(modules, {} if configs is None else configs) if is_known else None
 
 # %% ../../nbs/0_foundations/16_programs.ipynb #6b454d70
 class _OneLayer:

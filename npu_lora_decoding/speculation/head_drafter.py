@@ -123,14 +123,13 @@ class _HeadDrafter(Drafter):
 
 # %% ../../nbs/4_speculation/05_head_drafter.ipynb #56bb7674
 class _CompiledHeadDrafter(_HeadDrafter):
-    "A head at work in compiled programs, one for each of two depths"
+    "A head at work in a compiled program, which drafts to one depth"
     cache:StaticHeadCache
 
     def __init__(self, hass, loaded, runner):
         super().__init__(hass, loaded, runner)
         self.width = runner.max_draft_depth + 1
-        half = -(-hass.depth // 2)
-        self.depths = tuple(sorted({half, hass.depth})) if hass.adaptive else (hass.depth,)
+        self.depths = (hass.depth,)  # each is a program to compile
         self.cache = static_head_cache(loaded.head, runner.b, runner.columns + self.width)
 
     def _draft(self, slots, roots, several):
@@ -140,22 +139,22 @@ class _CompiledHeadDrafter(_HeadDrafter):
         inputs = *committed_slots(hidden, follows, committed, width=self.width), roots
         if several:
             self._compile(inputs)
-        program = self._program(self.depth)
+        program = self._program()
         tokens, parents, scores, finite = program(*self.cache.tensors, *inputs)
         return Tree(tokens, parents, 'head', scores=scores), bool(finite)
 
-    def _program(self, depth):
-        if self.hass.chain:
-            return self.loaded.program(depth, top_k=1, nodes=depth + 1)
-        return self.loaded.program(depth, top_k=self.hass.top_k, nodes=self.hass.nodes)
+    def _program(self):
+        size = dict(top_k=1, nodes=self.depth + 1)
+        if not self.hass.chain:
+            size = dict(top_k=self.hass.top_k, nodes=self.hass.nodes)
+        return self.loaded.program(self.depth, **size)
 
     def _compile(self, inputs):
-        "Make the programs of all depths now, not in the middle of a text"
-        for depth in self.depths:
-            program = self._program(depth)
-            copies = [x.clone() for x in self.cache.tensors]
-            if not program.ready(*copies, *inputs):
-                program(*copies, *inputs)
+        "Make the program now, not in the middle of a text"
+        program = self._program()
+        copies = [x.clone() for x in self.cache.tensors]
+        if not program.ready(*copies, *inputs):
+            program(*copies, *inputs)
 
     def _catch_up(self, features, follows, count):
         "Take all but the last new slot of each sequence into the cache; return the last ones"

@@ -19,8 +19,10 @@ from npu_lora_decoding.speculation.adaptive import (
     Calibration,
     AcceptanceByDepth,
     AdaptiveDrafter,
+    PLAIN_SHARE,
     TreeSizing,
     best_size,
+    first_seconds,
     pass_seconds,
     tree_sizes,
 )
@@ -39,7 +41,7 @@ def test_sizes_rise_and_fit(device, few):
     for b in range(1, 65):
         for nodes in (2, 3, 5, 8, 9, 16, 24, 33, 60, 64, 100):
             sizes = tree_sizes(b, nodes, device, few)
-            assert sizes[0] == 1 and list(sizes) == sorted(set(sizes)) and 2 <= len(sizes) <= (3 if few else 8)
+            assert sizes[0] == 1 and list(sizes) == sorted(set(sizes)) and 2 <= len(sizes) <= (2 if few else 8)
             assert (
                 sizes[-1] <= nodes
                 and all(n * b <= widest for n in sizes[2:])
@@ -47,10 +49,7 @@ def test_sizes_rise_and_fit(device, few):
             )
             assert sizes[-1] == nodes or (sizes[-1] + 1) * b > widest  # no larger one fits
             if few:
-                assert (
-                    sizes == (1, *sorted({max(2, sizes[-1] // 2), sizes[-1]}))
-                    and sizes[-1] == tree_sizes(b, nodes, device)[-1]
-                )
+                assert sizes == (1, tree_sizes(b, nodes, device)[-1])
 
 
 @pytest.mark.parametrize(
@@ -123,6 +122,38 @@ def test_measured_once_for_each_model_and_kind_of_rows():
     rows = Other(**vars(clocked(model, again())))
     pass_seconds(rows, (1, 2))
     assert rows.asked
+
+
+def compiled(seconds):
+    "A clocked runner whose sizes are programs to compile"
+    runner = object.__new__(CompiledRunner)
+    vars(runner).update(vars(clocked(Clock(), seconds)), columns=256)
+    return runner
+
+
+def test_one_node_is_estimated_where_it_is_a_program_to_compile():
+    runner = compiled({1: [1.0] * 4, 8: [3.0] * 8})
+    costs, is_estimate = first_seconds(runner, (1, 8))
+    assert is_estimate and costs == {1: 3.0 * PLAIN_SHARE, 8: 3.0} and {t.size for t in runner.asked} == {8}
+    assert pass_seconds(runner, (1, 8)) == {1: 1.0, 8: 3.0}
+    assert first_seconds(runner, (1, 8)) == ({1: 1.0, 8: 3.0}, False)  # measured: estimated no more
+
+
+@pytest.mark.parametrize('right, plain, sizes', [(3, 1.9, {4}), (0, 1.9, {4, 1}), (0, 3.9, {4})])
+def test_one_node_is_measured_where_plain_decoding_seems_to_win(monkeypatch, right, plain, sizes):
+    runner = compiled({1: [plain] * 4, 4: [2.0] * 8})
+    sizer = TreeSizing(Inner(), (1, 4))
+    fake_seconds(monkeypatch, lambda: sizer, 0.1)
+    state = SimpleNamespace(done=torch.zeros(2, dtype=torch.bool), last=torch.arange(2), accepted=None)
+    chosen = set()
+    for _ in range(12):
+        tree = sizer.propose(state, runner)
+        chosen.add(tree.size)
+        state.accepted = (torch.arange(tree.size) <= right).repeat(2, 1)
+    measured = right == 0
+    assert chosen == sizes and sizer.estimates_plain == (not measured)
+    assert ('estimate' in sizer.explain()) == (not measured)
+    assert sizer.costs[1] == (plain if measured else 2 * PLAIN_SHARE)
 
 
 def runner_on(model, cached):
