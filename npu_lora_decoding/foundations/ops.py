@@ -6,8 +6,8 @@
 __all__ = ['ALIGN', 'lora_shrink', 'lora_expand', 'lora', 'cold_scores', 'cold_select', 'kv_commit', 'topk_loss_forward',
            'topk_loss_backward', 'define_op', 'served', 'register_kernel', 'find_kernels', 'backend', 'references',
            'part_width', 'lora_shrink_torch', 'lora_expand_torch', 'compiles', 'compiler_settings', 'cold_scores_torch',
-           'cold_select_torch', 'cold_select_few', 'kv_commit_torch', 'topk_loss_forward_torch',
-           'topk_loss_backward_torch', 'topk_loss']
+           'cold_select_torch', 'cold_select_few', 'position_keys', 'gumbel_at', 'gumbel', 'kv_commit_torch',
+           'topk_loss_forward_torch', 'topk_loss_backward_torch', 'topk_loss']
 
 # %% ../../nbs/0_foundations/10_ops.ipynb #6fae8f00
 import contextlib
@@ -279,6 +279,102 @@ def cold_select_few(
     return torch.where(is_best, token, e.shape[-1]).amin(-1)  # of equals the lowest token, in whatever order they came
 
 register_kernel('cold_select', 'cpu', cold_select_few, 'torch, the plausible few')
+
+# %% ../../nbs/0_foundations/10_ops.ipynb #7a1c0e04
+def _mix(x):
+    "Return int32 numbers scattered, one to one, in their place"
+    x ^= (x >> 16) & 0xffff  # a shift of int32 repeats the sign: the mask takes it away
+    x *= 0x21f0aaad
+    x ^= (x >> 15) & 0x1ffff
+    x *= 0x735a2d97
+    x ^= (x >> 15) & 0x1ffff
+    return x
+
+_STEP = 0x9e3779b9 - 2**32  # From position to position: 2^32 over the golden ratio, in int32
+
+def position_keys(
+    keys:torch.Tensor,  # The key of each sequence `(..., 2)` int32
+    positions:torch.Tensor,  # Positions in the sequence `(..., n)`, any integer dtype
+) -> torch.Tensor:  # `(..., n, 2)` int32, the second number odd
+    "Return the key of every position, from which `gumbel` makes its noise"
+    require(keys.dtype == torch.int32, f'the keys are {keys.dtype}', 'give two int32 numbers for each sequence')
+    steps = positions.to(torch.int32) * _STEP
+    first = _mix(keys[..., :1] + steps)
+    second = _mix(keys[..., 1:] ^ first) | 1
+    return torch.stack([first, second], -1)
+
+# %% ../../nbs/0_foundations/10_ops.ipynb #7a1c0e07
+# In units of 2^-16, lowest power first
+_LOG = 16, 65509, -32569, 20632, -12377, 5338, -1115  # ln(1 + m + 2^-12), 0 <= m < 1
+_CORRECTION = 0, 32786, 13255, 11375, -5154, 19193  # ln(-ln(1 - u) / u), 0 < u < 1/2
+_LOG_2 = 45426
+
+def _polynomial(coefficients, x, bits):
+    "Return a polynomial of numbers with `bits` fractional bits, in units of 2^-16"
+    y = torch.full_like(x, coefficients[-1])
+    for c in coefficients[-2::-1]: y = ((y * x) >> bits) + c
+    return y
+
+def _minus_log(bits, scale):
+    "Return -ln(q / 2^scale) in units of 2^-16, from the bits of q in fp32"
+    powers = scale + 127 - (bits >> 23)
+    return powers * _LOG_2 - _polynomial(_LOG, (bits >> 12) & 0x7ff, 11)
+
+def _gumbel_of(hashed):
+    "Return the noise that 32 bits stand for; exact in fp32, since it is a multiple of 2^-16 below 17"
+    t = (hashed >> 8) | 1
+    bits = t.abs().float().view(torch.int32)
+    middle = ((bits & -0x1000) | 0x800).view(torch.float32)  # of its cell
+    u = (middle * 2**-10).to(torch.int32)  # 14 fractional bits
+    correction = _polynomial(_CORRECTION, u, 14)
+    log = _minus_log(bits, 24)
+    of_large = _minus_log(log.float().view(torch.int32), 16)
+    return torch.where(t > 0, log - correction, of_large).float() * 2**-16
+
+# %% ../../nbs/0_foundations/10_ops.ipynb #7a1c0e09
+@functools.cache
+def _noise_table():
+    "Return the noise by the first 20 bits of t in fp32: sign, exponent, 11 bits of mantissa"
+    table = torch.zeros(1 << 20, device='cpu')
+    cells = torch.arange(127 << 11, 150 << 11, dtype=torch.int32, device='cpu')  # 1 <= |t| < 2^23
+    q = (cells << 12).view(torch.float32).int() | 1  # an odd number of each cell, where there is one
+    table[cells] = _gumbel_of(q << 8)
+    table[cells + (1 << 19)] = _gumbel_of(-q << 8)
+    return table
+
+@torch.no_grad()
+def _looked_up(hashed):
+    "Return what `_gumbel_of` does, from the table; in the place of `hashed`"
+    t = hashed
+    t >>= 8
+    t |= 1
+    cell = t.float().view(torch.int32)
+    cell >>= 12
+    cell &= 0xfffff
+    return _noise_table().index_select(0, cell.view(-1)).view(cell.shape)
+
+def gumbel_at(
+    keys:torch.Tensor,  # Of positions `(..., 2)` int32, as `position_keys` returns them
+    tokens:torch.Tensor,  # Tokens at these positions `(..., k)`, any integer dtype
+) -> torch.Tensor:  # `(..., k)` fp32
+    "Return the Gumbel noise of some tokens: the same bits on every device, compiled or not"
+    require(keys.dtype == torch.int32, f'the keys are {keys.dtype}', 'make them with position_keys')
+    steps = tokens.to(torch.int32) * keys[..., 1:]
+    hashed = _mix(keys[..., :1] + steps)
+    # Neither a compiler's stand-in for a tensor has numbers to look up, nor one on `meta`
+    is_plain = type(hashed) is torch.Tensor and not torch.compiler.is_compiling()
+    return _looked_up(hashed) if is_plain and hashed.device.type == 'cpu' else _gumbel_of(hashed)
+
+def gumbel(
+    keys:torch.Tensor,  # Of positions `(..., 2)` int32, as `position_keys` returns them
+    v:int,  # Size of the vocabulary
+) -> torch.Tensor:  # `(..., v)` fp32
+    "Return the Gumbel noise of every token: the same bits on every device, compiled or not"
+    tokens = torch.arange(v, dtype=torch.int32, device=keys.device)
+    if keys.device.type != 'cpu' or torch.compiler.is_compiling(): return gumbel_at(keys, tokens)
+    few = max(1, 2**16 // v)  # rows at a time, which stay in the processor's cache
+    rows = [gumbel_at(some, tokens) for some in keys.reshape(-1, 2).split(few)]
+    return torch.cat(rows).view(*keys.shape[:-1], v)
 
 # %% ../../nbs/0_foundations/10_ops.ipynb #7980f2ea
 def kv_commit_torch(
