@@ -142,6 +142,9 @@ def _is_whole(x, least): return isinstance(x, numbers.Integral) and not isinstan
 def _is_real(x):
     try: return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
     except OverflowError: return False  # a whole number of hundreds of digits
+def _are_seeds(x):
+    each = x if isinstance(x, tuple) else (x,)
+    return len(each) > 0 and all(_is_whole(seed, 0) and seed < 2**63 for seed in each)
 def _at_least(least): return (f'a whole number of at least {least}', lambda x: _is_whole(x, least))
 def _share(open_above=False):
     if open_above: return ('a number from 0 to below 1', lambda x: _is_real(x) and 0 <= x < 1)
@@ -153,7 +156,7 @@ _RANGES:dict = {  # Option of generation -> what it may be, in words and as a te
     'num_return_sequences': _at_least(1), 'num_beams': _at_least(1), 'no_repeat_ngram_size': _at_least(0),
     'temperature': _POSITIVE, 'top_k': _at_least(0), 'top_p': _share(), 'min_p': _share(), 'typical_p': _share(),
     'epsilon_cutoff': _share(True), 'eta_cutoff': _share(True), 'repetition_penalty': _POSITIVE, 'max_time': _POSITIVE,
-    'seed': ('a whole number of at most 64 bits', lambda x: _is_whole(x, -2**63) and x < 2**64)}
+    'seed': ('a whole number from 0 to below 2**63, or a list of them, one for each prompt', lambda x: _are_seeds(x))}
 _ARGUMENTS = (  # Of `generate`, beside the fields of its configuration
     'generation_config', 'logits_processor', 'stopping_criteria', 'prefix_allowed_tokens_fn', 'streamer', 'assistant_model',
     'synced_gpus', 'negative_prompt_ids', 'negative_prompt_attention_mask', 'use_model_defaults', 'position_ids')
@@ -162,9 +165,13 @@ _KNOWN_NAMES = {*_ARGUMENTS, *GenerationConfig().to_dict()}
 def with_numbers(
     options:dict,  # Name -> value
 ) -> dict:  # The same, with numbers of numpy and torch as those of Python, which transformers asks for
-    "Return options of generation with plain numbers"
-    def plain(x): return x.item() if hasattr(x, 'item') and getattr(x, 'ndim', None) == 0 else x
-    return {name: plain(x) if name in _RANGES else x for name, x in options.items()}
+    "Return options of generation with plain numbers, and several of them as a tuple"
+    return {name: _plain(x) if name in _RANGES else x for name, x in options.items()}
+
+def _plain(x):
+    "Return a number as one of Python, and a list, tensor or array of numbers as a tuple"
+    if hasattr(x, 'tolist') and not isinstance(x, (list, tuple)): x = x.tolist()
+    return tuple(map(_plain, x)) if isinstance(x, (list, tuple)) else x
 
 def check_numbers(
     options:dict,  # Name -> value
@@ -175,7 +182,7 @@ def check_numbers(
         value = options.get(name)
         if value is None or name == 'temperature' and not sample and value == 0: continue
         greedily = ', or decode greedily with do_sample=False' if name == 'temperature' else ''
-        require(is_valid(value), f'{name} is {value!r}', f'give {meaning}{greedily}')
+        require(is_valid(value), f'{name} is {value!r:.80}', f'give {meaning}{greedily}')
 
 def check_names(
     options:dict,  # Name -> value
@@ -221,4 +228,3 @@ def stop_criterion(
     except Exception as e:  # it reads the parts of a tokenizer by their form
         problem = f"transformers cannot search this tokenizer's text for strings ({type(e).__name__}: {str(e)[:80]})"
         raise DecodingError(f'{problem}: leave stop_strings out.') from e
-

@@ -12,7 +12,7 @@ import math
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from transformers import MaxLengthCriteria, MaxTimeCriteria, TextStreamer
 from transformers.generation import GenerateDecoderOnlyOutput
 from ..foundations import ops
 from ..foundations.errors import DecodingError, require, visible
-from ..foundations.devices import generator
 from ..foundations.files import short_path
 from ..foundations.models import EMBEDDED, LoadedModel, encode, load_parts
 from ..foundations.lora import (
@@ -31,7 +30,8 @@ from ..foundations.progress import Stage
 from .tree import Tree, accept, accept_in_lockstep, root_tree
 from .runner import BatchRunner, CompiledRunner
 from .sampling import DecodingState, Plain, SamplingRules, Target
-from .sampling import check_processors, choose_tokens, split_processors
+from .sampling import (
+    check_processors, choose_tokens, seeds_of, shared_noise, split_processors, temperature_of)
 from .hf_bridge import (
     Columns, check_callables, check_generation_config, check_names, check_numbers, check_supported, intercepted_arguments,
     stop_criterion, streamer_of, with_numbers)
@@ -162,7 +162,7 @@ def decode(
 ):
     "Yield a `Step` for every forward pass until all sequences have ended; `state` is the generator's return value"
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    state = DecodingState(text=list(ids), done=done, pad_id=pad_id)
+    state = DecodingState(list(ids), done, pad_id, prompt=ids.shape[1], noise=rules.noise)
     started = time.perf_counter()
     tree = root_tree(ids[:, -1])
     prompt = (ids, mask) if memory is None else memory.read(ids, mask)
@@ -215,7 +215,7 @@ class Decoder:
     bank:AdapterBank|None=None  # Adapters; None reads the model's own PEFT adapter, if it has one
     streamer:object=None  # transformers streamer of every call; or give one to `generate`
     compile:bool=False  # Static cache and `torch.compile`
-    seed:int|None=None  # Of sampling; None uses torch's global state, as transformers does
+    seed:int|Sequence|None=None  # Of sampling, or one for each prompt: see `lm.generate`
     record:bool=True  # Whether tokens carry log-probabilities
     vocab:int|None=None  # Size of the tokenizer, where the model's logits are wider
     on_step:Callable|None=None  # Called with every `Step` as soon as it is made; what it raises ends the text
@@ -228,7 +228,15 @@ class Decoder:
         self.seed = asked['seed']
         require(self.bank is None or hasattr(self.bank, 'attached'), f'the bank is {self.bank!r:.60}', 'give an AdapterBank')
 
-    def _generator(self, device): return None if self.seed is None else generator(self.seed, device)
+    def _noise(self, model, ids, mask, config, soft):
+        "Return the noise to draw with; None: nothing is drawn, or from torch's generator as in transformers"
+        copies = config.num_return_sequences or 1
+        if self.seed is not None: seeds_of(self.seed, len(ids) // copies)
+        as_transformers = self.seed is None and self.drafter is None
+        if as_transformers or not config.do_sample: return None
+        # What an encoder has read is not among these ids, so the number of the row takes its place
+        if model.config.is_encoder_decoder and isinstance(self.seed, int): copies = len(ids)
+        return shared_noise(ids, mask, self.seed, copies, temperature=temperature_of(soft))
 
     @property
     def _request(self):
@@ -403,7 +411,7 @@ def __call__(self:Decoder,
     hard, soft = split_processors(processors, request.contrast)
     rules = SamplingRules(
         hard, soft, stopping_criteria,
-        sample=config.do_sample, generator=self._generator(input_ids.device), vocab=self.vocab)
+        sample=config.do_sample, noise=self._noise(model, input_ids, mask, config, soft), vocab=self.vocab)
     pad_id = _padding(config, len(input_ids), stopping_criteria or [])
     steps = self.steps(
         model, input_ids, mask,
@@ -423,7 +431,6 @@ def _padding(config, b, criteria):
         'a text may end before another of its batch, but there is neither a padding token nor an end token',
         'give pad_token_id')
     return known[0] if known else 0
-
 
 # %% ../../nbs/1_decoding/07_loop.ipynb #762e324f
 @dataclass(eq=False)
@@ -525,7 +532,7 @@ class LM(LoadedModel):
         do_sample:bool|None=None,  # Draw instead of taking the best token (default: only if a `generation_config` says so)
         stream:bool|Callable=False,  # True: print the text while it is generated (one prompt); a function: called with every `Step`
         compile:bool=False,  # Static cache and `torch.compile`: slow to start, then faster
-        seed:int|None=None,  # Of sampling
+        seed:int|Sequence|None=None,  # Of sampling, or one for each prompt: the same seed, the same text
         chat:bool=True,  # Whether a text is a user's turn
         record:bool=True,  # Whether tokens carry log-probabilities
         **options,  # transformers' generation options: `temperature`, `top_p`, `stop_strings`, ...
@@ -544,7 +551,7 @@ class LM(LoadedModel):
             prompts: A text, a list of messages (dicts with `role` and `content`) or a tensor of ids. A list of them is a batch.
             target: Whose distribution is decoded: `Plain()`, the model with its adapter, or `CoLD(alpha, beta)`.
             drafter: Drafts several tokens that one forward pass verifies, such as `HASS(head)` or `PromptLookup()`.
-                Lossless: the output is identical (greedy) or identically distributed (sampling).
+                Lossless: the output is identical, where tokens are drawn too if there is a seed.
             memory: `TempLoRA(...)` trains a temporary adapter on the text while it is generated. One prompt at a time.
             max_new_tokens: Longest answer, 256 tokens unless a `generation_config` says otherwise. Without a memory it is
                 shortened to what the model's context holds.
@@ -552,7 +559,10 @@ class LM(LoadedModel):
                 Without it, and without a `generation_config`, the best token is taken, whatever the model's own settings.
             stream: True prints the text while it is generated (one prompt). A function is called with every `Step`.
             compile: Use a static cache and `torch.compile`: slow to start, then faster, with the same tokens.
-            seed: Of sampling. None uses torch's global random state.
+            seed: Of sampling, from 0 to below 2**63: one for all prompts, or a list of one for each. A text is then a function of
+                model, prompt and seed: the same with and without a drafter, alone and in any batch, so equal prompts get
+                equal texts (`num_return_sequences` and other seeds give others). None draws from torch's global
+                generator: without a drafter what transformers draws, with a drafter the noise of this call.
             chat: Whether a text is a user's turn of a conversation. False continues it as it stands.
             record: Whether tokens carry log-probabilities and steps their draft trees. False saves a little time.
             options: Any option of transformers' `generate`, such as `temperature`, `top_p`, `repetition_penalty`,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from ..foundations.errors import require
 from ..decoding.tree import Tree
+from ..decoding.shared_noise import DraftNoise
 from .head import DraftHead
 
 # %% ../../nbs/3_hass/03_drafting.ipynb #27d4dbb3
@@ -115,9 +116,10 @@ def _check(embed, lm_head, vocab):
         f'the LM head has {len(lm_head)} rows for {tokens} tokens',
         'give the rows of the draft vocabulary, and its ids as vocab')
 
-def _children(outputs, scores, lm_head, vocab, k):
+def _children(outputs, scores, lm_head, vocab, k, noise=None, level=0):
     "Return the `k` likeliest tokens after each node and their cumulative log-probabilities `(b, m k)`"
     logits = (outputs @ lm_head.T).float()
+    if noise is not None: logits = noise.added(logits, level, vocab)
     top, best = logits.topk(k)
     logp = (top - logits.logsumexp(-1, keepdim=True)).clamp(max=0)  # rounding must not put a child above its parent
     tokens = best if vocab is None else vocab[best]
@@ -134,6 +136,7 @@ def draft_chain(
     lm_head:torch.Tensor,  # `(w, d)`
     vocab:torch.Tensor|None=None,  # Token of each row of `lm_head` `(w,)`; None: row i is token i
     k:int=5,  # Draft tokens
+    noise:DraftNoise|None=None,  # With which the target draws; None: it takes the best token
 ) -> Tree:  # A path: the root and `k` nodes
     "Return the head's best draft tokens, one after the other"
     _check(embed, lm_head, vocab)
@@ -143,7 +146,7 @@ def draft_chain(
     past = cache.past
     mask = cache.valid[:, None]
     for j in range(k):
-        token, score = _children(outputs[:, None], scores[-1], lm_head, vocab, k=1)
+        token, score = _children(outputs[:, None], scores[-1], lm_head, vocab, k=1, noise=noise, level=j)
         path.append(token[:, 0])
         scores.append(score)
         if j == k-1: break
@@ -225,6 +228,7 @@ def draft_tree(
     depth:int=6,  # Times the beam is run; the farthest draft token is `depth + 1` tokens away
     top_k:int=10,  # Children of a node, and nodes run at once; at most `w`
     nodes:int=60,  # Size of the tree, the root included
+    noise:DraftNoise|None=None,  # With which the target draws; None: it takes the best token
 ) -> Tree:  # `nodes` a sequence; fillers where there are fewer candidates
     "Return EAGLE-2's dynamic tree"
     _check(embed, lm_head, vocab)
@@ -234,7 +238,7 @@ def draft_tree(
     itself = torch.eye(k, dtype=torch.bool, device=tokens.device)
     itself = itself.expand(len(tokens), -1, -1)
     root_scores = outputs.new_zeros(len(tokens), 1, dtype=torch.float32)
-    children, scores = _children(outputs[:, None], root_scores, lm_head, vocab, k=k)
+    children, scores = _children(outputs[:, None], root_scores, lm_head, vocab, k=k, noise=noise)
     found = [(children, scores, torch.full_like(children, -1))]
     beam = _first_beam(cache, outputs, children, scores)
     for level in range(depth):
@@ -242,7 +246,7 @@ def draft_tree(
         positions = cache.length[:, None] + level
         positions = positions.expand(-1, k)
         out, past = head(embed[beam.tokens], beam.features, positions, visible, past=past)
-        children, scores = _children(out, beam.scores, lm_head, vocab, k=k)
+        children, scores = _children(out, beam.scores, lm_head, vocab, k=k, noise=noise, level=level + 1)
         found.append((children, scores, beam.index.repeat_interleave(k, 1)))
         first = k + level * k * k
         beam = _next_beam(beam, out, visible, tokens=children, scores=scores, first=first)

@@ -11,6 +11,7 @@ from torch import nn
 from ..foundations import ops
 from ..foundations.errors import require
 from ..foundations.programs import description, program_of
+from ..decoding.shared_noise import DraftNoise
 from ..hass.head import DraftHead
 from ..hass.drafting import HeadCache, draft_chain, draft_tree
 
@@ -87,11 +88,14 @@ class DraftProgram(nn.Module):
         follows:torch.Tensor,  # The token that followed each `(b, m)`
         count:torch.Tensor,  # How many of the `m` are real `(b,)`
         roots:torch.Tensor,  # Last committed tokens `(b,)`
+        noise_keys:torch.Tensor|None=None,  # Of the positions to draft `(b, depth, 2)`; None: the target takes the best token
+        temperature:torch.Tensor|None=None,  # Of the target `()`
     ) -> tuple:  # Tokens, parents and scores of the tree `(b, nodes)`; whether the head returned numbers
         "Return the next draft"
         cache = StaticHeadCache(keys, values, length)
         outputs = cache.extend(self.head, self.embed[follows], features, count)
         given: dict = dict(tokens=roots, outputs=outputs, embed=self.embed, lm_head=self.lm_head, vocab=self.vocab)
+        if noise_keys is not None: given['noise'] = DraftNoise(noise_keys, temperature)
         if self.top_k == 1 and self.nodes > self.depth:
             draft = draft_chain(self.head, cache, k=self.depth, **given)
         else:

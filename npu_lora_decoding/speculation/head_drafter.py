@@ -13,6 +13,7 @@ from ..foundations.errors import require
 from ..decoding.tree import Tree, root_tree
 from ..decoding.runner import CompiledRunner
 from ..decoding.loop import Drafter
+from ..decoding.shared_noise import draft_noise
 from ..hass.head import DraftHead, draft_rows, target_weights
 from ..hass.checkpoint import load_head
 from ..hass.drafting import HeadCache, draft_chain, draft_tree
@@ -101,19 +102,20 @@ class _HeadDrafter(Drafter):
         passes = [*self.waiting, self._new_slots(state, runner)]
         self.waiting = []
         slots = [torch.cat(of_passes, 1) for of_passes in zip(*passes)]
-        tree, finite = self._draft(slots, state.last, several)
+        noise = None if state.noise is None else draft_noise(state, self.depths[-1])
+        tree, finite = self._draft(slots, state.last, several, noise)
         if finite:
             return tree
         self.notes.append(self.broken)
         return root_tree(state.last)
 
-    def _draft(self, slots, roots, several):
+    def _draft(self, slots, roots, several, noise):
         "Return the draft after new slots, and whether the head returned numbers"
         features, follows, count = committed_slots(*slots)
         loaded = self.loaded
         outputs = self.cache.extend(loaded.head, loaded.embed[follows], features, count)
         weights = dict(embed=loaded.embed, lm_head=loaded.lm_head, vocab=loaded.vocab)
-        given: dict = dict(tokens=roots, outputs=outputs, **weights)
+        given: dict = dict(tokens=roots, outputs=outputs, noise=noise, **weights)
         if self.hass.chain:
             tree = draft_chain(loaded.head, self.cache, k=self.depth, **given)
         else:
@@ -132,11 +134,12 @@ class _CompiledHeadDrafter(_HeadDrafter):
         self.depths = (hass.depth,)  # each is a program to compile
         self.cache = static_head_cache(loaded.head, runner.b, runner.columns + self.width)
 
-    def _draft(self, slots, roots, several):
+    def _draft(self, slots, roots, several, noise):
         if several:
             slots = self._catch_up(*committed_slots(*slots))
         hidden, follows, committed = slots
-        inputs = *committed_slots(hidden, follows, committed, width=self.width), roots
+        drawn_with = () if noise is None else (noise.keys, noise.temperature)  # another program draws
+        inputs = *committed_slots(hidden, follows, committed, width=self.width), roots, *drawn_with
         if several:
             self._compile(inputs)
         program = self._program()
