@@ -42,7 +42,21 @@ BAD = {
     'repetition_penalty': [0, -1, NAN],
     'no_repeat_ngram_size': [-1, 1.5],
     'num_return_sequences': [0, 2.5],
-    'seed': ['a', 1.5, True, -1, 2**63, -(2**70), [], [1, -1], [1, 2], [True], ('a',), torch.tensor([3, 4]), np.zeros(1)],
+    'seed': [
+        'a',
+        1.5,
+        True,
+        -1,
+        2**63,
+        -(2**70),
+        [],
+        [1, -1],
+        [1, 2],
+        [True],
+        ('a',),
+        torch.tensor([3, 4]),
+        np.zeros(1),
+    ],
     'stop_strings': [5, '', [''], []],
     'logits_processor': ['x', [3]],
     'stopping_criteria': ['x', [3]],
@@ -80,7 +94,9 @@ def test_temperature_zero_is_greedy_unless_tokens_are_drawn():
     assert 'do_sample=False' in refused(lambda: LM.generate(PROMPT, do_sample=True, temperature=0))
 
 
-@pytest.mark.parametrize('kind', [torch.tensor, np.float64, np.float32, np.asarray], ids=['tensor', 'float64', 'float32', 'array'])
+@pytest.mark.parametrize(
+    'kind', [torch.tensor, np.float64, np.float32, np.asarray], ids=['tensor', 'float64', 'float32', 'array']
+)
 def test_numbers_of_other_libraries_are_numbers(kind):
     asked = dict(do_sample=True, max_new_tokens=6, top_k=3, temperature=0.5, no_repeat_ngram_size=2, seed=7)
     whole = kind if kind in (torch.tensor, np.asarray) else np.int64
