@@ -27,6 +27,7 @@ from ..foundations.models import EMBEDDED, LoadedModel, encode, load_parts
 from ..foundations.lora import (
     AdapterBank, adapter_from_peft, check_rounding, peft_modules, refuse_named_rows, why_not_rows)
 from ..foundations.progress import Stage
+from ..foundations.threads import warn_of_spinning
 from .tree import Tree, accept, accept_in_lockstep, root_tree
 from .runner import BatchRunner, CompiledRunner
 from .sampling import DecodingState, Plain, SamplingRules, Target
@@ -659,4 +660,5 @@ def load(
     "Load a model with its tokenizer and adapter; raises `DecodingError` with a remedy when they do not fit"
     shown = EMBEDDED if name is None else short_path(Path(str(name)).name)
     with Stage(f'loading {shown}'): parts = load_parts(name, adapter, device, dtype)
+    if parts.model.device.type == 'cpu': warn_of_spinning(torch.get_num_threads())
     return LM(parts.model, parts.tokenizer, parts.adapter, parts.name)

@@ -118,7 +118,7 @@ def _check(embed, lm_head, vocab):
 
 def _children(outputs, scores, lm_head, vocab, k, noise=None, level=0):
     "Return the `k` likeliest tokens after each node and their cumulative log-probabilities `(b, m k)`"
-    logits = (outputs @ lm_head.T).float()
+    logits = torch.nn.functional.linear(outputs, lm_head).float()
     if noise is not None: logits = noise.added(logits, level, vocab)
     top, best = logits.topk(k)
     logp = (top - logits.logsumexp(-1, keepdim=True)).clamp(max=0)  # rounding must not put a child above its parent

@@ -246,6 +246,42 @@ def test_a_product_of_few_rows_is_the_product(rows, dtype):
     torch.testing.assert_close(bmm_of_few(x.expand(3, -1, -1), y), x.expand(3, -1, -1) @ y, **close)
 
 
+@pytest.mark.parametrize('n', [1, 2, 5, 16, 60])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32], ids=str)
+def test_the_lm_head_of_a_block_gives_its_own_logits(n, dtype):
+    "In half precision it is another product inside the block; what it returns is laid out as ever"
+    model = toy_model().to(dtype)
+    head = model.get_output_embeddings()
+    x = torch.randn(2, n, head.in_features).to(dtype)
+    want = head(x)
+    with torch.no_grad(), layer_programs(model).attached():
+        is_ours = 'forward' in vars(head)
+        for rows in (x, x[:1], x[0]):
+            got = head(rows)
+            assert got.dtype == dtype and got.is_contiguous()
+            torch.testing.assert_close(got, torch.nn.functional.linear(rows, head.weight), rtol=1e-2, atol=1e-2)
+    assert is_ours == (dtype == torch.bfloat16) and 'forward' not in vars(head)
+    assert head(x).equal(want)
+
+
+@pytest.mark.parametrize('what', ['bias', 'hook', 'code of other people'])
+def test_an_lm_head_that_is_more_than_a_product_stays(what):
+    model = toy_model().to(torch.bfloat16)
+    head = model.get_output_embeddings()
+    x = torch.randn(1, 1, head.in_features).bfloat16()
+    if what == 'bias':
+        head.bias = torch.nn.Parameter(torch.ones(head.out_features).bfloat16())
+    if what == 'hook':
+        head.register_forward_hook(lambda module, args, out: out + 1)
+    if what == 'code of other people':
+        head.forward = lambda x: torch.nn.functional.linear(x, head.weight) + 1
+    want = head(x)
+    with torch.no_grad(), layer_programs(model).attached():
+        assert head(x).equal(want)
+    assert head(x).equal(want)
+
+
+
 def stepped(model, bank, *, run, ids=((1, 2, 3), (4, 5, 6)), n=1):
     "Return the logits of two steps of `n` tokens behind a prompt, and the cache's planes"
     cache = StaticCache(config=_without_windows(model.config), max_cache_len=16)

@@ -55,3 +55,12 @@ def test_the_doctor_says_it():
     line = next(line for line in python(doctor, OMP_NUM_THREADS='2').splitlines() if line.startswith('threads'))
     assert line == f'threads     2, short spin (GOMP_SPINCOUNT={SPINS}, set by npu_lora_decoding)'
     assert waiting('kept', dict(OMP_WAIT_POLICY='ACTIVE')) == 'as the environment asks (OMP_WAIT_POLICY=ACTIVE)'
+
+
+@pytest.mark.parametrize('first, threads, warns', [('torch', 2, True), ('torch', 1, False), ('npu_lora_decoding', 2, False)])
+def test_loading_to_a_cpu_warns_where_torch_came_first(first, threads, warns):
+    program = f'import {first}, torch; torch.set_num_threads({threads}); from npu_lora_decoding import load'
+    command = [sys.executable, '-c', f'{program}; load()']
+    kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    done = subprocess.run(command, env=kept, capture_output=True, text=True, check=True, timeout=600)
+    assert ('import npu_lora_decoding first' in done.stderr) == warns
