@@ -34,6 +34,43 @@ def _row(top, floor, log_alpha, parts, PARTS: tl.constexpr):
     return tl.load(log_alpha) + e_top, a_floor, (e_top > -INF) & (a_floor > -INF) & (a_floor < INF)
 
 @triton.jit
+def _scan(e_k, a_k, e_top, a_floor, log_alpha_row, beta_row):
+    "Return the maximum of e and the floor of a so far, this block's scores, and which of its tokens may be plausible"
+    e_max = tl.max(e_k, 0)
+    e_top = tl.where(e_max > e_top, e_max, e_top)
+    finite = a_k > -INF
+    # NaN and inf in either row are not below inf after the addition: they make the floor -inf
+    least = tl.where(e_k + a_k < INF, tl.where(finite, a_k, INF), -INF)
+    a_floor = tl.where(least < a_floor, least, a_floor)
+    # no score without the row's floor: a bound that nothing passes
+    s = tl.where(finite, e_k + beta_row * (e_k - a_k), INF)
+    return e_top, a_floor, s, e_k >= log_alpha_row + e_top
+
+@triton.jit
+def _first(best, best_k, lanes, v):
+    "Return the best score of all lanes, and the lowest token that has it"
+    s = tl.max(best, 0)
+    return s, tl.min(tl.where(best == s, best_k + lanes, v - 1), 0)
+
+@triton.jit
+def _standing(top, score, expert, token, on, threshold, v):
+    "Return the best score and token of a row's candidates that stand, and 1 for each part to look at again"
+    bound = tl.load(score, mask=on, other=-INF)
+    stands = (tl.load(expert, mask=on, other=-INF) >= threshold) & (bound < INF)
+    best = tl.max(tl.where(stands, bound, -INF), 0)
+    i = tl.min(tl.where(stands & (bound == best), tl.load(token, mask=on, other=0), v), 0)
+    room = (tl.load(top, mask=on, other=-INF) >= threshold) & (bound >= best)
+    return best, i, tl.where(room, tl.where(stands, 0, 1), 0)
+
+@triton.jit
+def _better(s, ks, best, i, v):
+    "Return the best score and token so far, with those of one more block"
+    s_k = tl.max(s, 0)
+    i_k = tl.min(tl.where(s == s_k, ks, v), 0)
+    i = tl.where((s_k > best) | ((s_k == best) & (i_k < i)), i_k, i)
+    return tl.where(s_k > best, s_k, best), i
+
+@triton.jit
 def _score(e, a, threshold, floor, beta):
     "Return the scores of one block, -inf outside the plausible set"
     return tl.where(e >= threshold, e + beta * (e - tl.where(a > floor, a, floor)), -INF)
@@ -56,19 +93,11 @@ def cold_candidates_kernel(top, floor, score, expert, token, tiles, e, a, log_al
         for k in range(k0, stop, BLOCK):
             e_k = _load(e + row * v, k + lanes, stop)
             a_k = _load(a + row * v, k + lanes, stop)
-            e_max = tl.max(e_k, 0)
-            e_top = tl.where(e_max > e_top, e_max, e_top)
-            finite = a_k > -INF
-            # NaN and inf in either row are not below inf after the addition: they make the floor -inf
-            least = tl.where(e_k + a_k < INF, tl.where(finite, a_k, INF), -INF)
-            a_floor = tl.where(least < a_floor, least, a_floor)
-            # no score without the row's floor: a bound that nothing passes
-            s = tl.where(finite, e_k + beta_row * (e_k - a_k), INF)
-            better = (e_k >= log_alpha_row + e_top) & (s > best)
+            e_top, a_floor, s, likely = _scan(e_k, a_k, e_top, a_floor, log_alpha_row, beta_row)
+            better = likely & (s > best)
             best = tl.where(better, s, best)
             best_k = tl.where(better, k, best_k)
-        s = tl.max(best, 0)
-        i = tl.min(tl.where(best == s, best_k + lanes, v - 1), 0)
+        s, i = _first(best, best_k, lanes, v)
         tl.store(top + tile, e_top)
         tl.store(floor + tile, tl.min(a_floor, 0))
         tl.store(score + tile, s)
@@ -87,12 +116,7 @@ def cold_select_kernel(out, top, floor, score, expert, token, tiles, e, a, log_a
         beta_row = tl.load(beta + row * beta_stride)
         log_alpha_at = log_alpha + row * alpha_stride
         threshold, a_floor, sound = _row(top + row * parts, floor + row * parts, log_alpha_at, parts, PARTS)
-        bound = tl.load(score + at, mask=on, other=-INF)
-        stands = (tl.load(expert + at, mask=on, other=-INF) >= threshold) & (bound < INF)
-        best = tl.max(tl.where(stands, bound, -INF), 0)
-        i = tl.min(tl.where(stands & (bound == best), tl.load(token + at, mask=on, other=0), v), 0)
-        room = (tl.load(top + at, mask=on, other=-INF) >= threshold) & (bound >= best)
-        again = tl.where(room, tl.where(stands, 0, 1), 0)
+        best, i, again = _standing(top + at, score + at, expert + at, token + at, on, threshold, v)
         p = -1
         for _ in range(tl.sum(again, 0)):
             p = tl.min(tl.where((again > 0) & (ps > p), ps, PARTS), 0)
@@ -101,10 +125,7 @@ def cold_select_kernel(out, top, floor, score, expert, token, tiles, e, a, log_a
                 e_k = _load(e + row * v, k + lanes, stop)
                 a_k = _load(a + row * v, k + lanes, stop)
                 s = _score(e_k, a_k, threshold, a_floor, beta_row)
-                s_k = tl.max(s, 0)
-                i_k = tl.min(tl.where(s == s_k, k + lanes, v), 0)
-                i = tl.where((s_k > best) | ((s_k == best) & (i_k < i)), i_k, i)
-                best = tl.where(s_k > best, s_k, best)
+                best, i = _better(s, k + lanes, best, i, v)
         tl.store(out + row, tl.where(sound, i, -1).to(tl.int64))
 
 @triton.jit(do_not_specialize=VARYING)
@@ -130,11 +151,14 @@ def _rows(x, e):
     x = x.reshape(1) if x.numel() == 1 else x.expand(*e.shape[:-1], 1).reshape(-1)
     return x, int(len(x) > 1)
 
-def _check(e, a, alpha, beta):
+def _check_logits(e):
+    "Check the logits that decide the shape of all others"
     check_tensor('e', e, (None,) * max(1, e.dim()))
-    check_tensor('a', a, e.shape, e.dtype, e.device)
     require(0 < e.numel() < 2**31, f'e holds {e.numel()} logits', 'pass at least one, and fewer than 2**31 at a time')
-    for name, x in (('alpha', alpha), ('beta', beta)):
+
+def _check_settings(e, **settings):
+    "Check settings of which there is one, or one for each row of `e`"
+    for name, x in settings.items():
         check_tensor(name, x, (None,) * x.dim(), torch.float32, e.device)
         fits = x.dim() == e.dim() and all(n in (1, rows) for n, rows in zip(x.shape, (*e.shape[:-1], 1)))
         require(
@@ -142,23 +166,36 @@ def _check(e, a, alpha, beta):
             f'{name} has shape {tuple(x.shape)}',
             'give it one value, or one for each row of e in shape (..., 1)')
 
+def _check(e, a, alpha, beta):
+    _check_logits(e)
+    check_tensor('a', a, e.shape, e.dtype, e.device)
+    _check_settings(e, alpha=alpha, beta=beta)
+
+def cut(e, block, target):
+    "Return how many parts each row is cut into, and their width: a part for every core, of whole blocks"
+    v = e.shape[-1]
+    rows = e.numel() // v
+    part = triton.cdiv(triton.cdiv(v, block), max(1, target.cores // rows)) * block
+    return triton.cdiv(v, part), part
+
+def room_for(names, e, parts):
+    "Return tensors for what stage 1 finds in every part"
+    shape = e.numel() // e.shape[-1], parts
+    types = {name: torch.int32 if name == 'token' else torch.float32 for name in names}
+    return {name: torch.empty(shape, dtype=dtype, device=e.device) for name, dtype in types.items()}
+
 def _candidates(e, a, alpha, beta):
     "Run stage 1; return what it found (top, floor, score, expert, token), the other arguments of stage 2 and its constants"
     _check(e, a, alpha, beta)
     target = target_of(e.device)
-    v = e.shape[-1]
-    m = e.numel() // v
     block = target.blocks.vocabulary
-    part = triton.cdiv(triton.cdiv(v, block), max(1, target.cores // m)) * block
-    parts = triton.cdiv(v, part)
-    found = {
-        name: torch.empty(m, parts, dtype=torch.int32 if name == 'token' else torch.float32, device=e.device)
-        for name in ('top', 'floor', 'score', 'expert', 'token')
-    }
-    rest = dict(e=e, a=a, v=v, parts=parts, part=part)
+    parts, part = cut(e, block, target)
+    found = room_for(('top', 'floor', 'score', 'expert', 'token'), e, parts)
+    rest = dict(e=e, a=a, v=e.shape[-1], parts=parts, part=part)
     rest['log_alpha'], rest['alpha_stride'] = _rows(alpha.log(), e)
     rest['beta'], rest['beta_stride'] = _rows(beta, e)
-    launch(cold_candidates_kernel, target.programs(m * parts), found | rest | dict(tiles=m * parts), BLOCK=block)
+    tiles = found['top'].numel()
+    launch(cold_candidates_kernel, target.programs(tiles), found | rest | dict(tiles=tiles), BLOCK=block)
     return found, rest, dict(PARTS=triton.next_power_of_2(target.cores), BLOCK=block)
 
 def cold_select(e, a, alpha, beta):

@@ -22,6 +22,7 @@ class Blocks:
     tile_width: int = 128  # Columns of a cube tile
     # Tokens of one step over a row of logits: the compiler plans 158 KB of UB for a selection, and refuses 4,096
     vocabulary: int = 2048
+    noise: int = 1024  # The same where each token gets noise, whose arithmetic takes more buffers
     heads: int = 16  # KV heads whose path one program moves: 16 x 128 numbers are 4 KB of fp16
 
 @dataclass(frozen=True)

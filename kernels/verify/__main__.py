@@ -36,14 +36,17 @@ def tests(file, **environment):
 def all_tests(chosen):
     """Run every file of tests, as many at a time as there are cores
 
-    They test whole decodes, the harness, what the kernels refuse, how work is cut, and each family under the interpreter.
+    They test whole decodes, the harness, what the kernels refuse, how work is cut, the noise, and each family under the
+    interpreter.
     """
 
     def interpret(name):
         return tests('test_interpreter.py', TRITON_INTERPRET='1', VERIFY_FAMILIES=name)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        whole = pool.map(tests, ['test_decode.py', 'test_harness.py', 'test_arguments.py', 'test_plans.py'])
+        whole = pool.map(
+            tests, ['test_decode.py', 'test_harness.py', 'test_arguments.py', 'test_plans.py', 'test_noise.py']
+        )
         interpreted = pool.map(interpret, chosen)
         return [f for found in [*whole, *interpreted] for f in found]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from npu_lora_decoding.foundations.errors import DecodingError
-from npu_lora_kernels import cold, commit, distill, lora
+from npu_lora_kernels import cold, commit, distill, lora, sample
 from npu_lora_kernels.launch import running
 
 
@@ -105,6 +105,26 @@ one = torch.ones(2, 1)
 )
 def test_cold(host, args, message):
     refused(host, args, message)
+
+
+keys = int32(2, 2)
+
+
+@pytest.mark.parametrize(
+    'changed, message',
+    [
+        ((e, one.double(), keys), 'temperature is float64: convert it to float32'),
+        ((e, torch.ones(3, 1), keys), 'temperature has shape'),
+        ((e, one, keys.long()), 'keys is int64: convert it to int32'),
+        ((e, one, keys[:1]), r'keys has shape \(1, 2\): give it shape \(2, 2\)'),
+        ((e, one, int32(2, 4)[:, ::2]), 'keys is not contiguous'),
+        ((e[:0], one[:0], keys[:0]), 'e holds 0 logits'),
+    ],
+)
+def test_sample(changed, message):
+    logits, temperature, keys = changed
+    refused(sample.plain_sample, (logits, temperature, keys), message)
+    refused(sample.cold_sample, (logits, logits, one, one, temperature, keys), message)
 
 
 planes = [torch.randn(2, 3, 9, 4)]

@@ -37,6 +37,7 @@ def calls():
     y, x, A, B, scale, ranks, ids = lora_args()
     e, a = torch.randn(2, 3, 50, generator=g)
     alpha_beta = torch.full((3, 1), 0.1), torch.full((3, 1), 0.5)
+    temperature_keys = torch.full((3, 1), 0.7), torch.tensor([[5, 7], [-3, 1], [2, 9]], dtype=torch.int32)
     draft, target = torch.randn(2, 4, 50, generator=g)
     _, lse, top_p, top_i = ops.topk_loss_forward(draft, target, 5)
     return dict(
@@ -45,6 +46,8 @@ def calls():
         lora_expand=(y, torch.randn(2, 3, 2, 2, 4, generator=g), B, ranks, ids),
         cold_scores=(e, a, *alpha_beta),
         cold_select=(e, a, *alpha_beta),
+        cold_sample=(e, a, *alpha_beta, *temperature_keys),
+        plain_sample=(e, *temperature_keys),
         kv_commit=([torch.randn(2, 2, 9, 4, generator=g)], torch.tensor([[0, 2], [1, 3]]), torch.tensor([2, 1]), 4),
         topk_loss_forward=(draft.requires_grad_(), target, 5),
         topk_loss_backward=(torch.ones(4), draft.detach(), lse.detach(), top_p.detach(), top_i),
@@ -307,10 +310,8 @@ def test_topk_loss_is_the_plain_definition(t, v, seed, data):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
-@given(st.integers(0, 2**31), st.integers(2, 300), st.sampled_from(['plain', 'ties', 'flat', 'nan', 'inf', 'base']))
-def test_the_plausible_few_are_enough(dtype, seed, v, kind):
-    gen = torch.Generator().manual_seed(seed)
+def special_logits(kind, gen, v, dtype):
+    "Return expert and base logits with what is special in them"
     e, a = (torch.randn(2, 3, v, generator=gen).mul(4).to(dtype) for _ in range(2))
     if kind == 'ties':
         e = e.round()
@@ -323,6 +324,102 @@ def test_the_plausible_few_are_enough(dtype, seed, v, kind):
         a[0, 1, 0] = torch.inf
     if kind == 'base':
         a[1, 2, e[1, 2].argmax()] = -torch.inf
+    return e, a
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@given(st.integers(0, 2**31), st.integers(2, 300), st.sampled_from(['plain', 'ties', 'flat', 'nan', 'inf', 'base']))
+def test_the_plausible_few_are_enough(dtype, seed, v, kind):
+    "To choose, and to draw: noise and temperature act on plausible tokens only"
+    gen = torch.Generator().manual_seed(seed)
+    e, a = special_logits(kind, gen, v, dtype)
     alpha = torch.rand(2, 1, 1, generator=gen).clamp(0.005)
     beta = torch.rand(2, 1, 1, generator=gen) * 3 - 1
-    assert torch.equal(ops.cold_select_few(e, a, alpha, beta), ops.cold_select_torch(e, a, alpha, beta))
+    temperature = torch.rand(2, 3, 1, generator=gen) * 3 + 0.01
+    keys = torch.randint(-(2**31), 2**31, (2, 3, 2), generator=gen).int()
+    logits = e, a, alpha, beta
+    noise = temperature, keys
+    assert torch.equal(ops.cold_select_few(*logits), ops.cold_select_torch(*logits))
+    assert torch.equal(ops.cold_sample_few(*logits, *noise), ops.cold_sample_torch(*logits, *noise))
+
+
+def drawing(n, v=6, seed=0):
+    "Return logits of expert and base, settings, and the keys of `n` positions"
+    gen = generator(seed)
+    e, a = torch.randn(2, 1, v, generator=gen)
+    keys = ops.position_keys(torch.tensor([seed, 1], dtype=torch.int32), torch.arange(n))
+    return (e.repeat(n, 1), a.repeat(n, 1)), [torch.tensor([[x]]) for x in (0.1, 0.5, 0.8)], keys
+
+
+def chi_square(tokens, p):
+    expected = p[p > 0] * len(tokens)
+    count = tokens.bincount(minlength=len(p))
+    assert not count[p == 0].any()
+    return ((count[p > 0] - expected) ** 2 / expected).sum().item()
+
+
+SAME = 20.5  # Of at most five degrees of freedom: exceeded once in a thousand
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_draws_follow_their_distributions(seed):
+    (e, a), (alpha, beta, temperature), keys = drawing(20000, seed=seed)
+    of_cold = (ops.cold_scores(e[:1], a[:1], alpha, beta) / temperature).softmax(-1)[0]
+    of_plain = (e[0] / temperature[0]).softmax(-1)
+    settings = alpha, beta, temperature, keys
+    assert chi_square(ops.cold_sample(e, a, *settings), of_cold) < SAME
+    assert chi_square(ops.cold_sample_torch(e, a, *settings), of_cold) < SAME
+    assert chi_square(ops.plain_sample(e, temperature, keys), of_plain) < SAME
+    # another temperature, and the noise of one position for all, are noticed
+    assert chi_square(ops.plain_sample(e, temperature * 1.2, keys), of_plain) > SAME
+    assert chi_square(ops.plain_sample(e, temperature, keys[:1].expand_as(keys)), of_plain) > SAME
+
+
+def test_a_draw_is_the_best_of_scores_and_noise():
+    "At the row's own key, and in no other order of contrast, plausible set and temperature"
+    (e, a), (alpha, beta, temperature), keys = drawing(3000, 40)
+    scores = torch.where(e >= alpha.log() + e.amax(-1, keepdim=True), e + beta * (e - a), -torch.inf)
+    want = (scores / temperature + ops.gumbel(keys, 40)).argmax(-1)
+    assert torch.equal(ops.cold_sample(e, a, alpha, beta, temperature, keys), want)
+    hot = e / temperature
+    early = torch.where(
+        hot >= alpha.log() + hot.amax(-1, keepdim=True), hot + beta * (hot - a / temperature), -torch.inf
+    )
+    planted = {
+        'the next row\'s noise': scores / temperature + ops.gumbel(keys.roll(1, 0), 40),
+        'the next token\'s noise': scores / temperature + ops.gumbel(keys, 40).roll(1, -1),
+        'the plausible set after the temperature': early + ops.gumbel(keys, 40),
+    }
+    for name, noisy in planted.items():
+        assert not torch.equal(noisy.argmax(-1), want), name
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_a_row_without_a_best_score_has_no_draw(dtype):
+    gen = generator(0)
+    e = torch.randn(6, 30, generator=gen).to(dtype)
+    e[0, 3] = torch.nan
+    e[1, 29] = torch.inf
+    e[2] = -torch.inf
+    e[3, 1:] = -torch.inf
+    e[4, ::2] = -torch.inf
+    keys = torch.randint(-(2**31), 2**31, (6, 2), generator=gen).int()
+    tokens = ops.plain_sample(e, torch.full((6, 1), 0.7), keys)
+    assert (tokens < 0).tolist() == [True, True, True, False, False, False]
+    assert tokens[3] == 0 and tokens[4] % 2 == 1
+    one = torch.ones(1, 1)
+    assert ops.cold_sample(e, torch.zeros_like(e), one, one, one, keys).tolist()[:4] == [-1, -1, -1, 0]
+    a = torch.zeros_like(e)
+    a[5, 7] = torch.nan
+    assert ops.cold_sample(e, a, one, one, one, keys)[5] == -1
+
+
+@compiled
+def test_a_compiled_draw_is_the_same():
+    torch._dynamo.reset()
+    (e, a), settings, keys = drawing(50, 3000)
+    both = lambda *args: (ops.cold_sample_torch(*args), ops.plain_sample_torch(args[0], *args[4:]))
+    args = e, a, *settings, keys
+    got = torch.compile(both, fullgraph=True)(*args)
+    torch._dynamo.reset()
+    assert all(torch.equal(g, w) for g, w in zip(got, both(*args), strict=True))

@@ -11,7 +11,7 @@ from typing import Callable
 import torch
 from . import compare
 
-FAMILIES = 'lora', 'cold', 'commit', 'distill'
+FAMILIES = 'lora', 'cold', 'sample', 'commit', 'distill'
 
 
 @dataclass(frozen=True)

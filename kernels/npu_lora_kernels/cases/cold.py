@@ -176,18 +176,18 @@ def random_case(draw):
 
 
 MUTANTS = [
-    ('stands = (tl.load(expert + at, mask=on, other=-INF) >= threshold)', 'stands = (bound == bound)'),
-    ('(e_k >= log_alpha_row', '(e_k > log_alpha_row'),
+    ('stands = (tl.load(expert, mask=on, other=-INF) >= threshold)', 'stands = (bound == bound)'),
+    ('e_k >= log_alpha_row', 'e_k > log_alpha_row'),
     ('tl.where(e >= threshold, e +', 'tl.where(e > threshold, e +'),
     # the highest of the ties
     (
-        'i = tl.min(tl.where(best == s, best_k + lanes, v - 1), 0)',
-        'i = tl.max(tl.where(best == s, best_k + lanes, 0), 0)',
+        'tl.min(tl.where(best == s, best_k + lanes, v - 1), 0)',
+        'tl.max(tl.where(best == s, best_k + lanes, 0), 0)',
     ),
     ('& (s > best)', '& (s >= best)'),
     (
-        'i = tl.min(tl.where(stands & (bound == best), tl.load(token + at, mask=on, other=0), v), 0)',
-        'i = tl.max(tl.where(stands & (bound == best), tl.load(token + at, mask=on, other=0), -1), 0)',
+        'i = tl.min(tl.where(stands & (bound == best), tl.load(token, mask=on, other=0), v), 0)',
+        'i = tl.max(tl.where(stands & (bound == best), tl.load(token, mask=on, other=0), -1), 0)',
     ),
     ('((s_k == best) & (i_k < i))', '((s_k == best) & (i_k > i))'),
     ('range(tl.sum(again, 0))', 'range(0)'),  # never looks again
