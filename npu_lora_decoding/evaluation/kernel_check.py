@@ -29,7 +29,7 @@ from .equivalence import check, check_rows
 @dataclass(frozen=True)
 class Outcome:
     "What one case gave in one dtype"
-    family:str  # Of kernels: lora, cold, commit or distill
+    family:str  # Of kernels: lora, cold, sample, commit or distill
     case:str  # Name of the configuration
     dtype:str  # Name of torch's dtype
     problem:str|None  # How the results differ; None when they agree

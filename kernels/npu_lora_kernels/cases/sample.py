@@ -31,13 +31,24 @@ def _flat(e, a):
     a.fill_(0)
 
 
+def _level(e, a, temperature):
+    g = ops.gumbel(_keys(e.shape[:-1]), e.shape[-1])
+    s = -g * temperature
+    e.copy_(torch.where(s / temperature == -g, s, s - 1))
+    a.fill_(0)
+
+
 def _levelled(e, a):
     """Scores that undo the noise: all tokens tie exactly, so the first one is best
 
     A token whose noise is larger by its last bit wins.
     """
-    e.copy_(-ops.gumbel(_keys(e.shape[:-1]), e.shape[-1]))
-    a.fill_(0)
+    _level(e, a, one(1.0))
+
+
+def _divided(e, a):
+    "The same at another temperature: a quotient that is larger by its last bit wins"
+    _level(e, a, WARM)
 
 
 def _excluded(e, a):
@@ -109,16 +120,20 @@ def plain(*args, **kwargs):
     return case(False, *args, **kwargs)
 
 
+WARM = one(0.7)
 HOT = one(20.0)  # noise decides
 COOL = one(0.01)  # the scores do
-USUAL = dict(alpha=one(0.1), beta=one(0.5), temperature=one(0.7))
+USUAL = dict(alpha=one(0.1), beta=one(0.5), temperature=WARM)
 CASES = [
     *[make(shape) for make in (cold, plain) for shape in ((1, 1), (7, 1), (2, 97), (7, 97), (1, 2048), (2, 49153))],
     *[make(shape, WHOLE) for make in (cold, plain) for shape in ((7, 97), (50, 6000), (2, 3, 97))],
     *[make((40, 900), REAL, _flat) for make in (cold, plain)],
-    plain((9, 9000), REAL, _levelled, temperature=one(1.0), dtypes=(torch.float32,)),
-    cold((9, 9000), REAL, _levelled, alpha=one(1e-12), beta=one(0.0), temperature=one(1.0), dtypes=(torch.float32,)),
-    *[make((41, 9000), REAL, _plain, temperature=t) for make in (cold, plain) for t in (HOT, COOL, one(1.0))],
+    *[
+        make((9, 9000), REAL, change, **only, temperature=t, dtypes=(torch.float32,))
+        for make, only in ((plain, {}), (cold, dict(alpha=one(1e-12), beta=one(0.0))))
+        for change, t in ((_levelled, one(1.0)), (_divided, WARM))
+    ],
+    *[make((41, 9000), REAL, _plain, temperature=t) for make in (cold, plain) for t in (HOT, COOL)],
     *[make((6, n), REAL, _crossing) for make in (cold, plain) for n in (97, 5000)],
     cold((7, 97), WHOLE, alpha=one(1.0), beta=one(0.5)),
     cold((7, 97), WHOLE, alpha=one(0.1), beta=one(0.0)),
@@ -137,14 +152,13 @@ CASES = [
     *[
         cold(shape, REAL, change, alpha=one(0.5), beta=one(0.5), temperature=t)
         for change in (_implausible, _equal, _rising)
-        for shape in ((1, 49153), (3, 9000), (41, 9000))
-        for t in (HOT, COOL)
+        for shape, t in (((1, 49153), COOL), ((3, 9000), HOT), ((41, 9000), COOL))
     ],
     cold((3, 9000), REAL, _border, alpha=SQUARE, beta=one(0.5)),
     *[plain((6, n), REAL, change) for change in (_excluded, _not_numbers) for n in (97, 5000)],
     cold((1, 49152), **USUAL, work='draw from one pair, 49,152 tokens'),
     cold((8, 151936), **USUAL, work='draws from eight pairs, 151,936 tokens'),
-    plain((1, 49152), temperature=one(0.7), work='draw from one row, 49,152 tokens'),
+    plain((1, 49152), temperature=WARM, work='draw from one row, 49,152 tokens'),
 ]
 
 
