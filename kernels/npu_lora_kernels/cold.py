@@ -116,7 +116,7 @@ def cold_select_kernel(out, top, floor, score, expert, token, tiles, e, a, log_a
         beta_row = tl.load(beta + row * beta_stride)
         log_alpha_at = log_alpha + row * alpha_stride
         threshold, a_floor, sound = _row(top + row * parts, floor + row * parts, log_alpha_at, parts, PARTS)
-        best, i, again = _standing(top + at, score + at, expert + at, token + at, on, threshold, v)
+        best, i, again = _standing(top + at, score + at, expert + at, token + at, on=on, threshold=threshold, v=v)
         p = -1
         for _ in range(tl.sum(again, 0)):
             p = tl.min(tl.where((again > 0) & (ps > p), ps, PARTS), 0)
