@@ -208,7 +208,6 @@ MUTANTS = [
         's = _score(e_k, a_k, threshold, a_floor, beta_row)',
     ),
     ('range(tl.sum(again, 0))', 'range(0)'),  # never looks again
-    ('better = likely & (s > best)', 'better = s > best'),
     ('better = likely & (s > best)', 'better = likely & (s >= best)'),
     ('s = tl.where(s < INF, s, INF)', 's = tl.where(s == s, s, -INF)'),  # NaN passes
     ('(best > -INF) & (best < INF)', '(best < INF)'),  # a row without a score
