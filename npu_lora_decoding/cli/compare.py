@@ -179,6 +179,7 @@ def _source_of(prompts, fields):
     return _Source(prompts, *names)
 
 # %% ../../nbs/8_cli/05_compare.ipynb #1bba9419
+_COMPILED = ('greedy', 'cold', 'hass_tree')  # in four programs
 _SHOWN = ('greedy', 'cold', 'lookup', 'hass_chain', 'hass_tree', 'transformers_greedy')
 
 @command
@@ -192,7 +193,7 @@ def demo(
     beta:float=.1,  # CoLD's strength
     dtype:str='fp32',  # fp32, bf16 or fp16
     text_tokens:int=2048,  # Of the King James Bible, read with and without Temp-LoRA; 0: none
-    compile:bool=False,  # Also measure our methods compiled, in the same table
+    compile:bool=False,  # Also measure greedy decoding, CoLD and draft trees compiled, in the same table
     html:str='nld-demo.html',  # The page
 ):
     "A real model and adapter: all methods on held-out verses, one table and one page"
@@ -203,7 +204,7 @@ def demo(
     target = CoLD(alpha, beta)
     for item in track(its[:show], 'answering', 'verses'): _demo_verse(lm, item, target)
     head = str(shipped_head('king_james'))
-    fast = compiled_too(_SHOWN, target, head) if compile else {}
+    fast = compiled_too(_COMPILED, target, head) if compile else {}
     names = [*_SHOWN, *fast]
     print(f'Now every method in turns, a few minutes: {", ".join(names)} ...\n', flush=True)
     looks = Looks(lm, its, 40, counted=2)

@@ -269,7 +269,7 @@ def compiled_too(
     found = {}
     for name, new in own.items():
         same = known[name].same_as
-        found[new] = replace(known[name], same_as=own.get(same, same))
+        found[new] = replace(known[name], same_as=own.get(same, same) if same else name)
     return found
 
 # %% ../../nbs/6_evaluation/02_methods.ipynb #40af78da
