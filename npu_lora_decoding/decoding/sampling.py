@@ -11,6 +11,7 @@ __all__ = ['HARD_CONSTRAINTS', 'Target', 'check_finite', 'Plain', 'split_process
 import hashlib
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
@@ -149,7 +150,7 @@ class SharedNoise:
         return ops.position_keys(self.keys, first[:, None] + torch.arange(n, device=first.device))
 
 def seeds_of(
-    seed:int|tuple,  # Of all prompts, or one for each
+    seed:int|Sequence,  # Of all prompts, or one for each
     prompts:int,  # How many there are
 ) -> list:  # One for each prompt
     "Return the seed of each prompt; raises `DecodingError` where their number is wrong"
@@ -173,7 +174,7 @@ def temperature_of(
 def shared_noise(
     ids:torch.Tensor,  # Prompts `(b, t)`, the copies of a prompt side by side
     mask:torch.Tensor,  # `(b, t)`, 0 at padding
-    seed:int|tuple|None=None,  # Of all prompts, or one for each; None: one draw from torch's generator
+    seed:int|Sequence|None=None,  # Of all prompts, or one for each; None: one draw from torch's generator
     copies:int=1,  # Answers to each prompt
     temperature:float=1.,  # Of the target
 ) -> SharedNoise:

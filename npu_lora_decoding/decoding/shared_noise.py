@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['DraftNoise', 'draft_noise']
 
-# %% ../../nbs/1_decoding/08_shared_noise.ipynb #a93dd88b
+# %% ../../nbs/1_decoding/08_shared_noise.ipynb #64925807
 from dataclasses import dataclass
 import torch
 from ..foundations import ops
-from .sampling import DecodingState
+from .sampling import SharedNoise
 
-# %% ../../nbs/1_decoding/08_shared_noise.ipynb #0213daff
+# %% ../../nbs/1_decoding/08_shared_noise.ipynb #e53638bc
 @dataclass(frozen=True)
 class DraftNoise:
     "The noise with which the target draws at the positions to draft, for a drafter's own logits"
@@ -29,9 +29,10 @@ class DraftNoise:
         return logits / self.temperature + noise[:, None]
 
 def draft_noise(
-    state:DecodingState,  # Whose target draws with shared noise
+    noise:SharedNoise,  # With which the target draws
+    emitted:list,  # Tokens that each sequence has emitted
     depth:int,  # Of the deepest draft token
 ) -> DraftNoise:
     "Return the noise for the next draft"
-    keys = state.noise.after(state.emitted, depth)
-    return DraftNoise(keys, torch.full((), state.noise.temperature, device=keys.device))
+    keys = noise.after(emitted, depth)
+    return DraftNoise(keys, torch.full((), noise.temperature, device=keys.device))

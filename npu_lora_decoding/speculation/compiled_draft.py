@@ -95,7 +95,7 @@ class DraftProgram(nn.Module):
         cache = StaticHeadCache(keys, values, length)
         outputs = cache.extend(self.head, self.embed[follows], features, count)
         given: dict = dict(tokens=roots, outputs=outputs, embed=self.embed, lm_head=self.lm_head, vocab=self.vocab)
-        if noise_keys is not None: given['noise'] = DraftNoise(noise_keys, temperature)
+        if noise_keys is not None and temperature is not None: given['noise'] = DraftNoise(noise_keys, temperature)
         if self.top_k == 1 and self.nodes > self.depth:
             draft = draft_chain(self.head, cache, k=self.depth, **given)
         else:

@@ -102,7 +102,7 @@ class _HeadDrafter(Drafter):
         passes = [*self.waiting, self._new_slots(state, runner)]
         self.waiting = []
         slots = [torch.cat(of_passes, 1) for of_passes in zip(*passes)]
-        noise = None if state.noise is None else draft_noise(state, self.depths[-1])
+        noise = None if state.noise is None else draft_noise(state.noise, state.emitted, self.depths[-1])
         tree, finite = self._draft(slots, state.last, several, noise)
         if finite:
             return tree

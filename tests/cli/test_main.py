@@ -139,14 +139,16 @@ def test_verify_passes_and_fails(toy, data, tmp_path, capsys, monkeypatch):
     run(argv)
     rows = json_rows(tmp_path / 'v.json')
     assert (
-        len(rows) == 9
+        len(rows) == 21
         and all(r['equal'] == r['prompts'] == 24 and r['unexplained'] == [] for r in rows[:-1])
         and '24/24 prompts equal' in capsys.readouterr().out
     )
     monkeypatch.setattr(
         verify,
         'first_difference',
-        lambda lm, target, prompt, fast, slow, number: verify.Difference(number, 0, 0.5) if number == 3 else None,
+        lambda lm, target, prompt, fast, slow, number, temperature: (
+            verify.Difference(number, 0, 0.5) if number == 3 else None
+        ),
     )
     with pytest.raises(DecodingError, match='not equal: loop = transformers'):
         run(argv)
@@ -188,9 +190,9 @@ def test_a_verification_continues(toy, data, tmp_path, monkeypatch):
         verify, 'check', lambda lm, name, *args, **kwargs: made.append(name) or check(lm, name, *args, **kwargs)
     )
     run(argv + ['--resume'])
-    assert len(made) == len(set(made)) == 8 and [r['check'] for r in json_rows(tmp_path / 'v.json')[:-1]] == made
+    assert len(made) == len(set(made)) == 20 and [r['check'] for r in json_rows(tmp_path / 'v.json')[:-1]] == made
     run(argv + ['--resume', '--new-tokens', '2'])  # other options: everything again
-    assert len(made) == 16
+    assert len(made) == 40
     with pytest.raises(DecodingError, match='nothing to resume'):
         run(argv[:-2] + ['--resume'])
 

@@ -63,7 +63,7 @@ PROMPTS = [[5, 9, 2, 5, 9], [7], [4, 4, 8], [5, 9, 2, 5, 9]]
 
 
 def write(t, prompts, target=PLAIN, drafter=None, seed=7, rows={}, **options):
-    "What is written after each prompt, padded on the left, and the output"
+    "Texts after each prompt, padded on the left, and the output"
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -173,7 +173,7 @@ def test_equal_prompts_without_a_seed_are_draws_of_their_own(llama):
 
 
 def test_rows_of_an_encoder_decoder_are_draws_of_their_own():
-    "What the encoder has read is not among the ids, so rows are told apart by their numbers"
+    "What the encoder has read is not among the ids, so rows differ by their numbers"
     from transformers import T5Config, T5ForConditionalGeneration
 
     sizes = dict(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
@@ -331,10 +331,10 @@ def acceptance(shift=0):
     p = (p + 2 * q) / 3
     rows = 4000
     noise = SharedNoise(torch.randint(-(2**31), 2**31, (rows, 2), generator=g).int(), 0.8)
-    state = DecodingState([torch.zeros(3)] * rows, torch.zeros(rows).bool(), 0, prompt=1, noise=noise)
-    drafted = shared.draft_noise(state, 2 + shift)
+    emitted = [2] * rows
+    drafted = shared.draft_noise(noise, emitted, 2 + shift)
     proposed = drafted.added((q.log() * 0.8).expand(rows, 1, -1), shift)[:, 0].argmax(-1)
-    drawn = (p.log() + ops.gumbel(noise.after(state.emitted, 1)[:, 0], 12)).argmax(-1)
+    drawn = (p.log() + ops.gumbel(noise.after(emitted, 1)[:, 0], 12)).argmax(-1)
     return float((proposed == drawn).float().mean()), float(coupled(p, q)), float((p * q).sum()), rows
 
 
@@ -356,8 +356,8 @@ def test_a_shift_costs_a_drafter_its_tokens_and_no_text(llama, monkeypatch):
     draft = shared.draft_noise
     import npu_lora_decoding.speculation.head_drafter as head_drafter
 
-    def shifted(state, depth):
-        noise = draft(state, depth + 1)
+    def shifted(noise, emitted, depth):
+        noise = draft(noise, emitted, depth + 1)
         return replace(noise, keys=noise.keys[:, 1:])
 
     monkeypatch.setattr(head_drafter, 'draft_noise', shifted)

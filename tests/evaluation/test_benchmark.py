@@ -8,11 +8,20 @@ from npu_lora_decoding.cold.rule import CoLD
 from npu_lora_decoding.decoding.sampling import Plain
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.foundations.lora import AdapterBank
-from npu_lora_decoding.evaluation.methods import merged_model, methods
+from npu_lora_decoding.evaluation.methods import SAMPLING, merged_model, methods, speculative
 from npu_lora_decoding.evaluation.benchmark import memory_mb, speed_ratio
 from npu_lora_decoding.evaluation.judging import ARMS, answers
 from npu_lora_decoding.foundations.models import encode
-from npu_lora_decoding.evaluation.equivalence import TIE, Difference, check, first_difference, gap, scores_at, verify
+from npu_lora_decoding.evaluation.equivalence import (
+    TIE,
+    Difference,
+    check,
+    first_difference,
+    gap,
+    noisy,
+    scores_at,
+    verify,
+)
 from helpers.intervals import ERROR, N, SCORES, is_95
 from helpers.toys import toy_items, toy_lm
 
@@ -123,12 +132,31 @@ def test_verify_finds_all_ways_equal(lm, folder):
     checks = verify(lm, folder, toy_items(5), 8, 2, CoLD(0.05, 1.0), log=logged.append)
     assert (
         logged == checks
-        and [c.prompts for c in checks] == [5] * 8
+        and [c.prompts for c in checks] == [5] * 20
         and all(c.equal == 5 and c.tokens == 40 for c in checks)
     )
     assert (
-        len(verify(toy_lm(), None, toy_items(2), 4, log=logged.append)) == 4
+        len(verify(toy_lm(), None, toy_items(2), 4, log=logged.append)) == 10
     )  # without an adapter nothing is contrasted
+
+
+def of_seed(seed):
+    return speculative(Plain(), lambda: None, **SAMPLING | dict(seed=seed))
+
+
+def test_sampled_texts_are_compared_with_their_noise(lm):
+    "Each token is the best of its scores with the noise; another seed is no tie, and neither is the noise of another place"
+    run = of_seed(0).build(lm, None)
+    ids, mask = batch_of(lm)
+    prompt = ids[0][mask[0].bool()]
+    written = run(ids, mask, 6)[0].tolist()
+    for step in range(6):
+        text = torch.cat([prompt, torch.tensor(written[:step], dtype=torch.long)])
+        assert noisy(scores_at(lm, Plain(), text), prompt, step, 1.0).argmax() == written[step]
+    how = dict(batches=[(ids, mask)], new_tokens=8, temperature=1.0)
+    assert not check(lm, 'sound', Plain(), run, run, **how).differences
+    found = check(lm, 'another seed', Plain(), of_seed(1).build(lm, None), run, **how)
+    assert found.equal == 0 and len(found.unexplained) == 4
 
 
 def forgets_adapter(lm, run):
