@@ -8,6 +8,7 @@ __all__ = ['PLAIN_ATTENTION', 'BatchRunner', 'layer_window', 'grouped_attention'
 # %% ../../nbs/1_decoding/03_runner.ipynb #71e13067
 import contextlib
 import copy
+import functools
 import weakref
 import torch
 from fastcore.basics import patch
@@ -258,8 +259,13 @@ AttentionMaskInterface.register('grouped', ALL_MASK_ATTENTION_FUNCTIONS['eager']
 # Model -> {(rows, columns): StaticCache}; a cache at another place would be compiled again
 _STATIC:weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
-_compiled_step = torch.compile(_step, dynamic=False, fullgraph=True)
-_compiled_step_hidden = torch.compile(_step_hidden, dynamic=False, fullgraph=True)
+@functools.cache
+def _compiled(step):
+    "Return a step compiled as a whole; made when it is needed, because the compiler is imported for a second"
+    return torch.compile(step, dynamic=False, fullgraph=True)
+
+def _compiled_step(*args): return _compiled(_step)(*args)
+def _compiled_step_hidden(*args): return _compiled(_step_hidden)(*args)
 
 @contextlib.contextmanager
 def _attention_for_programs(model):

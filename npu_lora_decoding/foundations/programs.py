@@ -135,7 +135,7 @@ def _compile(f, inputs, file):
 def _load(file):
     "Return the function in a file: a list of tensors -> a list of tensors"
     import torch._inductor as inductor
-    return inductor.aoti_load_package(str(file)).loader.boxed_run
+    with inductor.config.patch(_TRUSTING): return inductor.aoti_load_package(str(file)).loader.boxed_run
 
 # %% ../../nbs/0_foundations/16_programs.ipynb #c5372958
 _PROGRAMS:dict[str, Callable] = {}  # Name -> program, for all models of the process
