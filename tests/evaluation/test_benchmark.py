@@ -145,7 +145,7 @@ def of_seed(seed):
 
 
 def test_sampled_texts_are_compared_with_their_noise(lm):
-    "Each token is the best of its scores with the noise; another seed or the noise of another place does not"
+    "Each token is the best of its scores with the noise; with that of another seed or place it is not"
     run = of_seed(0).build(lm, None)
     ids, mask = batch_of(lm)
     prompt = ids[0][mask[0].bool()]
