@@ -89,6 +89,20 @@ def select(self:CoLD,
     check_finite('expert or base', token < 0)
     return token
 
+@patch
+def draw(self:CoLD,
+    expert:torch.Tensor,  # Logits `(b, ..., v)`
+    base:torch.Tensor,  # Logits `(b, ..., v)`
+    *,
+    temperature:torch.Tensor,  # `(1, ..., 1)` fp32
+    keys:torch.Tensor,  # Of the position of each row `(b, ..., 2)` int32
+) -> torch.Tensor:  # Token of each row `(b, ...)`
+    "Return a draw of each row with shared noise (`1_decoding/08_shared_noise`)"
+    settings = _column(self.alpha, expert), _column(self.beta, expert), temperature
+    token = ops.cold_sample(*_alike(expert, base), *settings, keys)
+    check_finite('expert or base', token < 0)
+    return token
+
 # %% ../../nbs/2_cold/01_rule.ipynb #ffc5d61d
 def _last_logits(model, bank, adapter, ids, *, mask, cache):
     "Return the last position's logits `(b, v)` of one forward pass with (0) or without (-1) the adapter"

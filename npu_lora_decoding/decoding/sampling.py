@@ -49,6 +49,12 @@ class Target:
         "Return the best token of each row `(b, ...)`"
         raise NotImplementedError
 
+    def draw(self, *logits:Any, **noise:Any) -> torch.Tensor:
+        "Return a draw of each row `(b, ...)` at a `temperature` `(1, ..., 1)`, with the noise of `keys` `(b, ..., 2)`"
+        token = ops.plain_sample(self.combine(*logits), noise['temperature'], noise['keys'])
+        check_finite('target', token < 0)
+        return token
+
 def check_finite(
     who:str,  # Whose logits, for the message
     broken:torch.Tensor,  # Which of them are NaN or infinite `(b, ...)` bool
@@ -67,6 +73,11 @@ class Plain(Target):
     def combine(self, expert, base=None):
         check_finite('model', ~expert.amax(-1).isfinite())
         return expert.float()
+
+    def draw(self, expert, base=None, *, temperature, keys):
+        token = ops.plain_sample(expert, temperature, keys)
+        check_finite('model', token < 0)
+        return token
 
     def select(self, expert, base=None):
         best = expert.max(-1)  # the first of equals, as argmax, which reads bf16 one by one
@@ -357,22 +368,44 @@ def _of_row(rules, b):
     return replace(rules, hard=[own(p) for p in rules.hard], soft=[own(p) for p in rules.soft])
 
 # %% ../../nbs/1_decoding/04_sampling.ipynb #9b34c788
+def _only_heats(rules):
+    "Return whether tokens are drawn with noise from scores that are divided by a temperature, and no more is done to them"
+    temperatures = [p for p in rules.soft if type(p) is TemperatureLogitsWarper]
+    is_bare = len(temperatures) == len(rules.soft) <= 1 and not rules.vocab
+    return rules.sample and rules.noise is not None and is_bare
+
+def _drawn(target, rules, *, logits, keys):
+    "Return the draws of rows of logits `(b, ..., v)` by the target's own operation"
+    shape = [1] * logits[0].dim()
+    temperature = torch.full(shape, temperature_of(rules.soft), dtype=torch.float32, device=keys.device)
+    return target.draw(*logits, temperature=temperature, keys=keys)
+
 def _choose_together(target, tree, logits, state, rules):
     "Where no processor reads a text: all sequences walk their trees at once, one depth after the other"
+    keys = _keys_of(rules, state, tree.size)
+    in_one = _only_heats(rules)
+    if in_one and logits[0].device.type != 'cpu':
+        # There a level is a launch, and nodes cost little
+        return _drawn(target, rules, logits=logits, keys=_keys_of_nodes(tree, keys)), logits
     expert = _constrained(logits[0], None, rules)
     rows = torch.arange(len(tree.tokens), device=tree.tokens.device)
     node = torch.zeros_like(rows)
     walks = torch.ones_like(state.done)
     drawn = torch.full_like(tree.tokens, -1)
-    keys = _keys_of(rules, state, tree.size)
     for depth in range(tree.size):
-        first, *others = (x[rows, node] for x in (expert, *logits[1:]))
-        noise = None if keys is None else ops.gumbel(keys[:, depth], first.shape[-1])
-        waits = state.done | ~walks
-        token = _draw_next(target, first, others, text=None, rules=rules, done=waits, noise=noise)
+        own = [x[rows, node] for x in (expert, *logits[1:])]
+        if in_one: token = _drawn(target, rules, logits=own, keys=keys[:, depth])
+        else:
+            noise = None if keys is None else ops.gumbel(keys[:, depth], own[0].shape[-1])
+            waits = state.done | ~walks
+            token = _draw_next(target, own[0], own[1:], text=None, rules=rules, done=waits, noise=noise)
         drawn[rows, node] = torch.where(walks, token, drawn[rows, node])
         is_child = (tree.parents == node[:, None]) & (tree.tokens == token[:, None]) & walks[:, None]
         walks = is_child.any(-1)
         if depth + 1 == tree.size or not walks.any(): break
         node = torch.where(walks, is_child.long().argmax(-1), node)
     return drawn, (expert, *logits[1:])
+
+def _keys_of_nodes(tree, keys):
+    "Return the keys of the positions of all nodes `(b, n, 2)`: those of one depth share one"
+    return keys.take_along_dim(tree.depths[..., None], 1)

@@ -244,6 +244,60 @@ def test_together_and_alone_choose_the_same_tokens(monkeypatch, name, sample, vo
     assert deepest >= 2
 
 
+class Own(sampling.Target):
+    "A target of somebody else, which only says how logits become scores"
+
+    def combine(self, expert):
+        return expert.float() / 2
+
+
+@pytest.mark.parametrize('target', [PLAIN, COLD, Own()], ids=['plain', 'cold', 'own'])
+@pytest.mark.parametrize('warpers', [[], WARPERS['temperature']], ids=['at 1', 'at 0.6'])
+def test_one_operation_for_all_nodes_chooses_the_same_tokens(monkeypatch, warpers, target):
+    "As on an accelerator; the generic scores, noise and maximum judge both"
+    g = generator(0)
+    for seed in range(30):
+        tree = forest(3, 9, 6, g)
+        logits = tuple(2 * torch.randn(3, 9, 7, generator=g) for _ in target.roles)
+        noise = shared_noise(torch.tensor([[3], [3], [4]]), torch.ones(3, 1), (seed, 1, 2))
+        state = DecodingState([torch.arange(n) for n in (3, 5, 2)], torch.zeros(3).bool(), 0, prompt=2, noise=noise)
+        rules = SamplingRules(soft=warpers, sample=True, noise=noise)
+        assert sampling._only_heats(rules)
+        levels, _ = choose_tokens(target, tree, logits, state, rules)
+        keys = sampling._keys_of_nodes(tree, noise.after(state.emitted, tree.size))
+        at_once = sampling._drawn(target, rules, logits=logits, keys=keys)
+        with monkeypatch.context() as m:
+            m.setattr(sampling, '_only_heats', lambda rules: False)
+            generic, _ = choose_tokens(target, tree, logits, state, rules)
+        assert torch.equal(levels, generic)
+        reached = levels >= 0
+        assert torch.equal(at_once[reached], levels[reached]) and (at_once >= 0).all()
+
+
+@pytest.mark.parametrize('target', [PLAIN, COLD, Own()], ids=['plain', 'cold', 'own'])
+def test_a_draw_from_broken_logits_is_refused(target):
+    rules = SamplingRules(sample=True, noise=SharedNoise(torch.zeros(2, 2, dtype=torch.int32)))
+    logits = tuple(torch.randn(2, 1, 7, generator=generator(0)) for _ in target.roles)
+    logits[0][1, 0, 3] = torch.nan
+    state = DecodingState([torch.arange(3)] * 2, torch.zeros(2).bool(), 0, prompt=2, noise=rules.noise)
+    tree = Tree(torch.zeros(2, 1, dtype=torch.long), torch.full((2, 1), -1))
+    with pytest.raises(DecodingError, match=r'NaN or infinite logits in rows \[1\]'):
+        choose_tokens(target, tree, logits, state, rules)
+
+
+def test_only_a_temperature_is_left_to_the_operation():
+    noise = SharedNoise(torch.zeros(1, 2, dtype=torch.int32))
+    heat = TemperatureLogitsWarper(0.7)
+    for soft, more in (
+        ([heat, heat], {}),
+        ([TopKLogitsWarper(3)], {}),
+        ([heat], dict(vocab=9)),
+        ([], dict(noise=None)),
+    ):
+        rules = SamplingRules(**dict(soft=soft, sample=True, noise=noise) | more)
+        assert not sampling._only_heats(rules)
+
+
 def test_what_reads_the_text_is_asked_with_each_text():
     class Mine(TemperatureLogitsWarper):
         "Derived from a class of transformers: it may do anything"
