@@ -180,7 +180,7 @@ def temperature_of(
     processors,  # Those after the contrast
 ) -> float:  # 1 where there is none
     "Return the temperature that the target's scores are divided by"
-    return math.prod(p.temperature for p in processors if type(p) is TemperatureLogitsWarper)
+    return math.prod((p.temperature for p in processors if type(p) is TemperatureLogitsWarper), start=1.)
 
 def shared_noise(
     ids:torch.Tensor,  # Prompts `(b, t)`, the copies of a prompt side by side

@@ -16,7 +16,7 @@ from .sampling import SharedNoise
 class DraftNoise:
     "The noise with which the target draws at the positions to draft, for a drafter's own logits"
     keys:torch.Tensor  # Of the positions `(b, depth, 2)`
-    temperature:torch.Tensor  # Of the target `()`
+    temperature:torch.Tensor  # Of the target `()` fp32
 
     def added(self,
         logits:torch.Tensor,  # Of the nodes of one level `(b, m, w)`
@@ -35,4 +35,4 @@ def draft_noise(
 ) -> DraftNoise:
     "Return the noise for the next draft"
     keys = noise.after(emitted, depth)
-    return DraftNoise(keys, torch.full((), noise.temperature, device=keys.device))
+    return DraftNoise(keys, torch.full((), noise.temperature, dtype=torch.float32, device=keys.device))

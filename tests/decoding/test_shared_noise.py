@@ -404,6 +404,28 @@ def test_draft_noise_of_another_position_is_found_out():
     assert abs(share - with_noise) > margin and abs(share - without) < margin
 
 
+@pytest.mark.parametrize('temperature', [1, 1.0, 0.7])
+def test_inputs_of_a_draft_have_one_layout(temperature):
+    "A program that was compiled for one temperature reads the bytes of every other"
+    noise = shared.draft_noise(SharedNoise(torch.zeros(2, 2, dtype=torch.int32), temperature), [0, 3], 4)
+    assert (noise.temperature.dtype, noise.temperature.shape) == (torch.float32, ())
+    assert (noise.keys.dtype, noise.keys.shape, noise.keys.is_contiguous()) == (torch.int32, (2, 4, 2), True)
+    assert isinstance(sampling.temperature_of([]), float)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ops.compiles(), reason='torch.compile finds no C++ compiler')
+def test_a_compiled_draft_has_the_tokens_of_every_temperature(llama):
+    "One program for all temperatures, and as many accepted draft tokens as without a compiler"
+    drafter = HASS(llama.folder, depth=2, top_k=3, nodes=5, adaptive=False)
+    for temperature in (1.0, 0.6):
+        how = dict(temperature=temperature, drafter=drafter, max_new_tokens=30)
+        texts, out = write(llama, PROMPTS[:1], **how)
+        again, fast = write(llama, PROMPTS[:1], rows=dict(compile=True), **how)
+        assert again == texts and abs(count_drafted(fast) - count_drafted(out)) <= 1 < count_drafted(out)
+    assert [len(p._runs) for p in drafter._bound.programs.values()] == [1]
+
+
 def test_a_shift_costs_a_drafter_its_tokens_and_no_text(llama, monkeypatch):
     "By construction a drafter cannot change a text: what a bug in its noise costs is acceptance"
     texts, right = write(llama, PROMPTS, drafter=DRAWERS['tree'](llama.folder), max_new_tokens=60)
