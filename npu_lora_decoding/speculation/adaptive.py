@@ -61,7 +61,7 @@ def pass_seconds(
         known[key] = {n: statistics.median(of_size) for n, of_size in zip(sizes, zip(*found))}
     return known[key]
 
-PLAIN_SHARE = .6  # Of the time of a whole tree, for one node: less than it mostly takes
+PLAIN_SHARE = .45  # Of the time of a whole tree, for one node: less than it mostly takes
 
 def first_seconds(
     runner:BatchRunner,  # After the prefill

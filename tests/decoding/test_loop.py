@@ -1184,8 +1184,10 @@ def test_several_answers_to_each_text(lm):
     how = dict(do_sample=True, temperature=2.0, top_k=0, max_new_tokens=N, eos_token_id=96)
     out = lm.generate([[5, 6, 7], [8, 9]], num_return_sequences=2, seed=1, **how)
     assert len(out.texts) == len(out.tokens) == 4 and len({tuple(ids_of(out, b)) for b in range(4)}) == 4
-    again = lm.generate([[5, 6, 7]] * 2 + [[8, 9]] * 2, seed=1, **how)
-    assert [ids_of(out, b) for b in range(4)] == [ids_of(again, b) for b in range(4)]
+    alone = [lm.generate(prompt, num_return_sequences=2, seed=1, **how) for prompt in ([[5, 6, 7]], [[8, 9]])]
+    assert [ids_of(out, b) for b in range(4)] == [ids_of(one, b) for one in alone for b in range(2)]
+    equal = lm.generate([[5, 6, 7]] * 2, seed=1, **how)  # equal prompts, equal texts: copies are asked for by number
+    assert ids_of(equal, 0) == ids_of(equal, 1) == ids_of(out, 0)
 
 
 def test_the_embedded_model_is_transformers(tokenizer):

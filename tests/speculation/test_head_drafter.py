@@ -285,6 +285,7 @@ def test_drafting_that_loses_pauses_and_catches_up(llama, rows, monkeypatch):
         skip(self, *a)
 
     monkeypatch.setattr(speculate._HeadDrafter, 'skip', cheaper)
+    monkeypatch.setattr(sizing, 'first_seconds', lambda rows, sizes: (sizing.pass_seconds(rows, sizes), False))
     drafter = HASS(llama.folder)
     _, fast = equals_plain(llama, drafter, COLD, (7, 3), rows, least=3, max_new_tokens=46)
     sizer = drafter._last
