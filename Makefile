@@ -13,7 +13,7 @@ $(READY): setup.sh setup.py settings.ini constraints.txt pyproject.toml
 venv: $(READY) ## Set up .venv and nothing else
 
 demo: $(READY) ## Set up and run the demo
-	.venv/bin/nld demo --compile
+	.venv/bin/nld demo
 
 test: $(READY) ## Set up and run the checks (12 minutes on two cores)
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash tests/run

@@ -350,7 +350,8 @@ def _judged_as(names, known, found):
     for name in names:
         over = known[name].same_as
         if over in found and found[name].tokens == found[over].tokens: same[name] = over
-    return same
+    def scored(name): return scored(same[name]) if name in same else name  # a compiled draft, as greedy compiled, as greedy
+    return {name: scored(name) for name in same}
 
 # %% ../../nbs/6_evaluation/04_benchmark.ipynb #693ee6b6
 def compare(

@@ -1,5 +1,6 @@
 "A run that the machine held up is measured again or marked; a step is a multiple of reading the weights once"
 
+from types import SimpleNamespace
 import pytest, torch
 from npu_lora_decoding.evaluation import benchmark
 from npu_lora_decoding.evaluation.benchmark import compare, stall_notes, stalls, step_bytes, table, take_again
@@ -189,6 +190,16 @@ def test_bandwidth_is_bytes_over_the_faster_median(monkeypatch):
 
     monkeypatch.setattr(timing, 'time_interleaved', timed)
     assert read_bandwidth(mb=8) == 8 * 2**20 / 0.25
+
+
+def test_a_score_is_that_of_the_last_method_with_the_same_tokens():
+    known = methods(head='any') | compiled_too(['greedy', 'hass_tree'], head='any')
+    names = ['hass_tree_compiled', 'greedy', 'greedy_compiled', 'hass_tree', 'cold']
+    found = {name: SimpleNamespace(tokens=[[1, 2]]) for name in names}
+    alike = dict.fromkeys(['hass_tree_compiled', 'greedy_compiled', 'hass_tree'], 'greedy')
+    assert benchmark._judged_as(names, known, found) == alike
+    found['greedy_compiled'].tokens = [[1, 3]]
+    assert benchmark._judged_as(names, known, found) == dict(hass_tree='greedy')
 
 
 def test_compiled_methods_are_compared_with_each_other():
