@@ -435,7 +435,7 @@ def cold_sample_few(
 ) -> torch.Tensor:  # Token of each row `(...)`
     "Return what `cold_sample_torch` does, from the likeliest tokens only where all plausible ones are among them"
     found = _plausible_few(e, a, alpha, beta, few)
-    if found is None: return cold_sample_torch(e, a, alpha, beta, *(temperature, keys))
+    if found is None: return cold_sample_torch(e, a, alpha, beta, temperature=temperature, keys=keys)
     scores, token = found
     return _best_of(scores / temperature + gumbel_at(keys, token), token, e.shape[-1])
 

@@ -81,13 +81,13 @@ _SETTINGS = {  # Of the compiler
     'aot_inductor.precompile_headers': False,  # pays for a dozen programs, and we need a few
     'cpp_cache_precompile_headers': False}
 _TRUSTING = {'cpp.vec_isa_ok': True}  # The compiler knows what the processor does: trying takes as long as compiling
-_OURS = ('programs', 'lora', 'ops')  # Modules whose code becomes part of programs
 
 @functools.cache
 def _machine():
     "Return what all programs of this process depend on"
-    home = Path(inspect.getfile(AdapterBank)).parent
-    sources = [(home/f'{name}.py').read_text() for name in _OURS]
+    home = Path(inspect.getfile(AdapterBank)).parent.parent
+    # of all modules: a layer's program holds code of few of them, a draft's of many
+    sources = [file.read_text() for file in sorted(home.rglob('*.py'))]
     import transformers
     flags = ''
     with contextlib.suppress(OSError):

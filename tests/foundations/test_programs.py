@@ -223,6 +223,20 @@ def foreign(layer):
     layer.mlp.act_fn = before
 
 
+def test_a_change_of_any_module_makes_programs_again(monkeypatch):
+    "A draft's program holds code of several chapters"
+    from pathlib import Path
+
+    read = Path.read_text
+    names = set()
+    for changed in ('', 'drafting.py', 'shared_noise.py', 'lora.py'):
+        monkeypatch.setattr(Path, 'read_text', lambda p, *a: read(p, *a) + '#' * (p.name == changed))
+        programs._machine.cache_clear()
+        names.add(programs.program_name('x', []))
+    programs._machine.cache_clear()
+    assert len(names) == 4
+
+
 def test_layers_that_others_changed_share_no_program():
     model = toy_model()
     assert layer_programs(model) is not None
