@@ -109,10 +109,10 @@ def compare(
     prompts:str='4',  # A number of held-out verses; or a .jsonl, .json, .csv, .tsv or .parquet file, or a folder of them
     fields:str='prompt,answer',  # The columns of that file with prompt and answer
     timed:int=None,  # Only so many of the prompts are timed (default: all)
-    new_tokens:int=32,  # Tokens that each method generates while it is timed
+    new_tokens:int=24,  # Tokens that each method generates while it is timed
     answer_tokens:int=None,  # Longest answer that is judged (default: for the verses 96, else new-tokens)
     batch:int=1,  # Prompts at once
-    rounds:int=3,  # Turns on every batch
+    rounds:int=2,  # Turns on every batch
     alpha:float=.1,  # CoLD's plausibility
     beta:float=.1,  # CoLD's strength
     dtype:str='bf16',  # fp32, bf16 or fp16

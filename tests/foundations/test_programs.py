@@ -1,6 +1,6 @@
 "Programs of layers: what decides which one runs, what a cache folder can hold, and equality with the layers as they are"
 
-import json, warnings
+import json, time, warnings
 from contextlib import nullcontext
 import pytest, torch
 from npu_lora_decoding.foundations import ops, programs
@@ -260,6 +260,54 @@ def test_a_product_of_few_rows_is_the_product(rows, dtype):
     torch.testing.assert_close(bmm_of_few(x.expand(3, -1, -1), y), x.expand(3, -1, -1) @ y, **close)
 
 
+@pytest.mark.parametrize('out', [1, 2, 3, 7, 8, 20, 21])
+def test_outputs_are_in_their_order_however_many_streams_read_them(out):
+    gen = torch.Generator().manual_seed(out)
+    x = torch.randint(-3, 4, (2, 1, 16), generator=gen).float()
+    w = (
+        torch.randint(-3, 4, (16, out), generator=gen).float().t()
+    )  # of whole numbers, so sums are exact; not contiguous
+    assert torch.equal(linear_of_few(x, w), x @ w.t())
+
+
+@pytest.mark.parametrize('rows, wide, dtype', [(1, 1, torch.bfloat16), (2, 1, torch.bfloat16), (2, 0, torch.bfloat16)])
+def test_several_long_rows_are_the_librarys_product(monkeypatch, rows, wide, dtype):
+    called = []
+    monkeypatch.setattr(programs, 'product', lambda x, w: called.append(x.shape) or x @ w.t())
+    x = torch.ones(rows, programs.LONG + wide, dtype=dtype)
+    linear_of_few(x, torch.ones(4, programs.LONG + wide, dtype=dtype))
+    assert bool(called) == (rows > 1 and wide > 0)
+
+
+def test_a_linker_waits_for_both_objects(monkeypatch):
+    from torch._inductor import cpp_builder
+
+    done = []
+
+    class Builder:
+        def __init__(self, name, compile_only, seconds=0.0):
+            self.name = name
+            self._compile_only = compile_only
+            self.seconds = seconds
+
+        def build(self):
+            time.sleep(self.seconds)
+            if self.name == 'broken':
+                raise RuntimeError('no such header')
+            done.append(self.name)
+
+    monkeypatch.setattr(cpp_builder, 'CppBuilder', Builder)
+    build = Builder.build
+    with programs._side_by_side():
+        for builder in (Builder('caller', True, 0.3), Builder('loops', True), Builder('library', False)):
+            builder.build()
+    assert done == ['loops', 'caller', 'library'] and Builder.build is build
+    with pytest.raises(RuntimeError, match='no such header'), programs._side_by_side():
+        Builder('broken', True).build()
+        Builder('library', False).build()
+    assert done[-1] == 'library' and len(done) == 3 and Builder.build is build
+
+
 @pytest.mark.parametrize('n', [1, 2, 5, 16, 60])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32], ids=str)
 def test_the_lm_head_of_a_block_gives_its_own_logits(n, dtype):
@@ -293,7 +341,6 @@ def test_an_lm_head_that_is_more_than_a_product_stays(what):
     with torch.no_grad(), layer_programs(model).attached():
         assert head(x).equal(want)
     assert head(x).equal(want)
-
 
 
 def stepped(model, bank, *, run, ids=((1, 2, 3), (4, 5, 6)), n=1):
