@@ -9,7 +9,7 @@ __all__ = ['Text', 'text_positions', 'best_tokens', 'chain_lengths', 'Replay', '
 
 # %% ../../nbs/3_hass/11_acceptance.ipynb #ca7aad5f
 import gzip, importlib.util, json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 from ..foundations.errors import DecodingError, require
@@ -18,6 +18,8 @@ from ..foundations.models import encode_one
 from ..foundations.progress import track
 from ..decoding.tree import accept
 from ..decoding.loop import LM
+from ..decoding.sampling import SharedNoise
+from ..decoding.shared_noise import draft_noise
 from .head import DraftHead
 from .drafting import HeadCache, draft_tree
 from .alignment import aligned_step, next_inputs
@@ -181,8 +183,9 @@ def tree_acceptance(
     depth:int=6,  # See `draft_tree`
     top_k:int=10,  # See `draft_tree`
     nodes:int=60,  # Size of the tree, its root included
+    noise:SharedNoise|None=None,  # With which the target drew these texts; None: drafts do not know it
 ) -> Replay:
-    "Return what decoding these texts with dynamic trees would count"
+    "Return what decoding these texts with dynamic trees would count; with `top_k=1` they are chains"
     how:dict = dict(embed=embed, lm_head=lm_head, vocab=vocab, depth=depth, top_k=top_k, nodes=nodes)
     out = Replay.empty(len(ids), depth + 1, ids.device)
     cache = HeadCache(len(ids), ids.device)
@@ -201,7 +204,9 @@ def tree_acceptance(
         at = ((slot - fresh)[rows, None] + 1 + new).clamp(max=ids.shape[1]-1)
         e = embed[following[rows[:, None], at]]
         outputs = cache.extend(head, e, features[rows[:, None], at], fresh[rows])
-        tree = draft_tree(head, cache, following[rows, slot[rows]], outputs, **how)
+        emitted = (slot - start + 1)[rows].tolist()
+        known = None if noise is None else draft_noise(replace(noise, keys=noise.keys[rows]), emitted, depth + 1)
+        tree = draft_tree(head, cache, following[rows, slot[rows]], outputs, noise=known, **how)
         right = torch.zeros_like(slot).index_copy(
             0, rows, _right(tree, ids[rows], slot[rows])
         )

@@ -1,6 +1,7 @@
 "Acceptance without decoding: against drafting slot by slot, and against runs of the decoding loop"
 
 import gzip, json, sys
+from dataclasses import replace
 import pytest, torch
 from npu_lora_decoding.hass.acceptance import (
     Replay,
@@ -8,6 +9,7 @@ from npu_lora_decoding.hass.acceptance import (
     acceptance_table,
     best_tokens,
     chain_lengths,
+    collate_texts,
     humaneval_prompts,
     measure_acceptance,
     replay,
@@ -19,11 +21,14 @@ from npu_lora_decoding.hass.acceptance import (
 from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter, toy_model
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.decoding.loop import Drafter
+from npu_lora_decoding.decoding.sampling import SharedNoise, sequence_key
+from npu_lora_decoding.hass.checkpoint import save_head
 from npu_lora_decoding.hass.head import DraftHead, head_config
 from npu_lora_decoding.hass.drafting import HeadCache, draft_chain, draft_tree
 from npu_lora_decoding.hass.features import target_features
 from npu_lora_decoding.decoding.tree import Tree
 from npu_lora_decoding.hass.acceptance import _bootstrap
+from npu_lora_decoding.speculation.head_drafter import HASS
 from helpers.intervals import ERROR, SCORES, is_95
 from helpers.toys import toy_lm
 
@@ -299,6 +304,38 @@ def test_equal_to_decoding(options, adapted, tmp_path):
         assert (
             a.rates[0] > 0.1 and len(set(map(len, written.tokens))) > 1
         )  # draft tokens were right, and some answer ended early
+
+
+@pytest.mark.parametrize('temperature', [0.7, 1.0])
+def test_drafts_that_know_the_noise_equal_decoding(tmp_path, temperature):
+    "Sampled with a seed, by chains and trees; another noise, and none, count otherwise"
+    lm = toy_lm(vocab=76)
+    prompts = ['ab', 'hello you', 'c, d. e', 'x y z 1 2 3']
+    how = dict(max_new_tokens=30, record=False, seed=5, do_sample=True, temperature=temperature, top_k=0)
+    ids = [lm.tokenizer(p).input_ids for p in prompts]
+    first = lm.generate(prompts, **how).tokens
+    head = trained(lm, [torch.tensor(p + [t.id for t in ts]) for p, ts in zip(ids, first)], steps=30)
+    folder = save_head(head, tmp_path / 'head', lm.model)
+    how['eos_token_id'] = [first[0][20].id]  # so that texts differ in length
+    tensors = head, lm.model.get_input_embeddings().weight, lm.model.lm_head.weight
+    for chain, size in ((True, dict(depth=2, top_k=1, nodes=4)), (False, dict(depth=2, top_k=3, nodes=9))):
+        drafter = HASS(folder, adaptive=False, chain=chain, **dict(size, depth=3))
+        written = lm.generate(prompts, drafter=drafter, **how)
+        whole = [torch.tensor(p + [t.id for t in ts]) for p, ts in zip(ids, written.tokens)]
+        assert len(set(map(len, written.tokens))) > 1
+        texts = [Text(x, len(p), f) for x, p, f in zip(whole, ids, target_features(lm, whole))]
+        x, f, _, start, end = collate_texts(texts, head.fc.weight)
+        keys = [sequence_key(5, 0, torch.tensor(p)) for p in ids]
+        noise = SharedNoise(torch.tensor(keys, dtype=torch.int32), temperature)
+        others = None, replace(noise, keys=noise.keys + 1), replace(noise, keys=noise.keys.flip(0))
+        counts = [
+            tree_acceptance(*tensors, x, f, start=start, end=end, noise=known, **size) for known in (noise, *others)
+        ]
+        passes = [sum(len(s.tokens[b]) > 0 for s in written.steps[1:]) for b in range(4)]
+        assert counts[0].tokens.tolist() == [len(ts) - 1 for ts in written.tokens]
+        assert counts[0].passes.tolist() == passes and sum(passes) < sum(counts[0].tokens.tolist())
+        for other in counts[1:]:
+            assert other.tokens.equal(counts[0].tokens) and other.passes.tolist() != passes
 
 
 def test_measure_is_the_same_in_any_batch_and_order():

@@ -5,6 +5,7 @@ counts and rates against loops, passes whose time the test decides
 import bisect, contextlib
 from types import SimpleNamespace
 import pytest, torch
+from torch.nn.functional import pad
 from hypothesis import given, strategies as st
 import npu_lora_decoding.speculation.adaptive as sizing
 from npu_lora_decoding.foundations import ops
@@ -14,6 +15,8 @@ from npu_lora_decoding.foundations.devices import generator
 from npu_lora_decoding.decoding.loop import Decoder, Drafter
 from npu_lora_decoding.speculation.prompt_lookup import PromptLookup
 from npu_lora_decoding.decoding.runner import BatchRunner, CompiledRunner
+from npu_lora_decoding.decoding.shared_noise import DraftNoise
+from npu_lora_decoding.hass.drafting import _children
 from helpers.loops import uncompiled
 from npu_lora_decoding.speculation.adaptive import (
     Calibration,
@@ -574,6 +577,72 @@ def test_explain_says_what_was_seen(make):
     )
     assert 'depth 3: 1.50' in text and '  0.70 and above: ' in text and '0.80 and above' not in text
     assert f'of {int(s.calibration.tried.sum())}\n' in text
+
+
+# --- drafts that know the noise of the draws
+
+
+class WithNoise(Drafter):
+    "One level of children of a drafter whose logits are the target's and an error; the target draws with the same noise"
+
+    depths = (1,)
+    depth = 1
+
+    def __init__(self, passes, score, v=60):
+        g = generator(11)
+        target = torch.randn(passes, 1, v, generator=g) * 3
+        logits = target + torch.randn(passes, 1, v, generator=g)
+        keys = torch.randint(2**31, (passes, 1, 2), generator=g, dtype=torch.int32)
+        noise = DraftNoise(keys, torch.ones(()))
+        self.drawn = noise.added(target, 0)[:, 0].argmax(-1)
+        zero = torch.zeros(passes, 1)
+        self.tokens, self.scores = _children(logits, zero, torch.eye(v), None, k=8, noise=noise)
+        if score == 'without':
+            self.scores = logits.log_softmax(-1)[:, 0].gather(1, self.tokens)
+        self.played = 0
+
+    def propose(self, state, runner):
+        row = slice(self.played, self.played + 1)
+        order = self.scores[row].argsort(descending=True)
+        tokens, scores = (x[row].gather(1, order) for x in (self.tokens, self.scores.exp()))
+        parents = torch.tensor([[-1] + [0] * 8])
+        return Tree(pad(tokens, (1, 0)), parents, 'head', scores=pad(scores, (1, 0), value=1.0))
+
+    def right(self, tree):
+        "Return which nodes the target accepts"
+        accepted = tree.tokens == self.drawn[self.played]
+        accepted[:, 0] = True
+        self.played += 1
+        return accepted
+
+
+def noisy_rate(costs, passes=400, size=None, score='with'):
+    "Return tokens a second of trees that are sized, or all of one size"
+    drafter = WithNoise(passes, score)
+    sizer = TreeSizing(drafter, tuple(costs), costs)
+    state = SimpleNamespace(done=torch.tensor([False]), last=torch.tensor([0]), accepted=None)
+    tokens = 0
+    seconds = 0.0
+    for _ in range(passes):
+        before = sizer.plain_passes
+        tree = drafter.propose(state, None).first(size) if size else sizer.propose(state, None)
+        state.accepted = drafter.right(tree)
+        tokens += int(state.accepted.sum())
+        seconds += costs[tree.size] + 0.1 * (sizer.plain_passes == before)
+    return tokens / seconds
+
+
+@pytest.mark.parametrize(
+    'costs',
+    [{1: 1.0, 2: 1.1, 4: 1.3, 9: 1.9}, {1: 1.0, 2: 1.05, 4: 1.1, 9: 1.2}, {1: 1.0, 2: 1.3, 4: 1.9, 9: 3.4}],
+    ids=['middling', 'cheap', 'dear'],
+)
+def test_the_chance_of_a_child_counts_the_noise(monkeypatch, costs):
+    "With it trees of many sizes beat those of any one size; a drafter's probability without the noise is a poor score"
+    fake_seconds(monkeypatch, lambda: SimpleNamespace(inner=SimpleNamespace(depth=1)), 0.1)
+    best = max(noisy_rate(costs, size=n) for n in list(costs)[1:])
+    sized = noisy_rate(costs)
+    assert sized > 1.0 and sized > 0.99 * best and sized > 1.01 * noisy_rate(costs, score='without')
 
 
 # --- drafters of a user
