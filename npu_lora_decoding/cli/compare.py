@@ -115,6 +115,7 @@ def compare(
     rounds:int=2,  # Turns on every batch
     alpha:float=.1,  # CoLD's plausibility
     beta:float=.1,  # CoLD's strength
+    temperature:float=1.,  # Of the methods that sample
     dtype:str='bf16',  # fp32, bf16 or fp16
     device:str=None,  # cpu, cuda or npu (default: the best present)
     compile:bool=False,  # Our loop on a static cache with torch.compile
@@ -137,7 +138,7 @@ def compare(
         rows = measure(
             lm, folder, items, methods.split(','), new_tokens=new_tokens, batch=batch, rounds=rounds, target=target,
             compile=compile, metric=metric, head=helpers.head, others=others, timed=timed, answer_tokens=judged,
-            assistant=helpers.assistant, look=looks and looks.add)
+            assistant=helpers.assistant, look=looks and looks.add, temperature=temperature)
     rows = [row | (seen if row['method'] == 'environment' else source.fields_of(folder)) for row in rows]
     print(table(rows, output.relative_to, full=True))
     if reading.text: rows = _with_reading(rows, _reading_rows(lm, reading.text, reading.text_tokens, reading.settings))

@@ -340,7 +340,7 @@ def _quality(scores, name, over, metric):
 
 def _equal(found, name):
     "Return the share of timed prompts on which a method generated greedy decoding's tokens; None where it need not"
-    if 'greedy' not in found or name.startswith('sample'): return None
+    if 'greedy' not in found or 'sample' in name: return None
     greedy = found['greedy'].tokens
     return sum(a == b for a, b in zip(found[name].tokens, greedy)) / len(greedy)
 
@@ -373,9 +373,10 @@ def compare(
     assistant:str|None=None,  # Folder or hub id of a smaller model, for `transformers_assisted`
     once:bool=False,  # Where drafting left the timed tokens as they were, the answers are not judged again
     look=None,  # Called with each name and its `run` when all is measured
+    temperature:float=1.,  # Of the sampling methods
 ) -> list:  # One dictionary a method, then the environment
     "Return speed, memory, work and quality of every method on the same prompts, measured in turns"
-    known = methods(target, compile, head, assistant) | (others or {})
+    known = methods(target, compile, head, assistant, temperature=temperature) | (others or {})
     _check(names, known, adapter, batch, new_tokens)
     speed = _bandwidth(lm.device, torch.get_num_threads())
     runs = {name: known[name].build(lm, adapter) for name in track(names, 'preparing', 'methods')}
@@ -391,7 +392,8 @@ def compare(
     rows = [_row(lm, name, known[name], found, scores, names=names, metric=metric, about=about) for name in names]
     for row in rows:
         method = known[row['method']]
-        row |= dict(judged_as=judged_as.get(row['method']), compiled=method.compiled)
+        drawn_at = temperature if 'sample' in row['method'] else None
+        row |= dict(judged_as=judged_as.get(row['method']), compiled=method.compiled, temperature=drawn_at)
         row |= _floor(lm, method, row['ms_per_token'], row['tau'], speed)
     return rows + [environment() | dict(read_gb_per_s=round(speed / 1e9, 2))]
 

@@ -117,8 +117,8 @@ def merged_model(
     model = peft_model(lm, adapter)
     return model if adapter is None else model.merge_and_unload()
 
-def _greedily(model, lm, ids, mask, n, eos, **options):
-    "Return the new tokens of transformers' `generate` without sampling"
+def _generated(model, lm, ids, mask, n, eos, **options):
+    "Return the new tokens of transformers' `generate`, the best ones unless the options say otherwise"
     how = NEUTRAL | dict(max_new_tokens=n, do_sample=False, eos_token_id=list(eos) or None, pad_token_id=lm.pad_id)
     assistant = options.get('assistant_model')
     with folding_head(model), folding_head(assistant) if assistant else contextlib.nullcontext():
@@ -130,7 +130,7 @@ def _transformers(make, assistant=None, **options):
         model = make(lm, adapter)
         helper = assistant and assistant_model(lm, assistant)
         more = options | (dict(assistant_model=helper) if helper else {})
-        def decode(ids, mask, n, eos): return _greedily(model, lm, ids, mask, n, eos=eos, **more)
+        def decode(ids, mask, n, eos): return _generated(model, lm, ids, mask, n, eos=eos, **more)
         return _Run(decode, model, assistant=helper)
     return build
 
@@ -157,7 +157,7 @@ def _peft_mixed(target):
         def decode(ids, mask, n, eos):
             names = ['default'] * len(ids) + ['__base__'] * len(ids)
             more = dict(logits_processor=[contrast], adapter_names=names)
-            return _greedily(model, lm, ids.repeat(2, 1), mask.repeat(2, 1), n, eos=eos, **more)[:len(ids)]
+            return _generated(model, lm, ids.repeat(2, 1), mask.repeat(2, 1), n, eos=eos, **more)[:len(ids)]
         return _Run(decode, model)
     return build
 
@@ -213,12 +213,13 @@ def speculative(
 # The target's own distribution, whatever its generation settings say
 SAMPLING = dict(do_sample=True, temperature=1., top_k=0, top_p=1., seed=0)
 
-def _our_methods(target, compile, head):
+def _our_methods(target, compile, head, sampling):
     "Return the methods of our loop, and their plain references"
     fast:dict = dict(compiles=True, compiled=compile)
     found = dict(
         greedy=Method(_ours(Plain(), compile), **fast),
-        sample=Method(_ours(Plain(), compile, **SAMPLING), **fast),
+        sample=Method(_ours(Plain(), compile, **sampling), **fast),
+        sample_cold=Method(_ours(target, compile, **sampling), needs_adapter=True, share=.5, **fast),
         beam=Method(_beam),
         cold=Method(_ours(target, compile), needs_adapter=True, share=.5, **fast),
         cold_naive=Method(_two_pass(target), needs_adapter=True, share=.5),
@@ -228,18 +229,21 @@ def _our_methods(target, compile, head):
         drafted |= {
             name: speculative(Plain(), make, compile=compile),
             f'cold_{name}': speculative(target, make, compile=compile, same_as='cold'),
-            f'sample_{name}': speculative(Plain(), make, compile=compile, same_as='sample', **SAMPLING),
+            f'sample_{name}': speculative(Plain(), make, compile=compile, same_as='sample', **sampling),
+            f'sample_cold_{name}': speculative(target, make, compile=compile, same_as='sample_cold', **sampling),
         }
     return drafted, found
 
-def _third_parties(target, assistant):
+def _third_parties(target, assistant, sampling):
     "Return transformers' and PEFT's methods"
     def merged(**options): return Method(_transformers(merged_model, **options), third_party=True, share=0)
     def drafting(**options): return replace(merged(**options), single=True, hides_tau=True, same_as='transformers_greedy')
     def unmerged(build, share=1.): return Method(build, third_party=True, needs_adapter=True, share=share)
+    drawn = {name: x for name, x in sampling.items() if name != 'seed'}  # of torch's own generator
     assisted = dict(transformers_assisted=drafting(assistant=assistant)) if assistant else {}
     return assisted, dict(
         transformers_greedy=merged(),
+        transformers_sample=merged(**drawn),
         transformers_beam=merged(num_beams=4),
         transformers_lookup=drafting(prompt_lookup_num_tokens=8),
         peft_greedy=unmerged(_transformers(peft_model)),
@@ -251,10 +255,13 @@ def methods(
     compile:bool=False,  # Whether our loop runs on its fast path
     head:str|None=None,  # Folder of a draft head
     assistant:str|None=None,  # Folder or hub id of a smaller model, for transformers' assisted decoding
+    *,
+    temperature:float=1.,  # Of the sampling methods
 ) -> dict:  # Name -> `Method`
     "Return every method by name"
-    drafted, plain = _our_methods(target, compile, head)
-    assisted, theirs = _third_parties(target, assistant)
+    sampling = SAMPLING | dict(temperature=temperature)
+    drafted, plain = _our_methods(target, compile, head, sampling)
+    assisted, theirs = _third_parties(target, assistant, sampling)
     return drafted | assisted | plain | theirs
 
 # %% ../../nbs/6_evaluation/02_methods.ipynb #d0c63b85

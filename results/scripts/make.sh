@@ -103,7 +103,19 @@ speculation_4() { chat 8 --batch 4 --methods $plain --json $out/speculation_4.js
 
 speculation_16() { chat 16 --batch 16 --methods $plain --json $out/speculation_16.json; }
 
-speculation_sample() { chat 8 --methods sample,sample_hass_chain,sample_hass_tree --json $out/speculation_sample.json; }
+# Drawn tokens: chat at two temperatures, then under the King James adapter with and without contrast
+speculation_sample() {
+    local t parts=() drawn=sample,transformers_sample,sample_lookup,sample_hass_chain,sample_hass_tree
+    mkdir -p $runs/sample
+    for t in 1 0.7; do
+        parts+=("$runs/sample/chat_$t.json")
+        chat 8 --methods $drawn --temperature $t --json "${parts[-1]}"
+    done
+    parts+=("$runs/sample/cold.json")
+    $nld compare --compile --rounds 3 --alpha 0.1 --beta 0.1 --prompts 8 --new-tokens 48 --head $heads/king_james \
+        --methods sample,sample_cold,sample_cold_hass_tree --temperature 0.7 --json "${parts[-1]}"
+    joined $out/speculation_sample.json "${parts[@]}"
+}
 
 contrast="--compile --rounds 3 --alpha 0.1 --beta 0.1 --prompts 8 --new-tokens 48"
 contrast="$contrast --methods cold,cold_hass_chain,cold_hass_tree,cold_lookup,cold_hass_lookup"

@@ -76,7 +76,7 @@ def test_answers_do_not_depend_on_the_batch(lm, arm):
     )
 
 
-@pytest.mark.parametrize('name', [n for n, m in methods().items() if not m.single and not n.startswith('sample')])
+@pytest.mark.parametrize('name', [n for n, m in methods().items() if not m.single and 'sample' not in n])
 def test_every_method_writes_its_reference(lm, folder, name):
     "Methods of one target write one text: a benchmark of a broken method would mean nothing"
     ids, mask = batch_of(lm)
@@ -104,6 +104,19 @@ def test_sampling_methods_draw(lm, folder):
         assert torch.equal(run(ids, mask, 8), run(ids, mask, 8)) and not torch.equal(
             run(ids, mask, 8), methods()['greedy'].build(lm, folder)(ids, mask, 8)
         )
+
+
+COOLED = dict(sample='greedy', transformers_sample='transformers_greedy', sample_cold='cold', sample_cold_lookup='cold')
+
+
+@pytest.mark.parametrize('name', COOLED)
+def test_methods_that_sample_do_so_at_the_temperature(lm, folder, name):
+    "Near 0 only the best token is left; at 5 hardly ever all of the best"
+    ids, mask = batch_of(lm)
+    target = CoLD(0.1, 1.0)
+    best = methods(target)[COOLED[name]].build(lm, folder)(ids, mask, 8)
+    drawn = [methods(target, temperature=t)[name].build(lm, folder)(ids, mask, 8) for t in (1e-4, 5.0)]
+    assert torch.equal(drawn[0], best) and not torch.equal(drawn[1], best)
 
 
 # --- memory
