@@ -285,11 +285,12 @@ class Decoder:
             'load one with adapter=, or call generate on a PeftModel')
         adapters = [adapter_of[role] for role in roles for _ in range(b)]
         runner = self._runner(model, b, max_length)
-        drafter = None if self.drafter is None else self.drafter.start(runner)
-        steps = decode(
-            runner, ids, mask,
-            target=self.target, rules=rules, drafter=drafter, memory=memory, pad_id=pad_id, record=self.record)
         with memory or contextlib.nullcontext(), (bank or AdapterBank(model, [])).attached(adapters):
+            # It may want to know which row has which adapter
+            drafter = None if self.drafter is None else self.drafter.start(runner)
+            steps = decode(
+                runner, ids, mask,
+                target=self.target, rules=rules, drafter=drafter, memory=memory, pad_id=pad_id, record=self.record)
             yield from self._watched(steps)
         return [note for o in (drafter, memory) if o is not None for note in o.notes]
 

@@ -80,13 +80,14 @@ class Adapter:
     "A LoRA adapter as plain tensors, by the name of the layer it changes"
     name:str  # Its folder, or its name inside a PEFT model
     layers:dict  # Module path -> `LoraWeights`
+    task:'Adapter|None' = None  # The task adapter that it goes on from; None: it is one itself
 
     @property
     def rank(self): return max(w.A.shape[0] for w in self.layers.values())
 
     def to(self, device, dtype):
         "Return the same adapter on `device` in `dtype`"
-        return Adapter(self.name, {path: w.to(device, dtype) for path, w in self.layers.items()})
+        return Adapter(self.name, {path: w.to(device, dtype) for path, w in self.layers.items()}, self.task)
 
 # %% ../../nbs/0_foundations/07_adapters.ipynb #56436e09
 _COPY_AGAIN = 'copy the adapter folder again'

@@ -269,6 +269,10 @@ class _Shadows:
         results = self.op([y[None] for y in outputs], x[None], *self.slices.tensors, self.bank.ids[:1])
         return [y[0] for y in results]
 
+def _is_below(group, path):
+    "Return whether layers are below the module at `path`, which is '' for the model itself"
+    return group[0].startswith(f'{path}.' if path else '')
+
 # Model -> the banks whose adapters are on it, innermost last
 _ATTACHED:weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
@@ -346,7 +350,8 @@ class AdapterBank:
     def _under(self, path):
         "Return the shadows of the layers below a module"
         if path not in self._below:
-            self._below[path] = [s for group, s in zip(self.slices, self._groups) if group[0].startswith(f'{path}.')]
+            found = zip(self.slices, self._groups)
+            self._below[path] = [s for group, s in found if _is_below(group, path)]
         return self._below[path]
 
     def structure_under(self,
@@ -355,7 +360,7 @@ class AdapterBank:
         "Return which layers below a module have adapters, and by what operation they are added"
         key = path, self.is_uniform
         if key not in self._structures:
-            groups = [g for g in self.slices if g[0].startswith(f'{path}.')]
+            groups = [g for g in self.slices if _is_below(g, path)]
             inside = tuple(tuple(name.removeprefix(path) for name in group) for group in groups)
             shapes = tuple(str((tuple(x.shape), x.dtype)) for x in self.tensors_under(path)[1:])
             operations = tuple(f'{s.op.__module__}.{s.op.__qualname__}' for s in self._under(path))

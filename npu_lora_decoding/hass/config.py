@@ -137,7 +137,8 @@ def make_optimizers(
             weight_decay=0.,
             adjust_lr_fn='match_rms_adamw',
         ))
-    found.append(torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, weight_decay=0.))
+    if rest:
+        found.append(torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, weight_decay=0.))
     return found
 
 # %% ../../nbs/3_hass/13_config.ipynb #a8d585b6

@@ -134,6 +134,12 @@ class DraftHead(nn.Module):
         # buffers follow the head to its device; these do not go into its state dict
         for name in ('vocab', 'counts'): self.register_buffer(name, None, persistent=False)
 
+    @property
+    def device(self): return self.fc.weight.device
+
+    @property
+    def dtype(self): return self.fc.weight.dtype
+
     def fuse_inputs(self,
         e:torch.Tensor,  # Embeddings of the next tokens `(b, t, d)`
         g:torch.Tensor,  # Features `(b, t, d)`

@@ -7,6 +7,7 @@ __all__ = ['Source', 'gather', 'texts_of', 'head_name', 'make_head', 'acceptance
            'recipe_table']
 
 # %% ../../nbs/3_hass/16_pipeline.ipynb #163e012e
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
@@ -151,6 +152,7 @@ def make_head(
     online:bool=False,  # Compute features as needed instead of storing them
     tree:dict|None=None,  # Also measure trees: `depth`, `top_k`, `nodes`
     init:str|None=None,  # Folder of a head to go on from
+    learns:Callable=lambda head: None,  # Makes what changes of that head; None: the whole of it
     stop_after:int|None=None,  # Leave, saved, after this many updates in this call
     track:str|None=None,  # Also tell tensorboard, trackio, wandb, ...
     report=print,  # Called with a line for each stage
@@ -171,7 +173,7 @@ def make_head(
     texts = texts_of(lm, held) if main else ()
     learnt = _training_texts(lm, kept, source) if main else ()
     head = None if init is None else load_head(init, lm.model, torch.float32)
-    found:dict = dict(vocab=vocab, data=data_hash(lm, examples), accelerator=acc, init=head)
+    found:dict = dict(vocab=vocab, data=data_hash(lm, examples), accelerator=acc, init=head, learns=learns(head))
     with Stage('preparing the head'): run = start_run(lm, store, folder/name, config, **found)
     about = f'Trained on {len(examples):,} conversations ({_origin(source)}){_going_on(init)}.'
     try:

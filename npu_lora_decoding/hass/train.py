@@ -23,15 +23,18 @@ from ..foundations.training import read_state, restore_state, write_state
 from ..foundations.progress import Stage
 from ..decoding.loop import LM
 from .head import DraftHead, TargetWeights, draft_rows, target_weights, head_config
-from .checkpoint import save_head
 from .acceptance import measure_acceptance
 from .initialization import least_squares_start, measure_scales, plain_copy
-from .initialization import precondition, random_start
+from .initialization import random_start
 from .config import HeadTraining, check_memory, training_bytes, with_current_names
-from .training_step import Run, train_step
+from .training_step import Run, WholeHead, train_step
 
 # %% ../../nbs/3_hass/15_train.ipynb #7902bb17
 def _optimizers(run): return {type(o).__name__: o for o in run.opts}
+
+def _learned(run):
+    "Return the weights that change, by name"
+    return {name: p for name, p in run.head.named_parameters() if p.requires_grad}
 
 def save_state(run:Run):  # A run between two steps
     "Write weights, optimisers, losses and measurements atomically; order and noise are functions of the step"
@@ -43,7 +46,7 @@ def save_state(run:Run):  # A run between two steps
         best=str(run.best),
     )
     losses = torch.tensor(run.losses, dtype=torch.float64)
-    write_state(run.folder, dict(run.head.named_parameters()), _optimizers(run), dict(losses=losses), about)
+    write_state(run.folder, _learned(run), _optimizers(run), dict(losses=losses), about)
 
 # %% ../../nbs/3_hass/15_train.ipynb #9bdab679
 def load_state(run:Run):  # Changed in place
@@ -56,7 +59,7 @@ def load_state(run:Run):  # Changed in place
         best = float(state.about['best'])
     except (KeyError, ValueError) as e:
         raise damaged_state(run.folder, repr(e)) from e
-    restore_state(state, dict(run.head.named_parameters()), _optimizers(run))
+    restore_state(state, _learned(run), _optimizers(run))
     run.done = state.step
     run.losses = state.losses
     run.history = history
@@ -107,7 +110,7 @@ def card(
     settings = [f'| {name} | {value} |' for name, value in asdict(run.config).items()]
     parts = [
         f'---\nbase_model: {run.lm.name}\ntags: [speculative-decoding, eagle, hass]\n---',
-        f'# Draft head for {target}',
+        f'# {run.learns.title} for {target}',
         f'Predicts the next hidden state of {target}; trained with `nld train-head`. {about}',
     ]
     if run.history:
@@ -123,9 +126,9 @@ def save_checkpoint(
     name:str,  # `last` or `best`
     about:str='',  # For the card
 ):
-    "Write the head as it is now, with a card, in a folder of its own"
+    "Write what has been learned, with a card, in a folder of its own"
     with atomic_path(run.folder/name) as tmp:  # with its card: a kill must not leave half of it
-        save_head(plain_copy(run.head), tmp, run.lm.model)
+        run.learns.write(run, tmp)
         (tmp/'README.md').write_text(card(run, about), encoding='utf-8')
 
 # %% ../../nbs/3_hass/15_train.ipynb #168323ac
@@ -169,6 +172,7 @@ def start_run(
     data:str='',  # Hash of target and conversations
     accelerator:Accelerator|None=None,  # None makes one
     init:DraftHead|None=None,  # Go on from this head instead of a new one
+    learns:WholeHead|None=None,  # What changes; None: the whole head
 ) -> Run:
     "Return a run before its first step, or where the last call left it"
     acc = accelerator or new_accelerator(lm, config)
@@ -179,9 +183,9 @@ def start_run(
     scales = measure_scales(sample, embed)
     head = _new_head(lm, vocab, init)
     _check_fits(head, frozen, store, config, acc)
-    head = head.float().train().requires_grad_(True)
-    if config.scaled:
-        precondition(head, scales)
+    head = head.float().train()
+    learns = learns or WholeHead()
+    learns.prepare(head, scales, config)
     if init is None:
         random_start(head, config.seed)
         if config.start == 'least_squares':
@@ -195,7 +199,8 @@ def start_run(
         folder=Path(folder),
         scales=scales,
         accelerator=acc,
-        data=data,
+        learns=learns,
+        data=data + learns.identity,
     )
     if has_state(run.folder):
         load_state(run)

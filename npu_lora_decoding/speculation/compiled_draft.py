@@ -6,10 +6,12 @@
 __all__ = ['StaticHeadCache', 'static_head_cache', 'DraftProgram', 'CompiledDraft']
 
 # %% ../../nbs/4_speculation/04_compiled_draft.ipynb #3f3078c7
+import contextlib
 import torch
 from torch import nn
 from ..foundations import ops
 from ..foundations.errors import require
+from ..foundations.lora import AdapterBank
 from ..foundations.programs import description, program_of
 from ..decoding.shared_noise import DraftNoise
 from ..hass.head import DraftHead
@@ -107,8 +109,10 @@ class CompiledDraft:
     "A `DraftProgram`, compiled"
     def __init__(self,
         program:DraftProgram,  # Compiled when it first runs
+        bank:AdapterBank|None=None,  # Adapters of its head, attached whenever it runs
     ):
         self.program = program.eval()
+        self.bank = bank
         self._runs:dict = {}  # Shapes -> compiled program
 
     @torch.no_grad()
@@ -117,6 +121,10 @@ class CompiledDraft:
         key = self._shapes(inputs)
         if key not in self._runs: self._runs[key] = self._compiled(inputs)
         return self._runs[key](*inputs)
+
+    def _adapters(self):
+        "Return the adapters of the head's rows as the program reads them"
+        return [] if self.bank is None else self.bank.tensors_under('')
 
     def _compiled(self, inputs):
         "Return a function of these shapes"
@@ -127,15 +135,24 @@ class CompiledDraft:
             return torch.compile(program, dynamic=False, fullgraph=True)
         named = dict(program.named_parameters()) | dict(program.named_buffers())
         weights = list(named.values())
+        first = len(weights) + len(self._adapters())
         def f(*tensors):
             of_weights = dict(zip(named, tensors))
-            return torch.func.functional_call(program, of_weights, tensors[len(weights):])
-        run = program_of(f, [*weights, *inputs], description(program))
-        return lambda *inputs: run([*weights, *inputs])
+            with self._reading(tensors[len(weights):first]):
+                return torch.func.functional_call(program, of_weights, tensors[first:])
+        run = program_of(f, [*weights, *self._adapters(), *inputs], repr((description(program), self._structure())))
+        return lambda *inputs: run([*weights, *self._adapters(), *inputs])
 
-    @staticmethod
-    def _shapes(inputs):
-        return tuple(x.shape for x in inputs)
+    def _structure(self):
+        "Return which layers of the head have adapters"
+        return None if self.bank is None else self.bank.structure_under('')
+
+    def _reading(self, adapters):
+        "Let the head read other adapters inside the block"
+        return contextlib.nullcontext() if self.bank is None else self.bank.reading('', adapters)
+
+    def _shapes(self, inputs):
+        return self._structure(), tuple(x.shape for x in inputs)
 
     def ready(self, *inputs) -> bool:
         "Return whether a program for these shapes is there"

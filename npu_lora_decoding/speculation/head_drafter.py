@@ -6,10 +6,15 @@
 __all__ = ['committed_slots', 'HASS']
 
 # %% ../../nbs/4_speculation/05_head_drafter.ipynb #4f35e5b3
+import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 import torch
+from ..foundations import ops
 from ..foundations.errors import require
+from ..foundations.lora import AdapterBank
 from ..decoding.tree import Tree, root_tree
 from ..decoding.runner import CompiledRunner
 from ..decoding.loop import Drafter
@@ -17,6 +22,7 @@ from ..decoding.shared_noise import draft_noise
 from ..hass.head import DraftHead, draft_rows, target_weights
 from ..hass.checkpoint import load_head
 from ..hass.drafting import HeadCache, draft_chain, draft_tree
+from ..hass.draft_adapter import drafts_of_rows, load_draft_adapter
 from .adaptive import AdaptiveDrafter, tree_sizes
 from .compiled_draft import CompiledDraft, DraftProgram, StaticHeadCache, static_head_cache
 
@@ -49,7 +55,14 @@ class _LoadedHead:
     embed:torch.Tensor  # `(v, d)`
     lm_head:torch.Tensor  # Rows of the draft vocabulary `(w, d)`
     vocab:torch.Tensor|None  # Their tokens `(w,)`
+    drafts:list=field(default_factory=list)  # `DraftAdapter`s
+    bank:AdapterBank|None=None  # Of these, for the head
     programs:dict=field(default_factory=dict)
+
+    def __post_init__(self):
+        held: Any = self.head  # a bank reads a head as it reads a model
+        if self.drafts:
+            self.bank = AdapterBank(held, [draft.adapter for draft in self.drafts], ops.lora)
 
     def program(self, depth, top_k, nodes):
         "Return the compiled draft, made once"
@@ -57,8 +70,12 @@ class _LoadedHead:
         if key not in self.programs:
             weights: dict = dict(embed=self.embed, lm_head=self.lm_head, vocab=self.vocab)
             program = DraftProgram(self.head, depth=depth, top_k=top_k, nodes=nodes, **weights)
-            self.programs[key] = CompiledDraft(program)
+            self.programs[key] = CompiledDraft(program, self.bank)
         return self.programs[key]
+
+    def adapted(self, rows):
+        "Let the rows of a batch use their draft adapters inside the block"
+        return contextlib.nullcontext() if self.bank is None else self.bank.attached(rows)
 
 # %% ../../nbs/4_speculation/05_head_drafter.ipynb #9a463d36
 class _HeadDrafter(Drafter):
@@ -76,6 +93,7 @@ class _HeadDrafter(Drafter):
         self.depths = tuple(range(1, hass.depth + 1))
         self.depth = hass.depth
         self.cache = HeadCache(runner.b, runner.model.device)
+        self.rows = drafts_of_rows(runner.model, loaded.drafts, runner.b)
 
     def skip(self, state, runner):
         if not self.notes:
@@ -103,7 +121,8 @@ class _HeadDrafter(Drafter):
         self.waiting = []
         slots = [torch.cat(of_passes, 1) for of_passes in zip(*passes)]
         noise = None if state.noise is None else draft_noise(state.noise, state.emitted, self.depths[-1])
-        tree, finite = self._draft(slots, state.last, several, noise)
+        with self.loaded.adapted(self.rows):
+            tree, finite = self._draft(slots, state.last, several, noise)
         if finite:
             return tree
         self.notes.append(self.broken)
@@ -180,6 +199,7 @@ class HASS(AdaptiveDrafter):
     chain:bool=False  # One path of `depth` draft tokens instead of a tree
     draft_vocab:int|None=None  # Draft only among so many of the most frequent tokens of the draft vocabulary
     adaptive:bool=True  # Verify only as many draft tokens as pay
+    adapter:str|Path|Sequence|None=None  # Folder of a draft adapter on the head, or several: each row uses that of its adapter
     reads_hidden = True  # The features of each forward pass
     _bound:_LoadedHead|None=field(default=None, init=False, repr=False)
 
@@ -219,4 +239,11 @@ class HASS(AdaptiveDrafter):
                 'leave draft_vocab out, or train the head with a draft vocabulary')
         rows = draft_rows(head, weights)[:self.draft_vocab].contiguous()
         vocab = None if head.vocab is None else head.vocab[:self.draft_vocab]
-        return _LoadedHead(model, head, embed=weights.embed, lm_head=rows, vocab=vocab)
+        drafts = [load_draft_adapter(folder, head) for folder in self._adapter_folders()]
+        return _LoadedHead(model, head, embed=weights.embed, lm_head=rows, vocab=vocab, drafts=drafts)
+
+    def _adapter_folders(self):
+        "Return the folders of the draft adapters"
+        if self.adapter is None:
+            return []
+        return [self.adapter] if isinstance(self.adapter, (str, Path)) else list(self.adapter)

@@ -255,7 +255,8 @@ class TemporaryAdapter:
         if name != 'task':
             for path in self.A:
                 layers.setdefault(path, []).append(self._learned(path))
-        return Adapter(name, {path: join_layers(parts) for path, parts in layers.items()})
+        joined = {path: join_layers(parts) for path, parts in layers.items()}
+        return Adapter(name, joined, None if name == 'phi' else self.task_adapter)
 
     def _learned(self, path):
         "Return what is learned so far of one layer, in the model's dtype"
