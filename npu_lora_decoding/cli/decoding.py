@@ -44,13 +44,14 @@ def _items_of(task, data, prompts, *, part, most):
     return _Items(getattr(t, part)[:most], task, t.metric, t.new_tokens)
 
 # %% ../../nbs/8_cli/03_decoding.ipynb #af086acc
-def _drafter(head, lookup):
+def _drafter(head, lookup, adapter=None):
     "Return the drafter that the options ask for, or None"
     has_head = not names_nothing(head)
+    require(has_head or adapter is None, 'a draft adapter changes a draft head', 'give that head as --head')
     if not has_head and not lookup: return None
     name = 'lookup'
     if has_head: name = 'hass_lookup' if lookup else 'hass_tree'
-    return drafters(head)[name]()
+    return drafters(head, adapter)[name]()
 
 @command
 def generate(
@@ -69,6 +70,7 @@ def generate(
     view:bool=False,  # Show the coloured tokens after the text
     head:str=None,  # Folder of a draft head, for speculative decoding: faster, with the same output
     lookup:bool=False,  # Copy what followed the same tokens earlier; beside a head, or alone
+    draft_adapter:str=None,  # Folder of a draft adapter on the head, trained for the adapter
 ):
     "Answer one prompt"
     require(method in ('greedy', 'sample', 'cold'), f'unknown method {method!r}', 'use greedy, sample or cold')
@@ -78,9 +80,10 @@ def generate(
     asked = Item(prompt, '', system).messages if lm.tokenizer.chat_template else prompt
     target = CoLD(alpha, beta) if method == 'cold' else Plain()
     options = dict(do_sample=True, temperature=temperature) if method == 'sample' else {}
+    drafter = _drafter(head, lookup, draft_adapter)
     with Stage('answering'):
         out = lm.generate(
-            asked, target, _drafter(head, lookup), max_new_tokens=new_tokens, stream=True, seed=seed, **options)
+            asked, target, drafter, max_new_tokens=new_tokens, stream=True, seed=seed, **options)
     for note in out.notes: print(note)
     if view: print(token_ansi(out))
 

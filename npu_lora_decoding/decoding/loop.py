@@ -214,6 +214,7 @@ class Decoder:
     memory:Memory|None=None  # Learns while the text is generated
     _:KW_ONLY
     bank:AdapterBank|None=None  # Adapters; None reads the model's own PEFT adapter, if it has one
+    rows:Sequence|None=None  # Adapter of each sequence: its place in `bank`, -1 for none; None: the first for all
     streamer:object=None  # transformers streamer of every call; or give one to `generate`
     compile:bool=False  # Static cache and `torch.compile`
     seed:int|Sequence|None=None  # Of sampling, or one for each prompt: see `lm.generate`
@@ -283,7 +284,8 @@ class Decoder:
             'base' not in roles or bank is not None,
             'CoLD contrasts an adapter with its base, but there is no adapter',
             'load one with adapter=, or call generate on a PeftModel')
-        adapters = [adapter_of[role] for role in roles for _ in range(b)]
+        expert = self._rows(b) or [adapter_of['expert']] * b
+        adapters = [i for role in roles for i in (expert if role == 'expert' else [adapter_of[role]] * b)]
         runner = self._runner(model, b, max_length)
         with memory or contextlib.nullcontext(), (bank or AdapterBank(model, [])).attached(adapters):
             # It may want to know which row has which adapter
@@ -293,6 +295,20 @@ class Decoder:
                 target=self.target, rules=rules, drafter=drafter, memory=memory, pad_id=pad_id, record=self.record)
             yield from self._watched(steps)
         return [note for o in (drafter, memory) if o is not None for note in o.notes]
+
+    def _rows(self, b):
+        "Return the adapter of each sequence where they were named, else None"
+        if self.rows is None: return None
+        rows = list(self.rows)
+        require(self.bank is not None, 'rows name adapters, but there is no bank', 'give a bank')
+        require(self.memory is None, 'a memory learns for one adapter', 'leave rows out')
+        are_places = all(isinstance(i, int) and not isinstance(i, bool) for i in rows)
+        require(are_places, f'rows are {rows!r:.60}', 'give the place of each adapter in the bank, -1 for none')
+        require(len(rows) == b, f'{len(rows)} rows for {b} sequences', 'give the adapter of each')
+        n = 0 if self.bank is None else len(self.bank.adapters)
+        fit = all(-1 <= i < n for i in rows)
+        require(fit, f'rows are {rows!r:.60}, but the bank has {n} adapters', 'use 0 to n-1, or -1 for none')
+        return rows
 
     def _longest(self, max_length):
         "Return the longest text that the model has in its context at once"

@@ -164,14 +164,15 @@ def _peft_mixed(target):
 # %% ../../nbs/6_evaluation/02_methods.ipynb #f68a7ad6
 def drafters(
     head:str|None=None,  # Folder of a draft head
+    adapter:str|None=None,  # Folder of a draft adapter on it
 ) -> dict:  # Name -> function that makes it
     "Return every drafter by name; those with a head only where there is one"
     if head is None or names_nothing(head): return dict(lookup=PromptLookup)
     return dict(
         lookup=PromptLookup,
-        hass_chain=lambda: HASS(head, chain=True),
-        hass_tree=lambda: HASS(head),
-        hass_lookup=lambda: JointDrafter((HASS(head), PromptLookup())),
+        hass_chain=lambda: HASS(head, chain=True, adapter=adapter),
+        hass_tree=lambda: HASS(head, adapter=adapter),
+        hass_lookup=lambda: JointDrafter((HASS(head, adapter=adapter), PromptLookup())),
     )
 
 # %% ../../nbs/6_evaluation/02_methods.ipynb #8c9b74ce

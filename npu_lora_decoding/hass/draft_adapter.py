@@ -28,7 +28,7 @@ from .checkpoint import load_head, save_head
 from .initialization import Scales, layer_units, plain_copy
 from .config import HeadTraining
 from .training_step import WholeHead
-from .pipeline import Source, make_head
+from .pipeline import Source, head_name, make_head
 
 # %% ../../nbs/3_hass/17_draft_adapter.ipynb #ecd734ca
 @dataclass(frozen=True, eq=False)
@@ -283,7 +283,8 @@ def make_draft_adapter(
     require(lm.adapter is not None, 'there is no adapter to draft for', 'give the adapter that the texts are decoded with')
     require(isinstance(config, DraftAdapterTraining), 'the settings are those of a whole head', 'give DraftAdapterTraining')
     task = adapter_fingerprint(lm.adapter)
-    def learns(head): return LowRankHead(plain_copy(head), task, Path(onto).name)
+    load_head(onto, lm.model)  # what is wrong with it is named before texts are generated
+    def learns(head): return LowRankHead(plain_copy(head), task, head_name(onto))
     return make_head(lm, folder, config, source, init=str(onto), learns=learns, **options)
 
 def write_merged_head(

@@ -209,6 +209,8 @@ class HASS(AdaptiveDrafter):
         require(self.depth >= 1 and self.top_k >= 1 and self.nodes >= 2,
                 f'a draft with depth {self.depth}, top_k {self.top_k} and {self.nodes} nodes',
                 'give a depth and top_k of at least 1, and at least 2 nodes')
+        given = isinstance(self.adapter, (str, Path, list, tuple, type(None)))
+        require(given, f'adapter is {self.adapter!r:.60}', 'give the folder of a draft adapter, or a list of them')
         if self.chain:
             self.nodes = self.depth + 1
         self.max_draft_depth = self.depth

@@ -15,6 +15,7 @@ from npu_lora_decoding.hass.pipeline import acceptance_gain
 from npu_lora_decoding.decoding.loop import load
 from npu_lora_decoding.hass.config import HeadTraining
 from helpers.chats import CHATML, IM, lm_of
+from helpers.heads import random_head
 from helpers.toys import toy_folder
 
 SMALL = (
@@ -440,3 +441,57 @@ def test_export_refused(model, toy_head, tmp_path, options, message):
     with pytest.raises(DecodingError, match=message):
         run(['export-head', toy_head, str(tmp_path / 'out'), '--model', model, '--device', 'cpu', *options])
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_draft_adapter_from_training_to_decoding(model, tmp_path, capsys):
+    "Trained on a head that stays as it is, refused for another adapter, decoded with, and merged"
+    target = load(model, dtype='fp32', device='cpu').model
+    task, other = (str(toy_adapter(target, tmp_path / name, seed=seed, lora_alpha=1)) for name, seed in (('task', 1), ('other', 2)))
+    head = str(save_head(random_head(load(model, dtype='fp32', device='cpu')), tmp_path / 'head', target))
+    before = {f.name: f.read_bytes() for f in (tmp_path / 'head').iterdir()}
+    data = lines(tmp_path / 'rows.jsonl', [talk(i) for i in range(20)])
+    out = tmp_path / 'out'
+    go = ['train-head', str(out), '--model', model, '--data', data, *SMALL, '--onto', head]
+    run([*go, '--rank', '4', '--adapter', task])
+    assert before == {f.name: f.read_bytes() for f in (tmp_path / 'head').iterdir()}
+    draft = str(out / 'last')
+    assert json.loads((out / 'last' / 'adapter_config.json').read_text())['r'] == 4
+    size = (out / 'last' / 'adapter_model.safetensors').stat().st_size
+    assert size < (tmp_path / 'head' / 'model.safetensors').stat().st_size
+    with pytest.raises(DecodingError, match='there is no adapter to draft for: '):
+        run(go)
+    given = ['--model', model, '--dtype', 'fp32', '--device', 'cpu', '--new-tokens', '9', '--method', 'greedy']
+    texts = []
+    for more in ([], ['--head', head, '--draft-adapter', draft]):
+        capsys.readouterr()
+        run(['generate', 'say 3 words', '--adapter', task, *given, *more])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != ''
+    with pytest.raises(DecodingError, match='last is for another task adapter than that of the text: '):
+        run(['generate', 'say 3 words', '--adapter', other, *given, '--head', head, '--draft-adapter', draft])
+    with pytest.raises(DecodingError, match='a draft adapter changes a draft head: give that head as --head'):
+        run(['generate', 'say 3 words', '--adapter', task, *given, '--draft-adapter', draft])
+    merge = ['merge-head', head, draft, str(tmp_path / 'merged'), '--model', model, '--device', 'cpu', '--adapter']
+    with pytest.raises(DecodingError, match='last is for another task adapter: '):
+        run([*merge, other])
+    run([*merge, task])
+    merged = load_head(tmp_path / 'merged', target).state_dict()
+    assert any(not torch.equal(x, merged[name]) for name, x in load_head(head, target).state_dict().items())
+
+
+@pytest.mark.parametrize(
+    'given, message',
+    [
+        (['--onto', 'a', '--init', 'b'], 'onto and init are both given: '),
+        (['--rank', '4'], 'rank is that of a LoRA on a head: give that head as onto'),
+        (['--onto', 'a', '--rank', '0'], 'rank is 0: give at least 1'),
+        (['--onto', 'a', '--vocab', '9'], 'vocab is 9, but the head stays as it is: '),
+        (['--onto', 'nowhere', '--adapter', 'TASK'], 'there is no folder nowhere'),
+    ],
+)
+def test_what_does_not_go_with_onto(model, tmp_path, given, message):
+    task = str(toy_adapter(load(model, dtype='fp32', device='cpu').model, tmp_path / 'task'))
+    data = lines(tmp_path / 'rows.jsonl', [talk(i) for i in range(20)])
+    given = [task if x == 'TASK' else x for x in given]
+    with pytest.raises(DecodingError, match=message):
+        run(['train-head', str(tmp_path / 'out'), '--model', model, '--data', data, *SMALL, *given])

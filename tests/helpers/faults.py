@@ -21,6 +21,8 @@ from npu_lora_decoding.hass.chat_data import read_conversations
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.hass.head import HeadMLP
 from npu_lora_decoding.hass.checkpoint import load_head, save_head
+from npu_lora_decoding.hass.draft_adapter import DraftAdapter, DraftAdapterTraining, LowRankHead, adapter_fingerprint
+from npu_lora_decoding.hass.draft_adapter import load_draft_adapter, save_draft_adapter
 from npu_lora_decoding.serving.head_export import check_export, export_head
 from npu_lora_decoding.hass.features import StoredFeatures, write_features
 from npu_lora_decoding.cold.expert import FinetuneConfig, finetune
@@ -39,7 +41,7 @@ from npu_lora_decoding.hass.self_chat import write_conversations
 from helpers.heads import random_head
 from helpers.heads import examples_of
 from helpers.rows import row as measured
-from helpers.heads import CONFIG as HEAD, TEXTS, begin
+from helpers.heads import CONFIG as HEAD, TEXTS, begin, draft_adapter
 from helpers.chats import chat_lm
 from helpers.memories import STILL, write as write_on
 from helpers.toys import toy_folder, toy_items, toy_lm, toy_tokenizer
@@ -85,6 +87,18 @@ def head_of(v):
 @functools.cache
 def _head_of(v):
     return save_head(head_of(v), Path(tempfile.mkdtemp()) / 'head', LM.model)
+
+
+def _draft(folder, v):
+    draft = DraftAdapter(draft_adapter(head_of(0), seed=v), adapter_fingerprint(load_adapter(_adapter_of(0), LM.model)))
+    return save_draft_adapter(draft, folder / 'draft', head_of(0))
+
+
+def _draft_training(folder, v):
+    config = DraftAdapterTraining(**vars(replace(HEAD, steps=2, eval_every=1, save_every=9)), rank=2)
+    learns = LowRankHead(head_of(0), adapter_fingerprint(load_adapter(_adapter_of(0), LM.model)))
+    run = begin(folder, config, init=head_of(0), learns=learns)
+    return run if v is None else th.train(run, TEXTS, stop_after=1 if v == 0 else None)
 
 
 def _head_training(folder, v):
@@ -176,6 +190,10 @@ WRITERS = {
     ),
     'training a head': Writer(
         _head_training, lambda f: begin(f, replace(HEAD, steps=2, eval_every=1, save_every=9)), 'state.safetensors'
+    ),
+    'draft adapter': Writer(_draft, lambda f: load_draft_adapter(f / 'draft', head_of(0))),
+    'training a draft adapter': Writer(
+        _draft_training, lambda f: _draft_training(f, None), 'state.safetensors'
     ),
     'features': Writer(
         lambda f, v: write_features(LM, examples_of()[: 3 + 5 * v], f / 'features', 3),

@@ -8,9 +8,11 @@ from npu_lora_decoding.hass.acceptance import Text
 from npu_lora_decoding.hass.chat_data import Example
 from npu_lora_decoding.hass.config import HeadTraining
 from npu_lora_decoding.hass.features import OnlineFeatures
+from npu_lora_decoding.hass.draft_adapter import draft_layers
 from npu_lora_decoding.hass.head import DraftHead, head_config
 from npu_lora_decoding.hass.train import start_run, train
 from npu_lora_decoding.foundations import files
+from npu_lora_decoding.foundations.adapters import Adapter, LoraWeights
 from helpers.toys import toy_lm
 
 
@@ -119,3 +121,14 @@ def child(folder, config, die=None, before=False):
     if die:
         files._publish = published
     train(begin(folder, config), TEXTS)
+
+
+def draft_adapter(head, seed=0, rank=3, size=0.5):
+    "A random draft adapter at a scale at which it changes what is drafted"
+    g = generator(seed)
+    layers = {}
+    for path, layer in draft_layers(head).items():
+        A = torch.randn(rank, layer.in_features, generator=g) * layer.in_features**-0.5
+        B = torch.randn(layer.out_features, rank, generator=g) * layer.out_features**-0.5
+        layers[path] = LoraWeights(A, B, size)
+    return Adapter(f'draft {seed}', layers)
