@@ -21,6 +21,7 @@ HEAVY = ['torch', 'transformers', 'peft', 'matplotlib.pyplot', 'nbdev.test']
 SLOW = [
     '0_foundations/10_ops', '3_hass/08_continuous_batching', '3_hass/09_self_chat', '3_hass/10_features',
     '3_hass/11_acceptance', '3_hass/12_initialization', '3_hass/15_train', '3_hass/16_pipeline',
+    '3_hass/17_draft_adapter',
     '4_speculation/04_compiled_draft', '4_speculation/05_head_drafter', '5_temp_lora/06_budget',
     '5_temp_lora/07_translation', '6_evaluation/03_flops', '6_evaluation/04_benchmark',
     '6_evaluation/05_equivalence', '6_evaluation/09_draft_plots', '6_evaluation/10_html_report',

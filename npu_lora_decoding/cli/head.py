@@ -218,8 +218,8 @@ def merge_head(
     head:str,  # Folder of the head
     draft:str,  # Folder of the draft adapter on it
     out:str,  # To appear; only an earlier head there is replaced
-    adapter:str,  # PEFT folder that it drafts for
     model:str=None,  # The target: folder or hub id (default: the embedded model)
+    adapter:str='none',  # PEFT folder that it drafts for
     device:str=None,  # cpu, cuda or npu (default: the best present)
 ):
     "Write a draft head with a draft adapter merged into it"

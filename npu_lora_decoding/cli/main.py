@@ -41,11 +41,13 @@ TABLE = {  # Name -> module, and the docstring of its function
     'train-lora': (
         'cli.adapter', 'Train a LoRA adapter; Ctrl-C saves, the same command continues'),
     'train-head': (
-        'cli.head', 'Train a draft head; Ctrl-C saves, the same command continues'),
+        'cli.head', 'Train a draft head, or a small LoRA on one for an adapter; Ctrl-C saves, the same command continues'),
     'write': (
         'cli.head', 'Let the target generate conversations, or answers to prompts'),
     'accept': (
         'cli.head', 'Measure how many draft tokens of a head the target accepts'),
+    'merge-head': (
+        'cli.head', 'Write a draft head with a draft adapter merged into it'),
     'export-head': (
         'cli.head', 'Write a draft head for a serving engine, check it, and show how to serve it'),
     'custom-generate': (

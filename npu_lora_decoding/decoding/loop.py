@@ -284,17 +284,24 @@ class Decoder:
             'base' not in roles or bank is not None,
             'CoLD contrasts an adapter with its base, but there is no adapter',
             'load one with adapter=, or call generate on a PeftModel')
-        expert = self._rows(b) or [adapter_of['expert']] * b
-        adapters = [i for role in roles for i in (expert if role == 'expert' else [adapter_of[role]] * b)]
+        adapters = self._adapters(b, adapter_of)
         runner = self._runner(model, b, max_length)
         with memory or contextlib.nullcontext(), (bank or AdapterBank(model, [])).attached(adapters):
-            # It may want to know which row has which adapter
+            # inside: it may want to know which row has which adapter
             drafter = None if self.drafter is None else self.drafter.start(runner)
-            steps = decode(
-                runner, ids, mask,
-                target=self.target, rules=rules, drafter=drafter, memory=memory, pad_id=pad_id, record=self.record)
+            how: dict = dict(target=self.target, rules=rules, pad_id=pad_id, record=self.record)
+            steps = decode(runner, ids, mask, drafter=drafter, memory=memory, **how)
             yield from self._watched(steps)
         return [note for o in (drafter, memory) if o is not None for note in o.notes]
+
+    def _adapters(self, b, adapter_of):
+        "Return the adapter of each row of the batch, role by role"
+        rows = self._rows(b)
+        found = []
+        for role in self.target.roles:
+            is_named = rows is not None and role == 'expert'
+            found += rows if is_named else [adapter_of[role]] * b
+        return found
 
     def _rows(self, b):
         "Return the adapter of each sequence where they were named, else None"

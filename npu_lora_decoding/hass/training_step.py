@@ -90,7 +90,7 @@ def hash_of(
 # %% ../../nbs/3_hass/14_training_step.ipynb #d0da5644
 class WholeHead:
     "What a run changes, and what its checkpoints hold: the whole head"
-    title = 'Draft head'  # Of what is written, on its card
+    title = 'Draft head'  # On the card of a checkpoint
     identity = ''  # What it begins with, where the state does not hold that
 
     def prepare(self,
@@ -121,7 +121,7 @@ class Run:
     folder:Path  # Where the run is kept
     scales:Scales  # Units of inputs and outputs
     accelerator:Accelerator  # Which device, and which of several processes
-    learns:WholeHead=field(default_factory=WholeHead)  # What of it changes, and what is written
+    learns:WholeHead=field(default_factory=WholeHead)  # What of it changes, and what a checkpoint holds
     data:str=''  # Hash of target and conversations
     done:int=0  # Steps made so far
     losses:list=field(default_factory=list)  # Of every step, a list of alignment steps' losses

@@ -446,7 +446,10 @@ def test_export_refused(model, toy_head, tmp_path, options, message):
 def test_a_draft_adapter_from_training_to_decoding(model, tmp_path, capsys):
     "Trained on a head that stays as it is, refused for another adapter, decoded with, and merged"
     target = load(model, dtype='fp32', device='cpu').model
-    task, other = (str(toy_adapter(target, tmp_path / name, seed=seed, lora_alpha=1)) for name, seed in (('task', 1), ('other', 2)))
+    task, other = (
+        str(toy_adapter(target, tmp_path / name, seed=seed, lora_alpha=0.1))
+        for name, seed in (('task', 1), ('other', 2))
+    )
     head = str(save_head(random_head(load(model, dtype='fp32', device='cpu')), tmp_path / 'head', target))
     before = {f.name: f.read_bytes() for f in (tmp_path / 'head').iterdir()}
     data = lines(tmp_path / 'rows.jsonl', [talk(i) for i in range(20)])

@@ -63,7 +63,9 @@ def test_a_fingerprint_is_of_the_adapter_alone(task, tmp_path):
     own = adapter_fingerprint(load_adapter(folder, model))
     for dtype in (torch.bfloat16, torch.float16):
         assert same_base(own, adapter_fingerprint(load_adapter(folder, model).to('cpu', dtype)))
-    assert same_base(own, adapter_fingerprint(adapter_from_peft(PeftModel.from_pretrained(model, folder).get_base_model())))
+    assert same_base(
+        own, adapter_fingerprint(adapter_from_peft(PeftModel.from_pretrained(model, folder).get_base_model()))
+    )
 
 
 @pytest.mark.parametrize('change', ['A', 'B', 'scale', 'seed'])
@@ -254,6 +256,8 @@ def test_a_merged_head_is_a_head(tmp_path, task, onto):
     for name, x in merge_draft_adapter(onto, draft.adapter).state_dict().items():
         torch.testing.assert_close(found[name], x.bfloat16().float())
     lm = Model(LM.model, LM.tokenizer, None, 'toy')
-    with pytest.raises(DecodingError, match='draft is for another task adapter: give the adapter that it was trained for'):
+    with pytest.raises(
+        DecodingError, match='draft is for another task adapter: give the adapter that it was trained for'
+    ):
         write_merged_head(lm, head, tmp_path / 'draft', tmp_path / 'again')
     assert not (tmp_path / 'again').exists()

@@ -192,9 +192,7 @@ WRITERS = {
         _head_training, lambda f: begin(f, replace(HEAD, steps=2, eval_every=1, save_every=9)), 'state.safetensors'
     ),
     'draft adapter': Writer(_draft, lambda f: load_draft_adapter(f / 'draft', head_of(0))),
-    'training a draft adapter': Writer(
-        _draft_training, lambda f: _draft_training(f, None), 'state.safetensors'
-    ),
+    'training a draft adapter': Writer(_draft_training, lambda f: _draft_training(f, None), 'state.safetensors'),
     'features': Writer(
         lambda f, v: write_features(LM, examples_of()[: 3 + 5 * v], f / 'features', 3),
         lambda f: StoredFeatures(f / 'features').read([0]),

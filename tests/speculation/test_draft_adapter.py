@@ -71,11 +71,7 @@ def trees(out):
     return [step.tree.tokens.tolist() for step in out.steps[1:]]
 
 
-DRAFTERS = dict(
-    chain=dict(chain=True),
-    tree=dict(),
-    fixed=dict(adaptive=False),
-)
+DRAFTERS = dict(chain=dict(chain=True), tree=dict(), fixed=dict(adaptive=False))
 DRAWN = dict(do_sample=True, top_k=0)
 
 
@@ -175,9 +171,7 @@ def test_below_a_memory(case):
 
     def read(drafter):
         decoder = Decoder(PLAIN, drafter, memory, bank=case.bank)
-        return generate(
-            case.model, ids, torch.ones_like(ids), decoder, max_new_tokens=30, return_dict_in_generate=True
-        )
+        return generate(case.model, ids, torch.ones_like(ids), decoder, max_new_tokens=30, return_dict_in_generate=True)
 
     how = dict(adaptive=False)
     fast = read(HASS(case.toy.folder, adapter=case.drafts[0], **how))
