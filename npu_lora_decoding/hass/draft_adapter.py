@@ -186,8 +186,8 @@ class LowRank(nn.Module):
     writes:torch.Tensor
 
     def __init__(self,
-        A:torch.Tensor,  # `(r, d)`, in units of what is read
-        B:torch.Tensor,  # `(o, r)`, in units of what is written
+        A:torch.Tensor,  # `(r, d)`, in units of the input
+        B:torch.Tensor,  # `(o, r)`, in units of the output
         scale:float,  # Of their product
         reads:torch.Tensor,  # Scale of each input `(d,)`
         writes:torch.Tensor,  # Scale of each output `(o,)`

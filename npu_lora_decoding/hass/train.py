@@ -191,10 +191,7 @@ def start_run(
         if config.start == 'least_squares':
             least_squares_start(head, sample, embed, scales)
     run = Run(
-        lm=lm,
-        head=head.to(acc.device),
-        frozen=frozen,
-        store=store,
+        lm=lm, head=head.to(acc.device), frozen=frozen, store=store,
         config=config,
         folder=Path(folder),
         scales=scales,
