@@ -4,8 +4,9 @@
 #     bash results/scripts/make.sh NAME [FOLDER]    or    make results NAME=... DATA=FOLDER
 #
 # Without a NAME it lists the names, from the table in results/README.md. FOLDER holds what is not part of the project: the
-# WikiSQL and GSM8K files and les_miserables.txt. A file as it was committed is made from nothing; one that a stopped run began
-# is continued, so stop with Ctrl-C and give the command again. Nothing else should run on the machine while speed is measured.
+# WikiSQL and GSM8K files, les_miserables.txt and prompts_dev.jsonl. A file as it was committed is made from nothing; one that
+# a stopped run began is continued, so stop with Ctrl-C and give the command again. Nothing else should run on the machine
+# while speed is measured.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 name=${1:-} data=${2:-}
@@ -125,6 +126,13 @@ speculation_cold() { $nld compare $contrast --head $heads/king_james --json $out
 speculation_cold_chat() { $nld compare $contrast --head $heads/smollm2-135m --json $out/speculation_cold_chat.json; }
 
 tree_size() { $python $scripts/tree_size.py $out/tree_size.json; }
+
+# Drafts that know the noise of the target's draws, against those that do not
+sampled_acceptance() {
+    needs_data
+    fresh $out/sampled_acceptance.json
+    $python $scripts/sampled_acceptance.py "$data" $out/sampled_acceptance.json
+}
 
 # --- Quality. Strengths are chosen on development items by `nld tune` (*_tune), the samplers' temperature by the best score
 # (*_samplers_dev); *_test is on held-out items.
