@@ -142,8 +142,7 @@ def compare(
     rows = [row | (seen if row['method'] == 'environment' else source.fields_of(folder)) for row in rows]
     print(table(rows, output.relative_to, full=True))
     if reading.text: rows = _with_reading(rows, _reading_rows(lm, reading.text, reading.text_tokens, reading.settings))
-    counts = f'{len(items)} {source.title}, {len(items[:timed])} of them timed in {rounds} rounds'
-    output.finish(rows, looks, _about(counts, folder, target))
+    output.finish(rows, looks, _about(source.counted(items, timed, rounds), folder, target))
 
 def _about(counts, folder, target):
     "Return what the page says about a comparison"
@@ -161,6 +160,8 @@ class _Source:
     def is_verses(self): return str(self.prompts).isdigit()
     @property
     def title(self): return 'held-out verses' if self.is_verses else f'prompts of {Path(self.prompts).name}'
+    def counted(self, items, timed, rounds):
+        return f'{len(items)} {self.title}, {len(items[:timed])} of them timed in {rounds} rounds'
 
     def items(self, has_answers):
         "Return the `Item`s; without answers where nothing will be judged"

@@ -383,18 +383,16 @@ def compare(
     batches = batches_of(lm, prompts[:timed], batch)
     found = _measure(lm, runs, known, batches, rounds, n=new_tokens)
     judged_as = _judged_as(names, known, found) if once else {}
-    longest = answer_tokens or new_tokens
-    how = dict(tokens=longest, batch=batch, metric=metric, judged_as=judged_as)
+    how = dict(tokens=answer_tokens or new_tokens, batch=batch, metric=metric, judged_as=judged_as)
     scores = {} if metric is None else _scores(lm, prompts, runs, known, **how)
     if look is not None:
         for name, run in _named(runs, 'answering the prompts that are shown'): look(name, run)
     about = _about(lm, batch, new_tokens)
     rows = [_row(lm, name, known[name], found, scores, names=names, metric=metric, about=about) for name in names]
     for row in rows:
-        method = known[row['method']]
-        drawn_at = temperature if 'sample' in row['method'] else None
-        row |= dict(judged_as=judged_as.get(row['method']), compiled=method.compiled, temperature=drawn_at)
-        row |= _floor(lm, method, row['ms_per_token'], row['tau'], speed)
+        name = row['method']
+        row |= dict(judged_as=judged_as.get(name), temperature=temperature if 'sample' in name else None)
+        row |= _floor(lm, known[name], row['ms_per_token'], row['tau'], speed)
     return rows + [environment() | dict(read_gb_per_s=round(speed / 1e9, 2))]
 
 def _about(lm, batch, new_tokens):
@@ -415,9 +413,8 @@ def _row(lm, name, method, found, scores, *, names, metric, about):
         flops_per_token=mine.flops,
         peak_mb=None if method.other_process else weights + mine.mb,
         same_as=method.same_as,
-        judged_as=None,
         equal_tokens=_equal(found, name),
-        compiled=False,
+        compiled=method.compiled,
         measured_again=len(mine.replaced),
         ms_replaced=mine.replaced,
         stalled=mine.stalled,

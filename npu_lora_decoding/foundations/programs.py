@@ -142,9 +142,9 @@ def _side_by_side():
         build(builder)
 
     with ThreadPoolExecutor(1) as pool:
-        CppBuilder.build = start
+        CppBuilder.build = start  # type: ignore[method-assign]
         try: yield
-        finally: CppBuilder.build = build
+        finally: CppBuilder.build = build  # type: ignore[method-assign]
 
 @torch.no_grad()
 def _compile(f, inputs, file):
