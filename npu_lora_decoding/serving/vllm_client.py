@@ -7,10 +7,13 @@ __all__ = ['refusal_token', 'answer_of', 'generate', 'probe', 'server_bodies', '
 
 # %% ../../nbs/7_serving/05_vllm_client.ipynb #bd3c23a3
 import json, math, urllib.error, urllib.request, uuid
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from ..foundations.errors import DecodingError, require
+from ..decoding.hf_bridge import check_numbers, with_numbers
+from ..decoding.sampling import seeds_of
 from ..cold.rule import CoLD
 from .vllm_pairing import PairRequest
 
@@ -54,6 +57,20 @@ def _loras(*folders):
 def _prompt(prompt):
     return prompt if isinstance(prompt, (str, dict)) else dict(prompt_token_ids=list(prompt))
 
+_DRAWN_BY_VLLM = ('seed', 'top_p', 'top_k', 'min_p', 'presence_penalty', 'frequency_penalty', 'repetition_penalty')
+
+def _noise(seed, prompts, options):
+    "Return for each prompt what its pair says about its noise, and the options that are left for vLLM"
+    if seed is None: return [{}] * prompts, options
+    beside = [name for name in _DRAWN_BY_VLLM if options.get(name) is not None]
+    require(not beside, f'{", ".join(beside)} would act after the noise or not at all', 'leave it out, or give seed, not noise_seed')
+    asked = with_numbers(dict(seed=seed, temperature=options.get('temperature', 0)))
+    is_hot = asked['temperature'] not in (None, 0)
+    require(is_hot, 'noise_seed is given, and no temperature', 'give a temperature, or leave noise_seed out')
+    check_numbers(asked)
+    each = seeds_of(asked['seed'], prompts)
+    return [dict(seed=s, temperature=asked['temperature']) for s in each], options | dict(temperature=0.)
+
 def generate(
     llm,  # `vllm.LLM`, started with `engine_options`
     prompts:list,  # Token ids or texts
@@ -62,11 +79,12 @@ def generate(
     refusal:int,  # See `refusal_token`
     target:CoLD=CoLD(),  # Alpha and beta
     vocab:int|None=None,  # Columns of the logits that are tokens; None: all
+    noise_seed:int|Sequence|None=None,  # Draw as `lm.generate(..., seed=noise_seed)`, which see; needs a `temperature`
     **options,  # Of vLLM's `SamplingParams`; greedy by default; with a `seed`, prompt k draws with seed + k
 ) -> list:  # vLLM's `RequestOutput`, one a prompt
     "Return CoLD's answers; raises `DecodingError` for a pair that could not be contrasted"
     from vllm import SamplingParams
-    options = dict(temperature=0., detokenize=True) | options
+    noise, options = _noise(noise_seed, len(prompts), dict(temperature=0., detokenize=True) | options)
     stops = [*(options.pop('stop_token_ids', None) or ()), refusal]
     job = uuid.uuid4().hex
     params = []
@@ -77,7 +95,7 @@ def generate(
             SamplingParams(
                 **options | seed,
                 stop_token_ids=stops,
-                extra_args=PairRequest(f'{job} {k}', role, t.alpha, t.beta, refusal, vocab).args,
+                extra_args=PairRequest(f'{job} {k}', role, t.alpha, t.beta, refusal, vocab, **noise[k]).args,
             )
             for role in t.roles
         ]
@@ -151,6 +169,7 @@ def server_bodies(
     target:CoLD=CoLD(),  # Alpha and beta
     vocab:int|None=None,  # Columns of the logits that are tokens; None: all
     models:tuple=('expert', 'base'),  # Names of the adapter and of the one of zeros on the server
+    noise_seed:int|None=None,  # Draw as `lm.generate(..., seed=noise_seed)`; needs a `temperature`
     **options,  # Of the API; greedy where no temperature is given
 ) -> list:  # Two bodies, the expert's first
     "Return the two requests of a pair"
@@ -159,7 +178,7 @@ def server_bodies(
         if not isinstance(prompt, str) and isinstance(prompt[0], dict)
         else dict(prompt=prompt)
     )
-    options = dict(temperature=0.) | options
+    (noise,), options = _noise(noise_seed, 1, dict(temperature=0.) | options)
     pair = uuid.uuid4().hex
     require(not options.get('stream'), 'a streamed pair cannot be compared', 'send the bodies without stream')
     stops = [*(options.pop('stop_token_ids', None) or ()), refusal]
@@ -169,7 +188,7 @@ def server_bodies(
         | dict(
             model=m,
             stop_token_ids=stops,
-            vllm_xargs=PairRequest(pair, role, refusal=refusal, vocab=vocab, **asdict(target)).args,
+            vllm_xargs=PairRequest(pair, role, refusal=refusal, vocab=vocab, **asdict(target), **noise).args,
         )
         for m, role in zip(models, target.roles)
     ]

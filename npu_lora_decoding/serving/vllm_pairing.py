@@ -9,7 +9,9 @@ __all__ = ['SAME', 'PairRequest', 'read_twin', 'PairedRow', 'PairRows', 'contras
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 import torch
+from ..foundations import ops
 from ..foundations.errors import require
+from ..decoding.hf_bridge import check_numbers
 from ..cold.rule import CoLD
 
 # %% ../../nbs/7_serving/03_vllm_pairing.ipynb #5b04064e
@@ -22,6 +24,8 @@ class PairRequest:
     beta:float  # CoLD's strength
     refusal:int  # Stop token of requests that cannot be contrasted; the contrast never chooses it
     vocab:int|None=None  # Columns of the logits that are tokens; None: all
+    seed:int|None=None  # Draw with the shared noise of this seed; None: the engine chooses from the scores
+    temperature:float|None=None  # Of that draw; None: 1
 
     def __post_init__(self):
         number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
@@ -47,6 +51,10 @@ class PairRequest:
                 'give a whole number',
             )
         CoLD(self.alpha, self.beta)
+        check_numbers(dict(seed=self.seed, temperature=self.temperature))
+        require(
+            not isinstance(self.seed, tuple), f'cold_seed is {self.seed!r:.80}', 'give each pair one seed'
+        )
 
     @property
     def args(self):
@@ -63,7 +71,7 @@ def read_twin(
     for k in given:
         require(k in known, f'unknown argument cold_{k}', f'use {", ".join(f"cold_{x}" for x in known)}')
     for k in known:
-        require(k in given or k == 'vocab', f'cold_{k} is missing', 'build both requests with this library')
+        require(k in given or k in ('vocab', 'seed', 'temperature'), f'cold_{k} is missing', 'build both requests with this library')
     return PairRequest(**given)
 
 # %% ../../nbs/7_serving/03_vllm_pairing.ipynb #8a5cf500
@@ -73,6 +81,7 @@ class PairedRow:
     twin:PairRequest  # Which pair, which role, which alpha and beta
     like:object=None  # What both twins must share: prompt and options
     output:list=field(default_factory=list)  # Its tokens so far; the engine appends to this list
+    key:tuple|None=None  # Of its noise (`sequence_key`), where its pair has a seed
 
 class PairRows:
     "Which row of an engine's batch is which twin"
@@ -113,8 +122,9 @@ class PairRows:
             return f'{len(rows)} requests with the roles {", ".join(s.twin.role for s in seats)} bear its name'
         a, b = seats
         if asdict(a.twin) | dict(role='') != asdict(b.twin) | dict(role=''):
-            return 'its twins have different alpha or beta'
+            return 'its twins have different alpha or beta, seed or temperature'
         if a.like != b.like: return 'its twins have different prompts or options'
+        if a.twin.seed is not None and a.key is None: return 'its prompt has no token ids, of which its noise is made'
         return None if a.output == b.output else 'its twins have generated different tokens'
 
     def sort(self) -> tuple:
@@ -177,10 +187,21 @@ def _reason(is_finite, differs, is_first):
     if differs or not is_first: return None
     return 'both twins have the same logits, as if one adapter served both: give the base twin an adapter of zeros (`nld null-adapter`)'
 
+def _drawn(scores, seats):
+    "Return the scores `(p, v)`, with the noise of each pair that has a seed, so that its best token is its draw"
+    noisy = [k for k, seat in enumerate(seats) if seat.twin.seed is not None]
+    if not noisy: return scores
+    chosen = [seats[k] for k in noisy]
+    keys = torch.tensor([seat.key for seat in chosen], dtype=torch.int32, device=scores.device)
+    positions = torch.tensor([[len(seat.output)] for seat in chosen], device=scores.device)
+    heat = torch.tensor([[seat.twin.temperature or 1.] for seat in chosen], device=scores.device)
+    noise = ops.gumbel(ops.position_keys(keys, positions)[:, 0], scores.shape[-1])
+    return scores.index_copy(0, torch.tensor(noisy, device=scores.device), scores[noisy] / heat + noise)
+
 def _write_scores(logits, rows, whole, expert, base):
     twins = [rows.seats[i].twin for i, _ in whole]
     target = CoLD(tuple(t.alpha for t in twins), tuple(t.beta for t in twins))  # of each pair its own
-    scores = target.combine(expert, base).to(logits.dtype)
+    scores = _drawn(target.combine(expert, base), [rows.seats[i] for i, _ in whole]).to(logits.dtype)
     for r in zip(*whole):
         logits[list(r)] = scores
 

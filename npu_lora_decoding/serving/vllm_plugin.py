@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from ..foundations.errors import DecodingError, require
 from ..foundations.files import atomic_path, save_tensors
 from ..foundations.adapters import layer_names, read_adapter_config
+from ..decoding.sampling import sequence_key
 from .vllm_pairing import PairRows, PairedRow, WaitingRoom, contrast, read_twin
 
 # %% ../../nbs/7_serving/04_vllm_plugin.ipynb #389458d6
@@ -160,12 +161,26 @@ _ALIKE = (
     'structured_outputs',
 )
 
+_AFTER = dict(presence_penalty=0., frequency_penalty=0., repetition_penalty=1.)  # vLLM's, which act after processors
+
+def _check_noisy(params):
+    "Raise `DecodingError` where vLLM would change scores that have noise already"
+    require(
+        params.temperature < 1e-5,
+        f'a pair with a seed of its own has vLLM draw at temperature {params.temperature} too',
+        'give vLLM temperature 0, and the pair cold_temperature',
+    )
+    for name, neutral in _AFTER.items():
+        value = getattr(params, name, neutral)
+        require(value == neutral, f'{name} is {value}, and acts after the noise of a pair with a seed', 'leave it out')
+
 def check_params(
     params,  # vLLM's `SamplingParams`
 ):
     "Raise `DecodingError` for a twin whose options would part it from the other"
     twin = read_twin(params.extra_args)
     if twin is None: return
+    if twin.seed is not None: _check_noisy(params)
     require(
         params.temperature < 1e-5 or params.seed is not None,
         'a sampled pair needs a seed, or its twins draw differently',
@@ -185,9 +200,12 @@ def seat_of(
 ) -> PairedRow|None:  # None for a request that wants no contrast
     "Return what the tracker needs to know of a request"
     twin = read_twin(getattr(params, 'extra_args', None))
-    return (
-        None if twin is None else PairedRow(twin, (prompt, [getattr(params, k, None) for k in _ALIKE]), output)
-    )
+    if twin is None: return None
+    like = prompt, [getattr(params, k, None) for k in _ALIKE]
+    key = None
+    # a prompt of embeddings has no ids to make a key of: `contrast` refuses it
+    if twin.seed is not None and prompt is not None: key = sequence_key(twin.seed, 0, torch.tensor(prompt))
+    return PairedRow(twin, like, output, key)
 
 # %% ../../nbs/7_serving/04_vllm_plugin.ipynb #0af55dc6
 log = logging.getLogger('npu_lora_decoding')

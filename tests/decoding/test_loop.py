@@ -25,6 +25,7 @@ from npu_lora_decoding.decoding.loop import LM
 from npu_lora_decoding.decoding.tree import Tree
 from npu_lora_decoding.speculation.prompt_lookup import PromptLookup
 from helpers.loops import EndsOn, N, Pair, eager_dynamo, generate, same, uncompiled
+from helpers.loops import rows  # a fixture
 
 WINDOWED = ('mistral', 'gemma2', 'gemma3_text')
 compiled = pytest.mark.skipif(not ops.compiles(), reason='torch.compile finds no C++ compiler')
@@ -600,13 +601,6 @@ class PlantedDrafter(Drafter):
         n = max(len(t) for t, _ in made)
         fill = lambda x, v: torch.tensor([o + [v] * (n - len(o)) for o in x])
         return Tree(fill([t for t, _ in made], 0), fill([p for _, p in made], -2), 'planted')
-
-
-@pytest.fixture(params=['growing', 'static'])
-def rows(request, monkeypatch):
-    "Options of the Decoder for each kind of cache; the static one without its compiler"
-    uncompiled(monkeypatch)
-    return dict(compile=request.param == 'static')
 
 
 def trees_change_nothing(model, bank, ids, mask, target, rows, seed=0, p=0.7, drafter=None, **kw):

@@ -17,7 +17,6 @@ from transformers import (
 )
 import npu_lora_decoding.decoding.sampling as sampling
 import npu_lora_decoding.decoding.shared_noise as shared
-import npu_lora_decoding.speculation.adaptive as sizing
 from npu_lora_decoding.decoding.loop import Decoder
 from npu_lora_decoding.decoding.sampling import DecodingState, Plain, SamplingRules, SharedNoise
 from npu_lora_decoding.decoding.sampling import choose_tokens, sequence_key, shared_noise
@@ -28,7 +27,8 @@ from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.speculation.head_drafter import HASS
 from npu_lora_decoding.speculation.joint import JointDrafter
 from npu_lora_decoding.speculation.prompt_lookup import PromptLookup
-from helpers.loops import COLD, PLAIN, chi_square, count_drafted, exact, generate, same, sampled, small, toy, uncompiled
+from helpers.loops import COLD, PLAIN, chi_square, count_drafted, generate, same, sampled
+from helpers.loops import llama, paying, rows, small  # fixtures
 from helpers.toys import toy_lm
 
 LM = toy_lm()
@@ -39,24 +39,6 @@ DRAFTERS = dict(
     lookup=lambda f, text=(): PromptLookup(min_ngram=1, corpus=[list(text)]),
     joined=lambda f, text=(): JointDrafter((HASS(f), PromptLookup(min_ngram=1, corpus=[list(text)]))),
 )
-
-
-@pytest.fixture(scope='module')
-def llama(tmp_path_factory):
-    return toy(tmp_path_factory.mktemp('llama'))
-
-
-@pytest.fixture(autouse=True)
-def paying(monkeypatch):
-    "Costs at which every draft token pays, so that trees do not depend on the machine"
-    monkeypatch.setattr(sizing, 'pass_seconds', lambda rows, sizes: {n: 1e3 + n for n in sizes})
-
-
-@pytest.fixture(params=['growing', 'static'])
-def rows(request, monkeypatch):
-    "Options of the Decoder for each kind of cache; the static one without its compiler"
-    uncompiled(monkeypatch)
-    return dict(compile=request.param == 'static')
 
 
 PROMPTS = [[5, 9, 2, 5, 9], [7], [4, 4, 8], [5, 9, 2, 5, 9]]

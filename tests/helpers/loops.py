@@ -12,7 +12,7 @@ from npu_lora_decoding.foundations.devices import generator
 from npu_lora_decoding.foundations.lora import AdapterBank
 from npu_lora_decoding.hass.checkpoint import save_head
 from npu_lora_decoding.hass.head import DraftHead, head_config
-from npu_lora_decoding.speculation import compiled_draft
+from npu_lora_decoding.speculation import adaptive, compiled_draft
 from npu_lora_decoding.foundations import programs
 from transformers import StoppingCriteria
 
@@ -172,6 +172,27 @@ def chi_square(counts, p, runs):
     c, w = (c, w) if w[-1] >= 5 else (c[:-1], w[:-1])
     k = len(c) - 1
     return float(((c - w) ** 2 / w).sum()), k * (1 - 2 / (9 * k) + 3.72 * math.sqrt(2 / (9 * k))) ** 3
+
+
+# --- fixtures: a test module that imports their names has them
+
+
+@pytest.fixture(scope='module')
+def llama(tmp_path_factory):
+    return toy(tmp_path_factory.mktemp('llama'))
+
+
+@pytest.fixture(autouse=True)
+def paying(monkeypatch):
+    "Costs at which every draft token pays, so that trees do not depend on the machine"
+    monkeypatch.setattr(adaptive, 'pass_seconds', lambda rows, sizes: {n: 1e3 + n for n in sizes})
+
+
+@pytest.fixture(params=['growing', 'static'])
+def rows(request, monkeypatch):
+    "Options of the Decoder for each kind of cache; the static one without its compiler"
+    uncompiled(monkeypatch)
+    return dict(compile=request.param == 'static')
 
 
 @pytest.fixture(scope='module')

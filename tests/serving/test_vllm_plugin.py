@@ -10,6 +10,8 @@ from npu_lora_decoding.foundations.adapters import toy_adapter, toy_model
 from npu_lora_decoding.cli.registry import COMMANDS
 from npu_lora_decoding.cli.main import run
 from npu_lora_decoding.cold.rule import CoLD
+from npu_lora_decoding.decoding.sampling import shared_noise
+from npu_lora_decoding.foundations import ops
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.foundations.devices import generator
 from npu_lora_decoding.serving.vllm_pairing import PairRows, PairedRow, PairRequest, WaitingRoom, contrast, read_twin
@@ -547,3 +549,107 @@ def test_bodies_are_what_the_processor_takes():
     )
     with pytest.raises(DecodingError, match='streamed'):
         vllm_ask.server_bodies('x', REFUSAL, stream=True)
+
+
+# --- draws with the noise of our loop
+
+
+def noisy_twin(pair, role, **noise):
+    return PairRequest(pair, role, 0.1, 0.5, REFUSAL, **noise)
+
+
+def noisy_rows(output=(), prompt=(3, 4), seeds=(7, 7), temperature=0.7):
+    "Rows 0 and 1 are a pair with seeds, 2 and 3 one without, as the processor seats them"
+    rows = PairRows()
+    for k, (role, seed) in enumerate(zip(('expert', 'base'), seeds)):
+        twin_row = noisy_twin('a', role, seed=seed, temperature=temperature)
+        own = vllm_cold.seat_of(params(extra_args=twin_row.args), prompt and list(prompt), list(output))
+        rows.update(added=[(k, own), (k + 2, seat('b', role, output))])
+    return rows
+
+
+@pytest.mark.parametrize('output', [(), (5, 9)])
+@pytest.mark.parametrize('temperature', [0.7, None, 2])
+def test_a_seed_adds_the_noise_of_our_loop_to_its_pair_alone(output, temperature):
+    x = logits()
+    without = x.clone()
+    contrast(without, noisy_rows(output, seeds=(None, None), temperature=None))
+    got = x.clone()
+    assert contrast(got, noisy_rows(output, temperature=temperature)) == {}
+    noise = shared_noise(torch.tensor([[3, 4]]), torch.ones(1, 2), 7)
+    g = ops.gumbel(noise.after([len(output)], 1)[0, 0], 40)
+    assert torch.equal(got[0], without[0] / (temperature or 1.0) + g) and torch.equal(got[0], got[1])
+    assert torch.equal(got[2:], without[2:])
+
+
+def test_noise_is_a_function_of_seed_prompt_and_position():
+    x = logits()
+    cases = (dict(), dict(seeds=(8, 8)), dict(prompt=(3, 5)), dict(output=(5,)), dict(output=(6,)))
+    written = []
+    for case in cases:
+        got = x.clone()
+        assert contrast(got, noisy_rows(**case)) == {}
+        written.append(got[0])
+    equal = [[torch.equal(a, b) for b in written] for a in written]
+    assert equal[3][4] and sum(map(sum, equal)) == len(cases) + 2
+
+
+@pytest.mark.parametrize(
+    'case,why',
+    [
+        (dict(seeds=(7, 8)), 'seed or temperature'),
+        (dict(seeds=(7, None)), 'seed or temperature'),
+        (dict(prompt=None), 'no token ids'),
+    ],
+)
+def test_noise_that_twins_do_not_share_is_refused(case, why):
+    rows = noisy_rows(**case)
+    x = logits()
+    errors = contrast(x, rows)
+    assert list(errors) == ['a'] and why in errors['a'] and refused(rows, x) == {0, 1}
+
+
+@pytest.mark.parametrize('seed', [-1, 2**63, 1.5, True, 'x', [1, 2], [], float('nan')])
+def test_a_pair_s_seed_is_one_whole_number(seed):
+    with pytest.raises(DecodingError, match='seed is'):
+        read_twin(twin('a', 'base').args | dict(cold_seed=seed))
+
+
+@pytest.mark.parametrize('temperature', [0, -1.0, float('inf'), True, 'x'])
+def test_a_pair_s_temperature_is_above_0(temperature):
+    with pytest.raises(DecodingError, match='temperature is'):
+        read_twin(twin('a', 'base').args | dict(cold_seed=1, cold_temperature=temperature))
+
+
+@pytest.mark.parametrize(
+    'changes,message',
+    [
+        (dict(temperature=1.0, seed=3), 'give vLLM temperature 0'),
+        (dict(repetition_penalty=1.1), 'repetition_penalty is 1.1'),
+        (dict(presence_penalty=0.5), 'presence_penalty is 0.5'),
+        (dict(frequency_penalty=-0.5), 'frequency_penalty is -0.5'),
+    ],
+)
+def test_vllm_leaves_scores_with_noise_alone(changes, message):
+    args = noisy_twin('a', 'base', seed=3, temperature=0.7).args
+    vllm_cold.check_params(params(extra_args=args, repetition_penalty=1.0))
+    with pytest.raises(DecodingError, match=message):
+        vllm_cold.check_params(params(extra_args=args, **changes))
+
+
+@pytest.mark.parametrize(
+    'options,message',
+    [
+        (dict(temperature=0.7, top_p=0.9, min_p=0.1), 'top_p, min_p would act'),
+        (dict(temperature=0.7, seed=1), 'seed would act'),
+        (dict(), 'no temperature'),
+        (dict(temperature=0), 'no temperature'),
+        (dict(temperature='hot'), 'temperature is'),
+        (dict(temperature=0.7, noise_seed=-1), 'seed is -1'),
+        (dict(temperature=0.7, noise_seed=[1, 2]), 'there are 2 seeds for 1 prompts'),
+    ],
+)
+def test_what_cannot_go_with_a_noise_seed(options, message):
+    with pytest.raises(DecodingError, match=message) as e:
+        vllm_ask.server_bodies('x', REFUSAL, **dict(noise_seed=1) | options)
+    assert '\n' not in str(e.value) and ': ' in str(e.value)

@@ -30,34 +30,17 @@ from npu_lora_decoding.decoding.runner import CompiledRunner
 from npu_lora_decoding.speculation.adaptive import TreeSizing
 from npu_lora_decoding.speculation.head_drafter import HASS, committed_slots
 from npu_lora_decoding.decoding.tree import root_tree
-from helpers.loops import EndsOn, Pair, generate, same
+from helpers.loops import COLD, Collects, EndsOn, PLAIN, Pair, Toy
+from helpers.loops import chi_square, count_drafted, generate, same, sampled, toy
+from helpers.loops import llama, paying, rows, small  # fixtures
 from helpers.toys import toy_tokenizer
-from helpers.loops import COLD, Collects, PLAIN, Toy, chi_square, count_drafted, sampled, small, toy, uncompiled
 
 compiled = pytest.mark.skipif(not ops.compiles(), reason='torch.compile finds no C++ compiler')
 
 
 @pytest.fixture(scope='module')
-def llama(tmp_path_factory):
-    return toy(tmp_path_factory.mktemp('llama'))
-
-
-@pytest.fixture(scope='module')
 def qwen3(tmp_path_factory):
     return toy(tmp_path_factory.mktemp('qwen3'), 'qwen3', seed=4)
-
-
-@pytest.fixture(autouse=True)
-def paying(monkeypatch):
-    "Costs at which every draft token pays, so that trees do not depend on the machine"
-    monkeypatch.setattr(sizing, 'pass_seconds', lambda rows, sizes: {n: 1e3 + n for n in sizes})
-
-
-@pytest.fixture(params=['growing', 'static'])
-def rows(request, monkeypatch):
-    "Options of the Decoder for each kind of cache; the static one without its compiler"
-    uncompiled(monkeypatch)
-    return dict(compile=request.param == 'static')
 
 
 def prompts(lengths=(7, 3, 5, 1), v=23, seed=0):
