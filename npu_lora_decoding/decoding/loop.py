@@ -225,20 +225,25 @@ class Decoder:
 
     def __post_init__(self):
         for what in _PARTS: check_part(what, getattr(self, what))
+        self.seed = self._checked_seed()
+        require(self.bank is None or hasattr(self.bank, 'attached'), f'the bank is {self.bank!r:.60}', 'give an AdapterBank')
+
+    def _checked_seed(self):
+        "Return the seed as plain numbers: at the start of each text too, because it may be set between two"
         asked = with_numbers(dict(seed=self.seed))
         check_numbers(asked)
-        self.seed = asked['seed']
-        require(self.bank is None or hasattr(self.bank, 'attached'), f'the bank is {self.bank!r:.60}', 'give an AdapterBank')
+        return asked['seed']
 
     def _noise(self, model, ids, mask, config, soft):
         "Return the noise to draw with; None: nothing is drawn, or from torch's generator as in transformers"
         copies = config.num_return_sequences or 1
-        if self.seed is not None: seeds_of(self.seed, len(ids) // copies)
-        as_transformers = self.seed is None and self.drafter is None
+        seed = self._checked_seed()
+        if seed is not None: seeds_of(seed, len(ids) // copies)
+        as_transformers = seed is None and self.drafter is None
         if as_transformers or not config.do_sample: return None
         # What an encoder has read is not among these ids, so the number of the row takes its place
-        if model.config.is_encoder_decoder and isinstance(self.seed, int): copies = len(ids)
-        return shared_noise(ids, mask, self.seed, copies, temperature=temperature_of(soft))
+        if model.config.is_encoder_decoder and isinstance(seed, int): copies = len(ids)
+        return shared_noise(ids, mask, seed, copies, temperature=temperature_of(soft))
 
     @property
     def _request(self):

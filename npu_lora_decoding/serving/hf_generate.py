@@ -182,13 +182,14 @@ def _with_strings(options, tokenizer):
 def generate_with(
     model,  # transformers causal LM
     *inputs,  # Of its `generate`
-    **options,  # Of its `generate`
+    **options,  # Of its `generate`, and `seed`: of sampling, as `lm.generate` takes it
 ):  # What its `generate` returns
     "Return what `model.generate` gives with the decoder of the folder that was asked for"
     plain = type(model).generate  # where the folder is the model's own, model.generate would call us again
     if 'custom_generate' in options:
         return plain(model, *inputs, **options)
     decoder = decoder_of(_folder_of(model), model)
+    decoder.seed = options.pop('seed', None)
     tokenizer = options.pop('tokenizer', None)
     tokenizer = getattr(tokenizer, 'tokenizer', tokenizer)  # of a processor
     decoder.vocab = None
