@@ -127,6 +127,9 @@ speculation_cold_chat() { $nld compare $contrast --head $heads/smollm2-135m --js
 
 tree_size() { $python $scripts/tree_size.py $out/tree_size.json; }
 
+# How often a text is the same in batches, in bf16
+sampled_bf16() { fresh $out/sampled_bf16.json; $python $scripts/sampled_bf16.py $out/sampled_bf16.json; }
+
 # Drafts that know the noise of the target's draws, against those that do not
 sampled_acceptance() {
     needs_data

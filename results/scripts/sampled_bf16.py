@@ -7,6 +7,7 @@ closer than that, texts part.
 """
 
 import argparse
+import math
 import torch
 from npu_lora_decoding.cold.rule import CoLD
 from npu_lora_decoding.decoding.sampling import Plain
@@ -49,7 +50,8 @@ def compared(lm, folder, asked, name, temperature):
         label = f'{name} at {temperature}, batch of {size}'
         how = dict(batches=batches, new_tokens=asked.new_tokens, temperature=temperature)
         found = check(lm, label, target, run, alone, **how)
-        leads = sorted(d.lead for d in found.differences)
+        leads = [d.lead for d in found.differences]
+        seen = [lead for lead in leads if math.isfinite(lead)]
         yield dict(
             method='sampled bf16',
             target=name,
@@ -58,7 +60,8 @@ def compared(lm, folder, asked, name, temperature):
             prompts=found.prompts,
             equal_texts=found.equal / found.prompts,
             equal_tokens=found.tokens / (found.prompts * asked.new_tokens),
-            largest_lead=leads[-1] if leads else 0.0,
+            largest_lead=max(seen, default=0.0),
+            forbidden=len(leads) - len(seen),  # the other token is not plausible here, by a rounding
         )
 
 
