@@ -116,6 +116,15 @@ def test_a_wrong_number_of_seeds_is_refused(seed, sample):
     assert '\n' not in str(e.value) and ': ' in str(e.value)
 
 
+@pytest.mark.parametrize('seed', [-1, 'x', True, 2**63, []])
+def test_a_seed_that_is_set_later_is_checked_too(llama, seed):
+    decoder = Decoder()
+    decoder.seed = seed
+    ids = torch.tensor(PROMPTS[:1])
+    with pytest.raises(DecodingError, match='seed is'):
+        generate(llama.model, ids, torch.ones_like(ids), decoder, do_sample=True, max_new_tokens=2)
+
+
 # --- without a seed
 
 

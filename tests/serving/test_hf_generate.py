@@ -10,7 +10,7 @@ from npu_lora_decoding.cli.main import run
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.serving.hf_generate import Settings, decoder_of, read_settings, write_custom_generate
 from npu_lora_decoding.foundations.models import embedded_folder, load_tokenizer
-from npu_lora_decoding.decoding.loop import load
+from npu_lora_decoding.decoding.loop import Decoder, load
 import npu_lora_decoding.cli.main  # registers its commands
 from helpers.toys import toy_folder, toy_tokenizer
 
@@ -219,3 +219,19 @@ def test_the_command(home, tmp_path, capsys):
     assert 'custom_generate=' in capsys.readouterr().out
     with pytest.raises(DecodingError, match='use greedy or cold'):
         run(['custom-generate', str(tmp_path / 'x'), '--method', 'beam'])
+
+
+def test_a_seed_reaches_the_loop(lm, tmp_path):
+    "The text of a Decoder with that seed, drafter or not; the seed of one call is not that of the next"
+    write_custom_generate(tmp_path / 'out', Settings('greedy', drafter='lookup'))
+    how = dict(do_sample=True, top_k=0)
+    draw = lambda **seed: by_name(lm.model, lm, tmp_path / 'out', **how, **seed)
+    plain = options(lm, **how)
+    del plain['tokenizer']
+    want = lm.model.generate(**batch(lm), custom_generate=Decoder(seed=7), **plain)[:, 5:].tolist()
+    assert draw(seed=7) == want and draw(seed=[7, 7]) == want and draw(seed=8) != want
+    assert draw() != draw()
+    for seed in (-1, True, 'x', 2**63, 1.5, [], [1]):
+        with pytest.raises(DecodingError, match='seed') as e:
+            draw(seed=seed)
+        assert '\n' not in str(e.value) and ': ' in str(e.value)
