@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 import pytest, torch
-import npu_lora_decoding.speculation.adaptive as sizing
 from npu_lora_decoding.foundations import ops
 from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter
 from npu_lora_decoding.foundations.devices import generator
@@ -18,7 +17,7 @@ from npu_lora_decoding.speculation.joint import JointDrafter
 from npu_lora_decoding.speculation.prompt_lookup import PromptLookup
 from npu_lora_decoding.temp_lora.generation import TempLoRA
 from helpers.heads import draft_adapter
-from helpers.loops import COLD, PLAIN, count_drafted, generate, same, toy, uncompiled
+from helpers.loops import COLD, PLAIN, count_drafted, generate, paying, same, toy, uncompiled  # `paying` is a fixture
 
 compiled = pytest.mark.skipif(not ops.compiles(), reason='torch.compile finds no C++ compiler')
 
@@ -45,12 +44,6 @@ class Case:
 @pytest.fixture(scope='module')
 def case(tmp_path_factory):
     return Case(tmp_path_factory.mktemp('drafts'))
-
-
-@pytest.fixture(autouse=True)
-def paying(monkeypatch):
-    "Costs at which every draft token pays, so that trees do not depend on the machine"
-    monkeypatch.setattr(sizing, 'pass_seconds', lambda rows, sizes: {n: 1e3 + n for n in sizes})
 
 
 def prompts(lengths=(7, 3, 5)):
