@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from ..foundations.errors import DecodingError, require
 from ..foundations.files import atomic_path, ctrl_c, save_tensors
-from ..foundations.adapters import fingerprint
+from ..foundations.adapters import fingerprint, quiet_peft
 from ..foundations.models import encode_one
 from ..foundations.training import damaged_state, has_state, learning_rate
 from ..foundations.training import read_state, restore_state, write_state
@@ -195,7 +195,8 @@ def _peft_model(lm, config):
         lora_dropout=config.dropout,
         target_modules=config.targets,
         task_type='CAUSAL_LM')
-    try: model = get_peft_model(lm.model, lora)
+    try:
+        with quiet_peft(): model = get_peft_model(lm.model, lora)
     except ValueError as e:
         raise DecodingError(f'PEFT finds nothing to adapt ({str(e)[:120]}): choose other targets.') from e
     for p in _trainable(model).values(): p.data = p.data.float()

@@ -151,14 +151,22 @@ class SharedNoise:
     "Gumbel noise of each sequence, position and token: the same for the target and for everybody who drafts"
     keys:torch.Tensor  # Of each sequence `(b, 2)` int32
     temperature:float=1.  # Of the target: a drafter divides its logits by it too
+    _known:list = field(default_factory=list, init=False, repr=False, compare=False)  # Keys of all positions so far, once asked
+
+    def _keys_until(self, end):
+        "Return the keys of each sequence's first positions `(b, end or more, 2)`, computed for many at once"
+        if not self._known or self._known[0].shape[1] < end:
+            positions = torch.arange(max(64, 2 * end), dtype=torch.int32, device=self.keys.device)
+            self._known[:] = [ops.position_keys(self.keys, positions.expand(len(self.keys), -1))]
+        return self._known[0]
 
     def after(self,
         emitted:list,  # Tokens that each sequence has emitted
         n:int,  # Positions
     ) -> torch.Tensor:  # `(b, n, 2)`, for `ops.gumbel`
         "Return the keys of the next `n` positions of each sequence"
-        first = torch.tensor(emitted, device=self.keys.device)
-        return ops.position_keys(self.keys, first[:, None] + torch.arange(n, device=first.device))
+        keys = self._keys_until(max(emitted) + n)
+        return torch.stack([own[first:first+n] for own, first in zip(keys, emitted)])
 
 def seeds_of(
     seed:int|Sequence,  # Of all prompts, or one for each
@@ -384,8 +392,8 @@ def _choose_together(target, tree, logits, state, rules):
     "Where no processor reads a text: all sequences walk their trees at once, one depth after the other"
     keys = _keys_of(rules, state, tree.size)
     in_one = _only_heats(rules)
-    if in_one and logits[0].device.type != 'cpu':
-        # There a level is a launch, and nodes cost little
+    if in_one and (tree.size == 1 or logits[0].device.type != 'cpu'):
+        # On a device a level is a launch, and nodes cost little
         return _drawn(target, rules, logits=logits, keys=_keys_of_nodes(tree, keys)), logits
     expert = _constrained(logits[0], None, rules)
     rows = torch.arange(len(tree.tokens), device=tree.tokens.device)
@@ -408,4 +416,5 @@ def _choose_together(target, tree, logits, state, rules):
 
 def _keys_of_nodes(tree, keys):
     "Return the keys of the positions of all nodes `(b, n, 2)`: those of one depth share one"
+    if tree.size == 1: return keys
     return keys.take_along_dim(tree.depths[..., None], 1)

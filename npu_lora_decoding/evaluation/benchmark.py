@@ -296,11 +296,16 @@ def _reference(name, method, names):
     over = method.same_as if method.same_as in names else fallback
     return None if over == name else over
 
-def _scores(lm, prompts, runs, known, *, tokens, batch, metric, judged_as):
+def _width(method, batch, once):
+    "Return how many prompts a method answers at once where answers are judged"
+    if method.single: return 1
+    # a few answers are generated sooner than a program for another width is compiled
+    if once and method.compiled: return batch
+    return max(batch, EVAL_BATCH_SIZE)
+
+def _scores(lm, prompts, runs, known, *, tokens, metric, judged_as, width):
     "Return every method's score of every prompt's answer"
-    def score(name, run):
-        width = 1 if known[name].single else max(batch, EVAL_BATCH_SIZE)
-        return judge(answers(lm, prompts, run, tokens, width), prompts, metric)
+    def score(name, run): return judge(answers(lm, prompts, run, tokens, width(known[name])), prompts, metric)
     asked = {name: run for name, run in runs.items() if name not in judged_as}
     found = {name: score(name, run) for name, run in _named(asked, 'judging')}
     return {name: found[judged_as.get(name, name)] for name in runs}
@@ -371,7 +376,7 @@ def compare(
     timed:int|None=None,  # Only the first so many prompts are timed; None: all
     answer_tokens:int|None=None,  # Longest answer that is judged; None: `new_tokens`
     assistant:str|None=None,  # Folder or hub id of a smaller model, for `transformers_assisted`
-    once:bool=False,  # Where drafting left the timed tokens as they were, the answers are not judged again
+    once:bool=False,  # Judge in little time: not again where drafting left the timed tokens as they were, and with the timed programs
     look=None,  # Called with each name and its `run` when all is measured
     temperature:float=1.,  # Of the sampling methods
 ) -> list:  # One dictionary a method, then the environment
@@ -383,7 +388,8 @@ def compare(
     batches = batches_of(lm, prompts[:timed], batch)
     found = _measure(lm, runs, known, batches, rounds, n=new_tokens)
     judged_as = _judged_as(names, known, found) if once else {}
-    how = dict(tokens=answer_tokens or new_tokens, batch=batch, metric=metric, judged_as=judged_as)
+    def width(method): return _width(method, batch, once)
+    how = dict(tokens=answer_tokens or new_tokens, metric=metric, judged_as=judged_as, width=width)
     scores = {} if metric is None else _scores(lm, prompts, runs, known, **how)
     if look is not None:
         for name, run in _named(runs, 'answering the prompts that are shown'): look(name, run)

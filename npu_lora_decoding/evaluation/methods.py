@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from ..foundations.errors import require
+from ..foundations.adapters import quiet_peft
 from ..foundations.models import load_model, load_tokenizer, names_nothing, shipped_adapter
 from ..foundations.progress import Stage
 from ..decoding.baseline import beam_search, folding_head
@@ -107,7 +108,7 @@ def peft_model(
     import copy
     from peft import PeftModel
     if adapter is None: return lm.model
-    return PeftModel.from_pretrained(copy.deepcopy(lm.model), adapter).eval()
+    with quiet_peft(): return PeftModel.from_pretrained(copy.deepcopy(lm.model), adapter).eval()
 
 def merged_model(
     lm:LM,  # Model

@@ -294,12 +294,18 @@ register_kernel('cold_select', 'cpu', cold_select_few, 'torch, the plausible few
 # %% ../../nbs/0_foundations/10_ops.ipynb #7a1c0e04
 def _mix(x):
     "Return int32 numbers scattered, one to one, in their place"
-    x ^= (x >> 16) & 0xffff  # a shift of int32 repeats the sign: the mask takes it away
+    x ^= _shifted(x, 16)
     x *= 0x21f0aaad
-    x ^= (x >> 15) & 0x1ffff
+    x ^= _shifted(x, 15)
     x *= 0x735a2d97
-    x ^= (x >> 15) & 0x1ffff
+    x ^= _shifted(x, 15)
     return x
+
+def _shifted(x, bits):
+    "Return int32 numbers shifted to the right as if they had no sign"
+    y = x >> bits
+    y &= (1 << (32 - bits)) - 1  # the shift repeats the sign: the mask takes it away
+    return y
 
 _STEP = 0x9e3779b9 - 2**32  # From position to position: 2^32 over the golden ratio, in int32
 
@@ -354,7 +360,7 @@ def _noise_table():
     return table
 
 @torch.no_grad()
-def _looked_up(hashed):
+def _looked_up(hashed, out=None):
     "Return what `_gumbel_of` does, from the table; in the place of `hashed`"
     t = hashed
     t >>= 8
@@ -362,7 +368,18 @@ def _looked_up(hashed):
     cell = t.float().view(torch.int32)
     cell >>= 12
     cell &= 0xfffff
-    return _noise_table().index_select(0, cell.view(-1)).view(cell.shape)
+    found = torch.index_select(_noise_table(), 0, cell.view(-1), out=None if out is None else out.view(-1))
+    return found.view(cell.shape)
+
+def _hashed(keys, tokens):
+    "Return 32 bits for each token `(..., k)`"
+    steps = tokens.to(torch.int32) * keys[..., 1:]
+    steps += keys[..., :1]
+    return _mix(steps)
+
+def _can_look_up(x):
+    "Return whether a tensor holds numbers that index a table on the CPU: neither a compiler's stand-in does, nor one on `meta`"
+    return type(x) is torch.Tensor and x.device.type == 'cpu' and not torch.compiler.is_compiling()
 
 def gumbel_at(
     keys:torch.Tensor,  # Of positions `(..., 2)` int32, as `position_keys` returns them
@@ -370,11 +387,8 @@ def gumbel_at(
 ) -> torch.Tensor:  # `(..., k)` fp32
     "Return the Gumbel noise of some tokens: the same bits on every device, compiled or not"
     require(keys.dtype == torch.int32, f'the keys are {keys.dtype}', 'make them with position_keys')
-    steps = tokens.to(torch.int32) * keys[..., 1:]
-    hashed = _mix(keys[..., :1] + steps)
-    # Neither a compiler's stand-in for a tensor has numbers to look up, nor one on `meta`
-    is_plain = type(hashed) is torch.Tensor and not torch.compiler.is_compiling()
-    return _looked_up(hashed) if is_plain and hashed.device.type == 'cpu' else _gumbel_of(hashed)
+    hashed = _hashed(keys, tokens)
+    return _looked_up(hashed) if _can_look_up(hashed) else _gumbel_of(hashed)
 
 def gumbel(
     keys:torch.Tensor,  # Of positions `(..., 2)` int32, as `position_keys` returns them
@@ -382,10 +396,13 @@ def gumbel(
 ) -> torch.Tensor:  # `(..., v)` fp32
     "Return the Gumbel noise of every token: the same bits on every device, compiled or not"
     tokens = torch.arange(v, dtype=torch.int32, device=keys.device)
-    if keys.device.type != 'cpu' or torch.compiler.is_compiling(): return gumbel_at(keys, tokens)
+    if not _can_look_up(keys): return gumbel_at(keys, tokens)
+    require(keys.dtype == torch.int32, f'the keys are {keys.dtype}', 'make them with position_keys')
+    noise = torch.empty(*keys.shape[:-1], v)
     few = max(1, 2**16 // v)  # rows at a time, which stay in the processor's cache
-    rows = [gumbel_at(some, tokens) for some in keys.reshape(-1, 2).split(few)]
-    return torch.cat(rows).view(*keys.shape[:-1], v)
+    for some, part in zip(keys.reshape(-1, 2).split(few), noise.view(-1, v).split(few)):
+        _looked_up(_hashed(some, tokens), out=part)
+    return noise
 
 # %% ../../nbs/0_foundations/10_ops.ipynb #7a1c0e11
 def plain_sample_torch(
@@ -394,7 +411,8 @@ def plain_sample_torch(
     keys:torch.Tensor,  # Of each row's position `(..., 2)` int32, from `position_keys`
 ) -> torch.Tensor:  # Token of each row `(...)`, -1 where the best score is not finite
     "Return a draw from the softmax of `scores / temperature`: the token with the best score and noise"
-    noisy = scores.float() / temperature + gumbel(keys, scores.shape[-1])
+    noisy = gumbel(keys, scores.shape[-1])
+    noisy += scores.float() / temperature
     best, token = noisy.max(-1)
     return torch.where(best.isfinite(), token, -1)
 

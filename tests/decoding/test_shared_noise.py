@@ -276,6 +276,13 @@ def test_a_draw_from_broken_logits_is_refused(target):
         choose_tokens(target, tree, logits, state, rules)
 
 
+def test_the_keys_of_a_position_do_not_depend_on_what_was_asked_before():
+    noise = SharedNoise(torch.randint(-(2**31), 2**31, (3, 2), generator=generator(0)).int())
+    for emitted, n in (([0, 0, 0], 1), ([7, 300, 63], 5), ([2, 1, 0], 64), ([1000, 999, 0], 2)):
+        positions = torch.tensor(emitted)[:, None] + torch.arange(n)
+        assert torch.equal(noise.after(emitted, n), ops.position_keys(noise.keys, positions))
+
+
 def test_only_a_temperature_is_left_to_the_operation():
     noise = SharedNoise(torch.zeros(1, 2, dtype=torch.int32))
     heat = TemperatureLogitsWarper(0.7)

@@ -8,8 +8,8 @@ from npu_lora_decoding.cold.rule import CoLD
 from npu_lora_decoding.decoding.sampling import Plain
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.foundations.lora import AdapterBank
-from npu_lora_decoding.evaluation.methods import SAMPLING, merged_model, methods, speculative
-from npu_lora_decoding.evaluation.benchmark import memory_mb, speed_ratio
+from npu_lora_decoding.evaluation.methods import EVAL_BATCH_SIZE, SAMPLING, Method, merged_model, methods, speculative
+from npu_lora_decoding.evaluation.benchmark import _width, memory_mb, speed_ratio
 from npu_lora_decoding.evaluation.judging import ARMS, answers
 from npu_lora_decoding.foundations.models import encode
 from npu_lora_decoding.evaluation.equivalence import (
@@ -239,6 +239,13 @@ def test_equality_is_promised_for_fp32_only(lm, folder):
 
 
 # --- judging once
+
+
+def test_a_few_answers_are_judged_by_the_programs_that_were_timed():
+    eager, compiled, single = (Method(None, **kind) for kind in ({}, dict(compiled=True), dict(single=True)))
+    assert [_width(m, batch=2, once=True) for m in (eager, compiled, single)] == [EVAL_BATCH_SIZE, 2, 1]
+    assert [_width(m, batch=2, once=False) for m in (eager, compiled, single)] == [EVAL_BATCH_SIZE, EVAL_BATCH_SIZE, 1]
+    assert _width(eager, batch=32, once=True) == 32
 
 
 @pytest.mark.slow
