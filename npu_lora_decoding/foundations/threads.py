@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Container, MutableMapping
 
 # %% ../../nbs/0_foundations/14_threads.ipynb #5b1f0a10
-SPINS = 2_000
+SPINS = 1_500
 VARIABLES = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME')  # By which a user says how threads are to wait
 
 def shorten_spin(

@@ -54,7 +54,8 @@ speed_eager() {
 # How torch's threads wait for one another, alone and beside busy neighbours; a stopped run continues
 threads() {
     fresh $out/threads.json
-    $python $scripts/threads.py $out/threads.json
+    $python $scripts/threads.py $out/threads.json --rounds 1 --kinds bf16,bf16+compile,fp32,fp32+compile
+    $python $scripts/threads.py $out/threads.json --rounds 3 --kinds bf16+compile  # the fastest, and so the most uncertain
 }
 
 # --- Equality
@@ -73,6 +74,18 @@ equality_speculation() {
             --only "$way" --resume --json "${parts[-1]}"
     done
     joined $out/equality_speculation.json "${parts[@]}"
+}
+
+# Drawn tokens: no drafter, batch or compiled program changes them. Two of these can run side by side.
+equality_sampled() {
+    local parts=() way
+    mkdir -p $runs/equality
+    for way in {"sampled","sampled cold"}\ at\ {0.7,1}:; do
+        parts+=("$runs/equality/${way//[ :,]/_}.json")
+        $nld verify --prompts 200 --new-tokens 8 --batch 4 --alpha 0.1 --beta 0.5 --compile --head $heads/smollm2-135m \
+            --only "$way" --resume --json "${parts[-1]}"
+    done
+    joined $out/equality_sampled.json "${parts[@]}"
 }
 
 # Every family of models, small, in every way of decoding; a newer transformers is a reason to make it again
@@ -129,6 +142,9 @@ tree_size() { $python $scripts/tree_size.py $out/tree_size.json; }
 
 # How often a text is the same in batches, in bf16
 sampled_bf16() { fresh $out/sampled_bf16.json; $python $scripts/sampled_bf16.py $out/sampled_bf16.json; }
+
+# What choosing with shared noise costs, beside whole steps
+noise_cost() { $python $scripts/noise_cost.py $out/noise_cost.json --rounds 20; }
 
 # Drafts that know the noise of the target's draws, against those that do not
 sampled_acceptance() {

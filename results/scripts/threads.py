@@ -40,7 +40,7 @@ def settings():
     "Return all settings; the first is what the others are compared with"
     waits = dict(default=())
     waits |= {f'{policy} policy': (('OMP_WAIT_POLICY', policy.upper()),) for policy in ('active', 'passive')}
-    waits |= {f'{spins:,} spins': (('GOMP_SPINCOUNT', str(spins)),) for spins in (0, 1000, 2000, 10000, 100000)}
+    waits |= {f'{spins:,} spins': (('GOMP_SPINCOUNT', str(spins)),) for spins in (0, 1000, 1500, 2000, 10000, 100000)}
     return [*(Setting(wait, 2, variables) for wait, variables in waits.items()), Setting('default', 1)]
 
 
