@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PLAIN_SHARE', 'tree_sizes', 'pass_seconds', 'first_seconds', 'Calibration', 'best_size', 'DiscountedRatio',
-           'AcceptanceByDepth', 'Backoff', 'DraftTimes', 'TreeSizing', 'explain_calibration', 'explain_sizing',
-           'FixedSize', 'AdaptiveDrafter']
+           'AcceptanceByDepth', 'Backoff', 'DraftTimes', 'Overheads', 'overheads_of', 'TreeSizing',
+           'explain_calibration', 'explain_sizing', 'FixedSize', 'AdaptiveDrafter']
 
 # %% ../../nbs/4_speculation/01_adaptive.ipynb #f86fd384
 import statistics
+import time
 import weakref
 import torch
 from ..foundations.errors import DecodingError, require
@@ -226,7 +227,34 @@ class DraftTimes:
         near = min(known, key=lambda d: abs(d - depth))
         return statistics.median(self.seconds[near][-9:]) * (depth + 1) / (near + 1)
 
+
+class Overheads:
+    "What steps take beside draft and forward pass: choosing tokens, accepting them, the loop"
+    def __init__(self):
+        self.seconds: dict = {}  # Size of the tree -> seconds
+
+    def add(self,
+        size:int,  # Of the tree
+        seconds:float,  # Of the step, without draft and forward pass
+    ):
+        "Note one step; a forward pass that took less than it was measured to take leaves none"
+        self.seconds.setdefault(size, []).append(max(0., seconds))
+
+    def median(self,
+        size:int,  # Of the next tree
+    ) -> float:  # 0 where nothing is known, so that it becomes known
+        "Return the median of the last steps with trees of this size"
+        return statistics.median(self.seconds[size][-9:]) if size in self.seconds else 0.
+
 # %% ../../nbs/4_speculation/01_adaptive.ipynb #0c6c043a
+def overheads_of(
+    runner:BatchRunner,  # After the prefill
+    sizes:tuple,  # Nodes a sequence
+) -> Overheads:  # One for each model and kind of runner, which goes on from text to text
+    "Return what steps take here beside draft and forward pass"
+    known, key = _measured(runner, sizes)
+    return known.setdefault((*key, 'overheads'), Overheads())
+
 class TreeSizing(Drafter):
     "A drafter whose trees are cut to what pays"
     patience = 8  # Forward passes before drafting may pause
@@ -244,6 +272,9 @@ class TreeSizing(Drafter):
         self.reads_hidden = inner.reads_hidden
         self.acceptance = AcceptanceByDepth(inner.depths[-1])
         self.times = DraftTimes()
+        self.overheads = Overheads()
+        self.began = 0.  # When the last step did
+        self.step: tuple|None = None  # The size of its tree, and the seconds of its draft
         self.calibration: Calibration|None = None  # Made for the first tree, which knows its proposers
         self.rate = DiscountedRatio()  # Tokens a second
         self.backoff = Backoff()
@@ -254,8 +285,11 @@ class TreeSizing(Drafter):
 
     def propose(self, state, runner):
         "Return the part of the inner drafter's trees that pays, or the roots alone"
+        self._note_step()
         if not self.costs:
             self.costs, self.estimates_plain = first_seconds(runner, self.sizes)
+            self.overheads = overheads_of(runner, self.sizes)
+            self.began = time.perf_counter()
         if self.tree is not None:
             self._learn(self.tree, state)
             self._pause_where_it_loses(runner)
@@ -264,13 +298,28 @@ class TreeSizing(Drafter):
         if self.backoff.step():
             self.tree = None
             self.inner.skip(state, runner)
+            self.step = 1, 0.
             return root_tree(state.last)
-        whole = self._draft(state, runner)
+        whole, drafting = self._draft(state, runner)
         self.tree = self._cut(whole)
         if self.tree.size == 1 < whole.size and self._measures_plain(runner):
             self.tree = self._cut(whole)
+            drafting = 0.
+        self.step = self.tree.size, drafting
         self.chosen[self.tree.size] += 1
         return self.tree
+
+    def _note_step(self):
+        "Count what the last step took beside its draft and its forward pass"
+        now = time.perf_counter()
+        if self.step is not None:
+            size, drafting = self.step
+            self.overheads.add(size, now - self.began - drafting - self.costs[size])
+        self.began = now
+
+    def _seconds(self, size):
+        "Return what a step with a tree of this size takes, without its draft"
+        return self.costs[size] + self.overheads.median(size)
 
     def _best_depth(self):
         "Return the depth of the next draft"
@@ -282,12 +331,12 @@ class TreeSizing(Drafter):
         return max(depths, key=lambda d: self.acceptance.tokens(d) * live - rate * self._draft_seconds(d))
 
     def _draft(self, state, runner):
-        "Let the inner drafter propose, as deep as it pays"
+        "Let the inner drafter propose, as deep as it pays; return the trees and the seconds that it took"
         self.inner.depth = self._best_depth()
         with stopwatch(state.last.device) as clock:
             whole = self.inner.propose(state, runner)
         self.times.add(self.inner.depth, clock['s'])
-        return whole
+        return whole, clock['s']
 
     def _cut(self, whole):
         "Return the part of the trees that pays"
@@ -296,7 +345,7 @@ class TreeSizing(Drafter):
         if whole.size == 1:
             return whole
         gains = (self.calibration.rates(whole) * self.live[:, None]).sum(0).cumsum(0)
-        n = best_size(gains, self.costs, self._long_run())
+        n = best_size(gains, {size: self._seconds(size) for size in self.costs}, self._long_run())
         return whole.first(n) if n > 1 else root_tree(whole.tokens[:, 0])
 
     def _learn(self, tree, state):
@@ -305,7 +354,7 @@ class TreeSizing(Drafter):
         if tree.size > 1 and self.calibration is not None:
             self.calibration.observe(tree, state.accepted, self.live)
             self.acceptance.observe([n - 1 for n in emitted], self.inner.depth)
-        self.rate.add(sum(emitted), self.costs[tree.size] + self._draft_seconds(self.inner.depth))
+        self.rate.add(sum(emitted), self._seconds(tree.size) + self._draft_seconds(self.inner.depth))
         self.inner.record_outcome(state, self.live, self._long_run())
 
     def _pause_where_it_loses(self, runner):
@@ -324,6 +373,7 @@ class TreeSizing(Drafter):
         was_estimate = self.estimates_plain
         if was_estimate:
             self.costs = pass_seconds(runner, self.sizes)
+            self.began = time.perf_counter()  # The time of the step is not that of measuring
         self.estimates_plain = False
         return was_estimate
 
@@ -332,7 +382,7 @@ class TreeSizing(Drafter):
 
     def _plain(self):
         "Return the tokens a second of plain decoding"
-        return int(self.live.sum()) / self.costs[1]
+        return int(self.live.sum()) / self._seconds(1)
 
     def _long_run(self):
         "Return the tokens a second that time is worth"

@@ -539,11 +539,45 @@ def test_rates_count_what_is_emitted_while_alive(make):
     assert float(s.rate) == pytest.approx(4 / 1.1) and s._plain() == 1.0
 
 
+def paced(monkeypatch, s, overhead, passes=200):
+    "Return which steps were plain where each takes `overhead` beside its draft and its forward pass; 3 of 4 trees give 3 tokens"
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(sizing, 'time', SimpleNamespace(perf_counter=lambda: clock.now))
+    state = SimpleNamespace(done=torch.zeros(1, dtype=torch.bool), last=torch.zeros(1, dtype=torch.long), accepted=None)
+    plain = []
+    for i in range(passes):
+        tree = s.propose(state, None)
+        state.accepted = (torch.arange(tree.size) < (3 if i % 4 else 2))[None]
+        plain.append(tree.size == 1)
+        clock.now += s.costs[tree.size] + overhead + 11.0 * (tree.size > 1)
+    return plain
+
+
+@pytest.mark.parametrize('overhead, low, high', [(0.0, 0.6, 1.0), (5.0, 0.0, 0.2)])
+def test_what_a_step_takes_beside_its_forward_pass_counts_for_plain_decoding_too(monkeypatch, overhead, low, high):
+    inner = Inner()
+    inner.depths = (3,)
+    s = TreeSizing(inner, (1, 4), {1: 20.0, 4: 45.0})
+    fake_seconds(monkeypatch, lambda: s, 11.0 / 3)
+    plain = paced(monkeypatch, s, overhead)
+    # 56 for 2.75 tokens are more than 20 for one, and 61 are less than 25
+    assert low < sum(plain) / len(plain) < high
+    assert [s.overheads.median(n) for n in (1, 4)] == [overhead, overhead]
+
+
+def test_what_steps_take_is_known_from_text_to_text():
+    runner = compiled({})
+    sizing.overheads_of(runner, (1, 4)).add(4, 2.0)
+    assert sizing.overheads_of(runner, (1, 4)).median(4) == 2.0
+    assert sizing.overheads_of(runner, (1, 8)).median(4) == 0.0
+
+
 def test_costs_are_measured_once_after_the_prefill(monkeypatch):
     asked = []
     monkeypatch.setattr(
         sizing, 'pass_seconds', lambda rows, sizes: asked.append((rows, sizes)) or {n: 1.0 for n in sizes}
     )
+    monkeypatch.setattr(sizing, 'overheads_of', lambda rows, sizes: sizing.Overheads())
     s = TreeSizing(Inner(), (1, 2, 4))
     run(s, lambda i: 3, 4)
     assert asked == [(None, (1, 2, 4))]
