@@ -77,7 +77,7 @@ def chain_lengths(
     embed:torch.Tensor,  # `(v, d)`
     lm_head:torch.Tensor,  # `(w, d)`
     ids:torch.Tensor,  # Tokens `(b, t)`; padding may be any token
-    features:torch.Tensor,  # The target's `(b, t, d)`
+    features:torch.Tensor,  # What the head reads of the target `(b, t, d)`
     segments:torch.Tensor,  # Which text each token belongs to `(b, t)`, -1 for padding
     k:int,  # Draft tokens of a chain
     vocab:torch.Tensor|None=None,  # Draft vocabulary `(w,)`
@@ -92,12 +92,12 @@ def chain_lengths(
     e = embed[_ahead(ids, 1, 0)]
     rotations = head.rotations(text_positions(segments))
     lengths = torch.zeros_like(ids)
-    inputs = [features]
+    inputs = [head.read(features)]
     alive = known if starts is None else known & starts
     for j in range(k):
         drafted = aligned_step(head, e, inputs, rotations, slots)
         hit = torch.zeros_like(alive)
-        hit[alive] = best_tokens(drafted[alive], lm_head, vocab) == truth[alive]
+        hit[alive] = best_tokens(head.readout(drafted[alive]), lm_head, vocab) == truth[alive]
         lengths[:, :ids.shape[1]-j] += hit[:, j:]  # the chain that is here now started j slots to the left
         alive = torch.nn.functional.pad(hit, (1, 0))[:, :-1] & known
         if j < k-1:

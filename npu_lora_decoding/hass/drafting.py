@@ -47,11 +47,12 @@ class HeadCache:
     def extend(self,
         head:DraftHead,
         e:torch.Tensor,  # Embeddings of the next tokens `(b, n, d)`
-        g:torch.Tensor,  # The target's features `(b, n, d)`
+        g:torch.Tensor,  # What the head reads of the target `(b, n, d)`
         count:torch.Tensor|None=None,  # How many of the `n` are real, from the left `(b,)`; None: all
     ) -> torch.Tensor:  # Output of each sequence's last new slot `(b, d)`; without meaning where there is none
         "Add newly committed slots"
         b, n = e.shape[:2]
+        with torch.no_grad(): g = head.read(g)
         require(
             g.shape == e.shape and b == len(self.length),
             f'embeddings {tuple(e.shape)} and features {tuple(g.shape)} '
@@ -146,7 +147,7 @@ def draft_chain(
     past = cache.past
     mask = cache.valid[:, None]
     for j in range(k):
-        token, score = _children(outputs[:, None], scores[-1], lm_head, vocab, k=1, noise=noise, level=j)
+        token, score = _children(head.readout(outputs[:, None]), scores[-1], lm_head, vocab, k=1, noise=noise, level=j)
         path.append(token[:, 0])
         scores.append(score)
         if j == k-1: break
@@ -238,7 +239,7 @@ def draft_tree(
     itself = torch.eye(k, dtype=torch.bool, device=tokens.device)
     itself = itself.expand(len(tokens), -1, -1)
     root_scores = outputs.new_zeros(len(tokens), 1, dtype=torch.float32)
-    children, scores = _children(outputs[:, None], root_scores, lm_head, vocab, k=k, noise=noise)
+    children, scores = _children(head.readout(outputs[:, None]), root_scores, lm_head, vocab, k=k, noise=noise)
     found = [(children, scores, torch.full_like(children, -1))]
     beam = _first_beam(cache, outputs, children, scores)
     for level in range(depth):
@@ -246,7 +247,7 @@ def draft_tree(
         positions = cache.length[:, None] + level
         positions = positions.expand(-1, k)
         out, past = head(embed[beam.tokens], beam.features, positions, visible, past=past)
-        children, scores = _children(out, beam.scores, lm_head, vocab, k=k, noise=noise, level=level + 1)
+        children, scores = _children(head.readout(out), beam.scores, lm_head, vocab, k=k, noise=noise, level=level + 1)
         found.append((children, scores, beam.index.repeat_interleave(k, 1)))
         first = k + level * k * k
         beam = _next_beam(beam, out, visible, tokens=children, scores=scores, first=first)

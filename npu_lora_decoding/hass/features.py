@@ -18,11 +18,12 @@ from ..foundations.errors import DecodingError, require
 from ..foundations.files import atomic_path, read_json, save_tensors
 from ..foundations.lora import AdapterBank
 from ..foundations.progress import track
+from ..decoding.runner import layer_inputs
 from ..decoding.loop import LM, bank_of
 
 # %% ../../nbs/3_hass/10_features.ipynb #35d6407c
 @torch.no_grad()
-def _read_padded(lm, texts):
+def _read_padded(lm, texts, layers):
     "Return the features of texts that are read as one padded batch"
     ids = torch.nn.utils.rnn.pad_sequence(
         [x.to(lm.device) for x in texts],
@@ -31,8 +32,10 @@ def _read_padded(lm, texts):
     )
     bank = bank_of(lm) or AdapterBank(lm.model, [])
     adapter = -1 if lm.adapter is None else 0
-    with bank.attached([adapter] * len(ids)):
+    with bank.attached([adapter] * len(ids)), layer_inputs(lm.model, layers) as read:
         hidden = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    if layers:
+        hidden = torch.cat([read[i] for i in layers], -1)
     return [h[:len(x)].clone() for h, x in zip(hidden, texts)]  # a view would keep the whole batch
 
 def target_features(
@@ -40,13 +43,14 @@ def target_features(
     texts:list,  # Token ids `(t,)`
     batch:int=64,  # Texts read at once, those of like length together
     device:torch.device|None=None,  # Where the features go; None leaves them with the target
+    layers:tuple=(),  # Layers whose inputs are the features instead, side by side `(t, n d)`
 ) -> list:  # Hidden states after the final norm `(t, d)`, one a text, in the model's dtype
     "Return the target's features of each text"
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     out:list = [None] * len(texts)
     for start in range(0, len(order), batch):
         these = order[start:start+batch]
-        features = _read_padded(lm, [texts[i] for i in these])
+        features = _read_padded(lm, [texts[i] for i in these], layers)
         for i, f in zip(these, features):
             out[i] = f.to(device or f.device)
     return out

@@ -87,9 +87,7 @@ def plain_copy(
 ) -> DraftHead:  # Without; in evaluation mode, no gradients
     "Return a copy of `head` whose weights are what they multiply by"
     with torch.random.fork_rng(devices=[]):  # its random weights are replaced: the caller's generator must not move
-        copy = DraftHead(head.config, fc_bias=head.fc.bias is not None).to(
-            head.fc.weight
-        )
+        copy = head.like().to(head.fc.weight)
     copy.load_state_dict(
         {name: _plain(head, name) for name in copy.state_dict()}
     )

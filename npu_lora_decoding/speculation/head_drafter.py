@@ -19,10 +19,10 @@ from ..decoding.tree import Tree, root_tree
 from ..decoding.runner import CompiledRunner
 from ..decoding.loop import Drafter
 from ..decoding.shared_noise import draft_noise
-from ..hass.head import DraftHead, draft_rows, target_weights
-from ..hass.checkpoint import load_head
+from ..hass.head import DraftHead, draft_embeddings, draft_rows, target_weights
 from ..hass.drafting import HeadCache, draft_chain, draft_tree
 from ..hass.draft_adapter import drafts_of_rows, load_draft_adapter
+from ..hass.fused_checkpoint import load_any_head
 from .adaptive import AdaptiveDrafter, tree_sizes
 from .compiled_draft import CompiledDraft, DraftProgram, StaticHeadCache, static_head_cache
 
@@ -101,7 +101,7 @@ class _HeadDrafter(Drafter):
 
     def _new_slots(self, state, runner):
         "Return the features of the last forward pass, what followed them, and which of them are committed"
-        hidden = runner.hidden[0]
+        hidden = self._read_by_head(runner)
         if self.read_prompt:
             follows = state.drawn
             committed = state.accepted
@@ -111,6 +111,12 @@ class _HeadDrafter(Drafter):
             committed = runner.valid[:, :n]
         self.read_prompt = True
         return hidden, follows, committed & ~state.done[:, None]
+
+    def _read_by_head(self, runner):
+        "Return what the head reads of the last forward pass `(b, n, d)`, or several states side by side"
+        layers = self.loaded.head.reads
+        if not layers: return runner.hidden[0]
+        return torch.cat([runner.states[layer][0] for layer in layers], -1)
 
     def propose(self, state, runner):
         "Return the trees for the next forward pass"
@@ -192,7 +198,7 @@ class _CompiledHeadDrafter(_HeadDrafter):
 @dataclass(eq=False)
 class HASS(AdaptiveDrafter):
     "Draft with a trained draft head"
-    folder:str|Path  # Of the head, in the layout of EAGLE and HASS
+    folder:str|Path  # Of the head, in the layout of EAGLE and HASS, of EAGLE-3 or of speculators
     nodes:int=16  # Largest tree, the root included
     depth:int=5  # Of the deepest draft token
     top_k:int=8  # Children of a node, and nodes run at once
@@ -219,6 +225,7 @@ class HASS(AdaptiveDrafter):
         "Return the drafter of one batch of texts"
         if self._bound is None or self._bound.model is not runner.model:
             self._bound = self._load(runner.model)
+        runner.watch(self._bound.head.reads)
         kind = _CompiledHeadDrafter if isinstance(runner, CompiledRunner) else _HeadDrafter
         return kind(self.fitted(runner.b, runner.model.device), self._bound, runner)
 
@@ -234,15 +241,24 @@ class HASS(AdaptiveDrafter):
 
     def _load(self, model):
         "Return the head of `model`, and the rows of its LM head to draft with"
-        head = load_head(self.folder, model).requires_grad_(False)
+        head = load_any_head(self.folder, model).requires_grad_(False)
         weights = target_weights(model)
         require(self.draft_vocab is None or head.vocab is not None,
                 f'the head in {self.folder} has no draft vocabulary',
                 'leave draft_vocab out, or train the head with a draft vocabulary')
+        self._check_options(head)
         rows = draft_rows(head, weights)[:self.draft_vocab].contiguous()
         vocab = None if head.vocab is None else head.vocab[:self.draft_vocab]
         drafts = [load_draft_adapter(folder, head) for folder in self._adapter_folders()]
-        return _LoadedHead(model, head, embed=weights.embed, lm_head=rows, vocab=vocab, drafts=drafts)
+        embed = draft_embeddings(head, weights)
+        return _LoadedHead(model, head, embed=embed, lm_head=rows, vocab=vocab, drafts=drafts)
+
+    def _check_options(self, head):
+        "Raise `DecodingError` for what a head with fused features does not have"
+        if not head.reads: return
+        what = f'the head in {self.folder} fuses several layers'
+        require(self.draft_vocab is None, f'{what} and keeps its draft vocabulary in the order of tokens', 'leave draft_vocab out')
+        require(self.adapter is None, f'{what}, and draft adapters are for heads that read the last state', 'leave adapter out')
 
     def _adapter_folders(self):
         "Return the folders of the draft adapters"
