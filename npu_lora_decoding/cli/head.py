@@ -242,8 +242,9 @@ def export_head(
     weights = get_dtype(dtype) if dtype else None
     serve_command(out, 'TARGET', engine, tokens)  # what is misspelt is named before the model is loaded
     lm, adapter = load_target(model, adapter, 'bf16', device)
-    found = write_export(head, out, lm, engine, weights, full)
+    target = '' if adapter else str(model or embedded_folder())
+    found = write_export(head, out, lm, engine, weights, full=full, tokens=tokens, verifier=target)
     error = f'{found["error"]:.0e} of their length at most (tolerance {found["tolerance"]:.0e})'
     print(f'{out}: {found["tensors"]} tensors agree; {found["slots"]} features differ by {error}')
     if adapter: print('TARGET is the model with the adapter merged into it: save model.merge_and_unload() of PEFT.')
-    print(serve_command(out, 'TARGET' if adapter else model or embedded_folder(), engine, tokens))
+    print(serve_command(out, target or 'TARGET', engine, tokens))

@@ -304,7 +304,7 @@ def fused_settings(
     layout:str='speculators',  # One of `LAYOUTS`
     dtype:torch.dtype=torch.bfloat16,  # Of the file
     tokens:int=5,  # Draft tokens of a forward pass, which speculators say beside the head
-    verifier:str|None=None,  # Name or folder of the target; None: as it was loaded
+    verifier:str|None=None,  # Name or folder of the target; None: as it was loaded; '': left open
 ) -> dict:  # For `config.json`
     "Return the configuration of a fused head"
     require(layout in LAYOUTS, f'unknown layout {layout!r}', f'use one of {", ".join(LAYOUTS)}')
@@ -312,7 +312,7 @@ def fused_settings(
     both = _fusion_settings(head) | dict(dtype=kind, torch_dtype=kind)
     layer = _layer_settings(head)
     if layout == 'speculators':
-        name = verifier or target.config._name_or_path or None
+        name = (target.config._name_or_path if verifier is None else verifier) or None
         return dict(
             architectures=['Eagle3Speculator'], speculators_model_type='eagle3', speculators_version='0.7.0',
             transformer_layer_config=layer, speculators_config=_of_verifier(target, tokens, name), **both)

@@ -6,7 +6,7 @@
 __all__ = ['ENGINES', 'ROPES', 'TOLERANCES', 'TEXT', 'MAP', 'EXPORT_FILES', 'Engine', 'get_engine', 'check_engine',
            'engine_config', 'engine_tensors', 'token_map', 'read_token_map', 'read_export', 'engine_layer',
            'engine_features', 'relative_error', 'text_inputs', 'head_features', 'check_export', 'export_head',
-           'serve_command']
+           'check_fused_engine', 'check_fused_export', 'serve_command']
 
 # %% ../../nbs/7_serving/02_head_export.ipynb #1f5a16ba
 import io, json, zipfile
@@ -17,7 +17,7 @@ from torch import nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 from ..foundations.errors import DecodingError, require
 from ..foundations.files import atomic_path, read_json, save_tensors
 from ..foundations.adapters import fingerprint
@@ -25,8 +25,10 @@ from ..foundations.model_shape import head_width
 from ..foundations.progress import Stage
 from ..decoding.loop import LM
 from ..hass.head import DraftHead, check_vocab, target_weights
-from ..hass.checkpoint import load_head, read_checkpoint
+from ..hass.checkpoint import load_head, read_checkpoint, read_settings
 from ..hass.features import target_features
+from ..hass.fused_head import FusedHead
+from ..hass.fused_checkpoint import fused_layout, fused_settings, fused_tensors, is_fused, load_fused_head
 
 # %% ../../nbs/7_serving/02_head_export.ipynb #aded363f
 @dataclass(frozen=True)
@@ -397,10 +399,16 @@ def export_head(
     dtype:torch.dtype|None=None,  # Of the weights; None keeps the head's
     full:bool=False,  # Leave out the token map: the engine drafts from the whole vocabulary
     text:str=TEXT,  # That the target reads for the check
+    tokens:int=5,  # Draft tokens of a forward pass, which vLLM reads beside a head with fused features
+    verifier:str|None=None,  # Name or folder of the target, which it reads there too; None: as it was loaded
 ) -> dict:  # What `check_export` found
     "Write a head as `engine` reads it and check what was written; the folder appears when it is right"
     get_engine(engine)
     folder = Path(folder)
+    if is_fused(head_folder):
+        what = f'the head in {head_folder} scores its draft vocabulary only'
+        require(not full, what, 'leave full out')
+        return _export_fused(head_folder, folder, lm, engine, dtype=dtype, text=text, tokens=tokens, verifier=verifier)
     head = load_head(head_folder, lm.model, torch.float32).cpu()
     dtype = dtype or read_checkpoint(head_folder)[0]['fc.weight'].dtype
     _refuse_other(head_folder, folder)
@@ -414,6 +422,142 @@ def export_head(
             (tmp/MAP).write_bytes(token_map(head.vocab))
         with Stage('checking what was written'): return check_export(tmp, head, lm, engine, text=text)
 
+# %% ../../nbs/7_serving/02_head_export.ipynb #7f5e0002
+def check_fused_engine(
+    head:FusedHead,  # The head
+    engine:str,  # vllm or sglang
+    n:int,  # Layers of the target
+):
+    "Raise `DecodingError` where the engine could not serve a head with fused features, or would serve another one"
+    title = get_engine(engine).title
+    c = head.config
+    fusion = head.fusion
+    kind = _rope(c).get('rope_type', 'default')
+    problem = f'the head rotates its positions by the rule {kind!r}, which depends on the length of the text'
+    require(kind in ROPES, problem, f'use a target with one of {", ".join(ROPES)}')
+    norms = f'the head is of the family qwen3, whose norms on queries and keys have no place in the Llama layer of {title}'
+    require(c.model_type != 'qwen3', norms, 'train a head with a plain Llama layer, or draft with this library')
+    captured = 0 < fusion.layers[0] and fusion.layers[-1] < n
+    problem = f'the head reads the layers {list(fusion.layers)} of {n}, and {title} captures what 1 to {n - 1} read'
+    require(captured, problem, 'draft with this library')
+    if engine == 'vllm': return
+    for name in ('norm_before_residual', 'norm_before_fc'):
+        require(not getattr(fusion, name), f'the head has {name}, which {title} does not know', "export for the engine 'vllm'")
+    biased = any(name.endswith('.bias') for name in head.state_dict())
+    require(not biased, f'the head has biases, for which {title} has no place', "export for the engine 'vllm'")
+    own = fusion.own_embedding and c.hidden_size == fusion.width
+    require(not own, f'the head has embeddings of its own, which {title} replaces', "export for the engine 'vllm'")
+
+# %% ../../nbs/7_serving/02_head_export.ipynb #7f5e0004
+class _FusedReader:
+    "A written head as an engine's formulas see it, in fp32"
+    def __init__(self, folder):
+        self.config, tensors = read_export(folder)
+        self.w = {name.replace('midlayer.', 'layers.0.'): x for name, x in tensors.items()}
+        sizes = self.config.get('transformer_layer_config', self.config)
+        try: c = AutoConfig.for_model(**sizes)
+        except Exception as e: raise _not_a_config(folder, e) from e
+        c._attn_implementation = 'eager'
+        self.eps = c.rms_norm_eps
+        self.layer = LlamaDecoderLayer(c, 0).float().eval()
+        for name in 'qkv':
+            old = getattr(self.layer.self_attn, f'{name}_proj')
+            wide = nn.Linear(2 * c.hidden_size, old.out_features, bias=old.bias is not None)
+            setattr(self.layer.self_attn, f'{name}_proj', wide)
+        self.layer.hidden_norm = LlamaRMSNorm(c.hidden_size, c.rms_norm_eps)
+        own = {name.removeprefix('layers.0.'): x.float() for name, x in self.w.items() if name.startswith('layers.0.')}
+        self.layer.load_state_dict(own)
+        self.rotary = LlamaRotaryEmbedding(c)
+
+    def norm(self, name, x):
+        square = x.pow(2).mean(-1, keepdim=True)
+        return self.w[f'{name}.weight'].float() * x * torch.rsqrt(square + self.eps)
+
+    @torch.no_grad()
+    def run(self, e, states):
+        "Return what is scored and what is fed back `(1, t, d)` each"
+        parts = states.chunk(len(self.config[_IDS]), -1)
+        if self.config['fc_norm']: parts = [self.norm(f'fc_norm.{i}', part) for i, part in enumerate(parts)]
+        joined = torch.cat(list(parts), -1)
+        if self.config['norm_before_fc']: joined = self.norm('input_norm', joined)
+        residual = joined @ self.w['fc.weight'].float().T
+        inner = self.layer.hidden_norm(residual)
+        if self.config['norm_before_residual']: residual = inner
+        u = torch.cat([self.layer.input_layernorm(e), inner], -1)
+        t = e.shape[1]
+        later = torch.full((1, 1, t, t), torch.finfo(u.dtype).min).triu(1)
+        rotations = self.rotary(u, torch.arange(t)[None])
+        residual = residual + self.layer.self_attn(u, attention_mask=later, position_embeddings=rotations)[0]
+        residual = residual + self.layer.mlp(self.layer.post_attention_layernorm(residual))
+        scored = self.norm('norm', residual)
+        return scored, scored if self.config['norm_output'] else residual
+
+_IDS = 'eagle_aux_hidden_state_layer_ids'
+
+def _check_fused_files(tmp, head, engine, lm, dtype):
+    "Refuse files that do not hold the head as the engine reads it; return how many tensors agree"
+    config, tensors = read_export(tmp)
+    layout = 'speculators' if engine == 'vllm' else 'eagle3'
+    require(fused_layout(config, tensors) == layout, f'the exported head is not in the layout {layout}', _AGAIN)
+    want = fused_tensors(head, layout, dtype)
+    require(want.keys() == tensors.keys(), f'the exported head lacks or adds {sorted(want.keys() ^ tensors.keys())[:1]}', _AGAIN)
+    for name, x in want.items():
+        require(torch.equal(x, tensors[name]), f'{name} of the exported head is not the head\'s', _AGAIN)
+    again = load_fused_head(tmp, lm.model, torch.float32)
+    same = again.fusion == head.fusion and again.reads == head.reads
+    require(same, 'the exported head fuses its target in another way', _AGAIN)
+    return len(tensors)
+
+@torch.no_grad()
+def check_fused_export(
+    folder:str|Path,  # An exported head
+    head:FusedHead,  # What it was exported from, in fp32 on the CPU
+    lm:LM,  # The target, with its adapter
+    engine:str='vllm',  # vllm or sglang
+    dtype:torch.dtype=torch.bfloat16,  # Of the written weights
+    text:str=TEXT,  # That the target reads
+) -> dict:  # `tensors`, `slots`, `error` (of the worst slot) and `tolerance`
+    "Raise `DecodingError` unless `folder` holds `head` as `engine` reads it: names, weights, configuration, both ends of the layer"
+    tensors = _check_fused_files(folder, head, engine, lm, dtype=dtype)
+    e, states = _fused_inputs(lm, head, text)
+    t = e.shape[1]
+    causal = torch.ones(1, t, t, dtype=torch.bool).tril()
+    fed_back, _ = head(e, head.read(states), torch.arange(t)[None], causal)
+    ours = (head.readout(fed_back), fed_back)
+    theirs = _FusedReader(folder).run(e, states)
+    error = max(float(relative_error(got, want).max()) for got, want in zip(theirs, ours))
+    exact = all(torch.equal(x.float(), x.to(dtype).float()) for x in head.state_dict().values())
+    tolerance = TOLERANCES[torch.float32 if exact else dtype]
+    problem = f'the exported head computes states that differ by {error:.1e} of their length, more than {tolerance:.1e}'
+    require(error <= tolerance, problem, 'report this with the head\'s config.json, and do not serve the folder')
+    return dict(tensors=tensors, slots=t, error=error, tolerance=tolerance)
+
+def _fused_inputs(lm, head, text):
+    "Return what a head with fused features reads of a text: embeddings and states, in fp32 on the CPU"
+    ids = torch.tensor(lm.tokenizer(text).input_ids[:min(512, lm.context)])
+    require(len(ids) >= 8, f'the text has {len(ids)} tokens', 'give a text of at least 8')
+    states = target_features(lm, [ids], layers=head.reads)[0]
+    own = head.embed_tokens
+    embed = target_weights(lm.model).embed if own is None else own.weight
+    return embed[ids[1:].to(embed.device)].float().cpu()[None], states[:-1].float().cpu()[None]
+
+def _export_fused(head_folder, folder, lm, engine, *, dtype, text, tokens=5, verifier=None):
+    "Write a head with fused features, checked"
+    head = load_fused_head(head_folder, lm.model, torch.float32).cpu()
+    check_fused_engine(head, engine, lm.model.config.num_hidden_layers)
+    dtype = dtype or read_checkpoint(head_folder)[0]['fc.weight'].dtype
+    _refuse_other(head_folder, folder)
+    layout = 'speculators' if engine == 'vllm' else 'eagle3'
+    with atomic_path(folder) as tmp:
+        tmp.mkdir()
+        name = None if verifier is None else _full_name(verifier)
+        settings = fused_settings(head, lm.model, layout, dtype, tokens=tokens, verifier=name)
+        (tmp/'config.json').write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
+        about = dict(format='pt', base_fingerprint=json.dumps(fingerprint(lm.model)))
+        save_tensors(fused_tensors(head, layout, dtype), tmp/'model.safetensors', about)
+        with Stage('checking what was written'):
+            return check_fused_export(tmp, head, lm, engine, dtype=dtype, text=text)
+
 # %% ../../nbs/7_serving/02_head_export.ipynb #2232be97
 def serve_command(
     folder:str|Path,  # An exported head
@@ -424,13 +568,16 @@ def serve_command(
     "Return how to serve `target` with the head in `folder`"
     get_engine(engine)
     require(tokens >= 1, f'{tokens} draft tokens of a forward pass', 'ask for at least one')
+    fused = _written_layout(folder)
     if engine == 'vllm':
-        speculation = dict(method='eagle', model=str(folder), num_speculative_tokens=tokens)
+        if fused and _full_name(target) == _verifier_of(folder):
+            return f'vllm serve {folder}'  # which says for which target it is, and how many draft tokens to take
+        speculation = dict(method='eagle3' if fused else 'eagle', model=str(folder), num_speculative_tokens=tokens)
         return f"vllm serve {target} --speculative-config '{json.dumps(speculation)}'"
     options = [
         'python -m sglang.launch_server',
         f'--model-path {target}',
-        '--speculative-algorithm EAGLE',
+        f'--speculative-algorithm {"EAGLE3" if fused else "EAGLE"}',
         f'--speculative-draft-model-path {folder}',
         f'--speculative-num-steps {tokens}',
         '--speculative-eagle-topk 8',
@@ -440,3 +587,17 @@ def serve_command(
     if hot.exists():
         options.append(f'--speculative-token-map {hot}')
     return ' '.join(options)
+
+def _full_name(target):
+    "Return the absolute path of a model's folder; the name of a model that lies elsewhere as it is"
+    return str(Path(target).resolve()) if target and Path(target).is_dir() else str(target)
+
+def _written_layout(folder):
+    "Return the layout of a head with fused features that lies in `folder`, or None"
+    there = (Path(folder)/'config.json').exists()
+    return fused_layout(read_settings(folder), ()) if there else None
+
+def _verifier_of(folder):
+    "Return the name of the target in a folder of speculators' layout, or None"
+    said = read_settings(folder).get('speculators_config') or {}
+    return said.get('verifier', {}).get('name_or_path')

@@ -11,12 +11,14 @@ from npu_lora_decoding.cli.main import run
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.hass.head import DraftHead, head_config
 from npu_lora_decoding.hass.checkpoint import load_head, save_head
+from npu_lora_decoding.hass.fused_checkpoint import save_fused_head
 from npu_lora_decoding.hass.pipeline import acceptance_gain
 from npu_lora_decoding.decoding.loop import load
 from npu_lora_decoding.hass.config import HeadTraining
 from helpers.chats import CHATML, IM, lm_of
+from helpers.fused import random_fused
 from helpers.heads import random_head
-from helpers.toys import toy_folder
+from helpers.toys import toy_folder, toy_lm
 
 SMALL = (
     '--steps 4 --tokens 256 --heldout 4 --save-every 2 --eval-every 2 --write-batch 4 --user-tokens 24 '
@@ -389,13 +391,35 @@ def test_export_says_what_it_checked_and_how_to_serve(model, toy_head, tmp_path,
     assert ('--speculative-token-map' in line) == (engine == 'sglang') == (tmp_path / 'out' / 'hot_tokens.pt').exists()
 
 
+def test_a_fused_head_is_served_by_its_folder_alone(tmp_path, capsys):
+    "vLLM finds target and number of draft tokens in the folder; SGLang is told of both"
+    lm = toy_lm(num_hidden_layers=7)
+    folder = toy_folder(tmp_path / 'toy', lm.model, lm.tokenizer)
+    target = load(str(folder), dtype='fp32', device='cpu').model
+    head = str(save_fused_head(random_fused(target, layers=(2, 3, 4)), tmp_path / 'head', target))
+    out = tmp_path / 'out'
+    for engine, line in dict(vllm=f'vllm serve {out}', sglang='--speculative-algorithm EAGLE3').items():
+        asked = ['--engine', engine, '--tokens', '3', '--model', str(folder), '--device', 'cpu']
+        run(['export-head', head, str(out), *asked])
+        first, shown = capsys.readouterr().out.strip().splitlines()
+        assert 'tensors agree' in first and 'tolerance 1e-04' in first
+        assert shown == line if engine == 'vllm' else line in shown and '--speculative-token-map' not in shown
+        named = json.loads((out / 'config.json').read_text())
+        if engine == 'vllm':
+            said = named['speculators_config']
+            assert said['verifier']['name_or_path'] == str(folder.resolve())
+            assert said['proposal_methods'][0]['speculative_tokens'] == 3
+
+
 def test_every_option_of_export_arrives(model, toy_head, tmp_path, monkeypatch, capsys):
     import npu_lora_decoding.cli.head as cli_head
 
     got = []
     adapter = toy_adapter(load(model, device='cpu').model, tmp_path / 'adapter')
     monkeypatch.setattr(
-        cli_head, 'write_export', lambda *args: got.append(args) or dict(tensors=1, slots=2, error=0.0, tolerance=1.0)
+        cli_head,
+        'write_export',
+        lambda *args, **more: got.append((*args, more)) or dict(tensors=1, slots=2, error=0.0, tolerance=1.0),
     )
     run(
         [
@@ -417,14 +441,9 @@ def test_every_option_of_export_arrives(model, toy_head, tmp_path, monkeypatch, 
             'cpu',
         ]
     )
-    ((head, out, lm, engine, dtype, full),) = got
-    assert (head, out, engine, dtype, full) == (
-        toy_head,
-        'out',
-        'sglang',
-        torch.float16,
-        True,
-    ) and lm.adapter is not None
+    ((head, out, lm, engine, dtype, more),) = got
+    assert (head, out, engine, dtype) == (toy_head, 'out', 'sglang', torch.float16) and lm.adapter is not None
+    assert more == dict(full=True, tokens=2, verifier='')  # the merged model has no name yet
     shown = capsys.readouterr().out
     assert 'merged into it' in shown and '--model-path TARGET' in shown
 

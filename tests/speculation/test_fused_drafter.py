@@ -113,7 +113,9 @@ def drafts_agree(toy, out, target, folder, lengths=(7, 3, 5, 1)):
 def test_drafts_are_those_of_the_text(toy, rows, name, kind, target, lengths):
     drafter = DRAFTERS[name](toy.folders[kind])
     out = run(toy, target, drafter, lengths, rows, max_new_tokens=12)
-    assert drafts_agree(toy, out, target, toy.folders[kind], lengths) > 15
+    assert drafts_agree(toy, out, target, toy.folders[kind], lengths) > 9
+    if name == 'tree' and len(lengths) > 1:
+        assert count_drafted(out) > 3  # so that slots of accepted nodes were read
 
 
 def test_one_layer_off_is_seen_in_drafts(toy, monkeypatch):
