@@ -136,18 +136,22 @@ class Reference:
         return tokens, torch.tensor(scores).exp()
 
 
-def check_tree(reference, ids, tokens, parents, scores, every=1):
-    "Assert that each node of one tree has the probability of its path, and return the nodes that were compared"
+def check_tree(reference, ids, tokens, parents, scores=None, every=1, top=1):
+    """Assert that each node of one tree has the probability of its path, or, in a tree without scores, that it is among the
+    `top` best after its parent; return how many nodes were compared
+    """
     paths = {0: []}
     nodes = 0
     for i, (token, parent) in enumerate(zip(tokens.tolist(), parents.tolist())):
         if parent < 0:
             continue
-        paths[i] = [*paths[parent], token]
+        path = paths[i] = [*paths[parent], token]
         if i % every:
             continue
-        path = paths[i]
-        logp = sum(float(reference.next(ids, path[:j])[token]) for j, token in enumerate(path))
-        torch.testing.assert_close(scores[i].log(), torch.tensor(logp), rtol=1e-3, atol=1e-3)
+        if scores is None:
+            assert token in reference.next(ids, path[:-1]).topk(top).indices.tolist()
+        else:
+            logp = sum(float(reference.next(ids, path[:j])[token]) for j, token in enumerate(path))
+            torch.testing.assert_close(scores[i].log(), torch.tensor(logp), rtol=1e-3, atol=1e-3)
         nodes += 1
     return nodes

@@ -84,7 +84,7 @@ def test_draws_with_shared_noise(toy, name):
     assert len(set(plain.sequences[0].tolist())) > 5
 
 
-def drafts_agree(toy, out, target, folder, lengths=(7, 3, 5, 1)):
+def drafts_agree(toy, out, target, folder, lengths=(7, 3, 5, 1), top=4):
     "Compare each draft of a run with one that is made from the text alone, and return how many draft tokens were compared"
     ids, mask = prompts(lengths)
     texts = [row[m.bool()] for row, m in zip(ids, mask)]
@@ -95,8 +95,8 @@ def drafts_agree(toy, out, target, folder, lengths=(7, 3, 5, 1)):
             for b, text in enumerate(texts):
                 if step.tree.size > 1 and step.tokens[b]:
                     assert step.tree.tokens[b, 0] == text[-1]
-                    of_text = step.tree.tokens[b], step.tree.parents[b], step.tree.scores[b]
-                    compared += check_tree(reference, text, *of_text, every=3)
+                    of_text = [None if x is None else x[b] for x in (step.tree.tokens, step.tree.parents, step.tree.scores)]
+                    compared += check_tree(reference, text, *of_text, every=3, top=top)
                     best = int(step.tree.tokens[b, 1])
                     assert best == reference.chain(text, 1)[0][0]
             texts = [
@@ -113,7 +113,7 @@ def drafts_agree(toy, out, target, folder, lengths=(7, 3, 5, 1)):
 def test_drafts_are_those_of_the_text(toy, rows, name, kind, target, lengths):
     drafter = DRAFTERS[name](toy.folders[kind])
     out = run(toy, target, drafter, lengths, rows, max_new_tokens=12)
-    assert drafts_agree(toy, out, target, toy.folders[kind], lengths) > 9
+    assert drafts_agree(toy, out, target, toy.folders[kind], lengths, top=1 if name == 'chain' else 4) > 9
     if name == 'tree' and len(lengths) > 1:
         assert count_drafted(out) > 3  # so that slots of accepted nodes were read
 
@@ -157,7 +157,7 @@ def test_compiled_tokens_and_drafts(toy):
     drafter = HASS(toy.folders['newer'], adaptive=False, depth=3, top_k=2, nodes=6)
     out = run(toy, COLD, drafter, (7, 3), dict(compile=True), max_new_tokens=12)
     same(out.sequences, run(toy, COLD, None, (7, 3), max_new_tokens=12).sequences)
-    assert drafts_agree(toy, out, COLD, toy.folders['newer'], (7, 3)) > 10
+    assert drafts_agree(toy, out, COLD, toy.folders['newer'], (7, 3), top=2) > 10
     assert len(drafter._bound.programs) == 1
 
 
