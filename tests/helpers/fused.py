@@ -62,8 +62,15 @@ class Reference:
 
     def features(self, ids):
         "One feature a token, from what the layers read"
-        out = self.target(ids[None], output_hidden_states=True).hidden_states
-        states = [out[i][0] for i in self.named['eagle_aux_hidden_state_layer_ids']]
+        # not with `output_hidden_states`, whose hooks stay on the model: layers with hooks cannot share programs
+        base = self.target.base_model
+        x = base.embed_tokens(ids[None])
+        rotations = base.rotary_emb(x, torch.arange(len(ids))[None])
+        read = []
+        for layer in base.layers:
+            read.append(x[0])
+            x = layer(x, attention_mask=None, position_embeddings=rotations)
+        states = [read[i] for i in self.named['eagle_aux_hidden_state_layer_ids']]
         if self.named['fc_norm']:
             states = [self.norm(f'fc_norm.{i}', x) for i, x in enumerate(states)]
         joined = torch.cat(states, -1)
