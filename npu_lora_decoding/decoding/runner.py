@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import weakref
+from typing import Any
 import torch
 from fastcore.basics import patch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel, StaticCache
@@ -50,7 +51,7 @@ def layer_inputs(
 ):
     "Collect what these layers read inside the block, by number: hidden states `(b, n, d)` before the layer's norm"
     found:dict = {}
-    base = model.base_model
+    base:Any = model.base_model
     handles = []
     for i in layers:
         reader = base.norm if i == len(base.layers) else base.layers[i]

@@ -239,8 +239,10 @@ def load_fused_head(
     own = _own_embeddings(folder, named, tensors, config=config, target=target)
     fusion = Fusion(**fusion.to_dict() | dict(own_embedding=own))
     head = fill_head(lambda: FusedHead(config, fusion), tensors, folder)
+    assert isinstance(head, FusedHead)
     head.vocab = vocab
-    return put_head(head, target, dtype)
+    put_head(head, target, dtype)
+    return head
 
 def load_any_head(
     folder:str|Path,  # In any layout that we know, safetensors
@@ -344,11 +346,11 @@ def save_fused_head(
     layout:str='speculators',  # One of `LAYOUTS`
     dtype:torch.dtype=torch.bfloat16,  # Of the file
     embed:bool=False,  # Also write the target's embeddings
-    **said,  # `tokens` and `verifier` of `fused_settings`
+    **beside,  # `tokens` and `verifier` of `fused_settings`
 ) -> Path:  # `folder`
     "Write a fused head, with its draft vocabulary and the fingerprint of its target; atomic"
     folder = Path(folder)
-    settings = fused_settings(head, target, layout, dtype, **said)
+    settings = fused_settings(head, target, layout, dtype, **beside)
     tensors = fused_tensors(head, layout, dtype, target_weights(target).embed if embed else None)
     other = sorted(f.name for f in folder.iterdir() if f.name not in FUSED_FILES) if folder.is_dir() else []
     problem = f'{folder} holds {other[:1]}, which does not belong to a head with fused features'

@@ -146,10 +146,13 @@ def new_fused_head(
     fusion = Fusion(layers, config.hidden_size, w, **flags)
     check_fusion(fusion, n)
     head = FusedHead(config, fusion)
-    if vocab is not None: head.vocab = vocab.sort().values.cpu()
+    final:Any = target.base_model.norm
+    rows = frozen.lm_head
+    if vocab is not None:
+        head.vocab = vocab.sort().values.cpu()
+        rows = rows[head.vocab.to(rows.device)]
     with torch.no_grad():
-        rows = frozen.lm_head if vocab is None else frozen.lm_head[head.vocab.to(frozen.lm_head.device)]
         head.lm_head.weight.copy_(rows)
-        head.norm.weight.copy_(target.base_model.norm.weight)
+        head.norm.weight.copy_(final.weight)
     head.lm_head.requires_grad_(False)
     return head

@@ -148,7 +148,7 @@ class DraftHead(nn.Module):
         self.reads = ()
         for name in ('lm_head', 'embed_tokens'): self.register_module(name, None)
         # not a submodule: it has no weights and is not part of the checkpoint
-        rotary = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]  # any Llama-like config will do
+        rotary = LlamaRotaryEmbedding(config)  # any Llama-like config will do
         object.__setattr__(self, 'rotary', rotary)
         # buffers follow the head to its device; these do not go into its state dict
         for name in ('vocab', 'counts'): self.register_buffer(name, None, persistent=False)

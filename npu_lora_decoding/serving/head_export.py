@@ -12,6 +12,7 @@ __all__ = ['ENGINES', 'ROPES', 'TOLERANCES', 'TEXT', 'MAP', 'EXPORT_FILES', 'Eng
 import io, json, zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 import torch
 from torch import nn
 from safetensors import SafetensorError
@@ -455,7 +456,7 @@ class _FusedReader:
         self.config, tensors = read_export(folder)
         self.w = {name.replace('midlayer.', 'layers.0.'): x for name, x in tensors.items()}
         sizes = self.config.get('transformer_layer_config', self.config)
-        try: c = AutoConfig.for_model(**sizes)
+        try: c:Any = AutoConfig.for_model(**sizes)
         except Exception as e: raise _not_a_config(folder, e) from e
         c._attn_implementation = 'eager'
         self.eps = c.rms_norm_eps
@@ -464,8 +465,9 @@ class _FusedReader:
             old = getattr(self.layer.self_attn, f'{name}_proj')
             wide = nn.Linear(2 * c.hidden_size, old.out_features, bias=old.bias is not None)
             setattr(self.layer.self_attn, f'{name}_proj', wide)
-        self.layer.hidden_norm = LlamaRMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.hidden_norm = LlamaRMSNorm(c.hidden_size, c.rms_norm_eps)
         own = {name.removeprefix('layers.0.'): x.float() for name, x in self.w.items() if name.startswith('layers.0.')}
+        self.hidden_norm.weight.data = own.pop('hidden_norm.weight')
         self.layer.load_state_dict(own)
         self.rotary = LlamaRotaryEmbedding(c)
 
@@ -481,7 +483,7 @@ class _FusedReader:
         joined = torch.cat(list(parts), -1)
         if self.config['norm_before_fc']: joined = self.norm('input_norm', joined)
         residual = joined @ self.w['fc.weight'].float().T
-        inner = self.layer.hidden_norm(residual)
+        inner = self.hidden_norm(residual)
         if self.config['norm_before_residual']: residual = inner
         u = torch.cat([self.layer.input_layernorm(e), inner], -1)
         t = e.shape[1]
@@ -599,5 +601,5 @@ def _written_layout(folder):
 
 def _verifier_of(folder):
     "Return the name of the target in a folder of speculators' layout, or None"
-    said = read_settings(folder).get('speculators_config') or {}
-    return said.get('verifier', {}).get('name_or_path')
+    named = read_settings(folder).get('speculators_config') or {}
+    return named.get('verifier', {}).get('name_or_path')

@@ -392,7 +392,7 @@ def test_export_says_what_it_checked_and_how_to_serve(model, toy_head, tmp_path,
 
 
 def test_a_fused_head_is_served_by_its_folder_alone(tmp_path, capsys):
-    "vLLM finds target and number of draft tokens in the folder; SGLang is told of both"
+    "vLLM finds target and number of draft tokens in the folder; SGLang is given both"
     lm = toy_lm(num_hidden_layers=7)
     folder = toy_folder(tmp_path / 'toy', lm.model, lm.tokenizer)
     target = load(str(folder), dtype='fp32', device='cpu').model
@@ -406,9 +406,9 @@ def test_a_fused_head_is_served_by_its_folder_alone(tmp_path, capsys):
         assert shown == line if engine == 'vllm' else line in shown and '--speculative-token-map' not in shown
         named = json.loads((out / 'config.json').read_text())
         if engine == 'vllm':
-            said = named['speculators_config']
-            assert said['verifier']['name_or_path'] == str(folder.resolve())
-            assert said['proposal_methods'][0]['speculative_tokens'] == 3
+            beside = named['speculators_config']
+            assert beside['verifier']['name_or_path'] == str(folder.resolve())
+            assert beside['proposal_methods'][0]['speculative_tokens'] == 3
 
 
 def test_every_option_of_export_arrives(model, toy_head, tmp_path, monkeypatch, capsys):

@@ -273,7 +273,7 @@ FAULTS = {
     ),
     'both norms': (dict(settings=dict(norm_before_fc=True)), 'norm_before_fc and fc_norm'),
     'a switch of text': (dict(settings=dict(norm_output='false')), "says norm_output: 'false': write true or false"),
-    'a norm that is not said': (dict(settings=dict(fc_norm=False)), 'has the tensor fc_norm.0.weight'),
+    'a norm that is left out': (dict(settings=dict(fc_norm=False)), 'has the tensor fc_norm.0.weight'),
     'a norm that is not there': (
         dict(settings=dict(fc_norm=False, norm_before_fc=True)),
         'lacks the tensor input_norm.weight',
@@ -294,7 +294,7 @@ FAULTS = {
 ONLY_SPECULATORS = {
     'another kind': (dict(settings=dict(speculators_model_type='dflash')), "speculator of the kind 'dflash'"),
     'no layer': (dict(settings=dict(transformer_layer_config=[])), 'transformer_layer_config'),
-    'norm_before_residual not said': (
+    'norm_before_residual left out': (
         dict(settings=dict(norm_before_residual=None)),
         'does not say norm_before_residual',
     ),

@@ -173,9 +173,20 @@ def test_a_state_without_its_norm_is_seen(target, tmp_path, monkeypatch):
 # --- what the target delivers
 
 
+def check_states(bank, runner, texts, column):
+    "Assert that the states of every role and sequence are those of reading its text alone"
+    for role, adapter in enumerate((0, -1)):
+        for b, text in enumerate(texts):
+            with bank.attached([adapter]):
+                want = runner.model(torch.tensor([text]), output_hidden_states=True).hidden_states
+            for i in runner.watched:
+                torch.testing.assert_close(runner.states[i][role][b, column], want[i][0, -1], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize('kind', ['eager', 'programs'])
 @pytest.mark.parametrize('family', ['llama', 'qwen2', 'qwen3', 'mistral'])
-def test_states_of_every_pass(tmp_path, monkeypatch, family, kind):
+@torch.no_grad()
+def test_states_of_every_step(tmp_path, monkeypatch, family, kind):
     "Prompts of two lengths, two roles, a tree, what it kept, and a step behind it"
     if kind == 'programs':
         uncompiled(monkeypatch)
@@ -183,48 +194,30 @@ def test_states_of_every_pass(tmp_path, monkeypatch, family, kind):
     bank = AdapterBank(model, [load_adapter(toy_adapter(model, tmp_path), model)])
     ids = torch.tensor([[0, 5, 6, 7], [9, 3, 4, 5]])
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
-    texts = [[5, 6, 7], [9, 3, 4, 5]]
-
-    def hidden(text, adapter):
-        with bank.attached([adapter]):
-            return model(torch.tensor([text]), output_hidden_states=True).hidden_states
-
-    runner = (CompiledRunner if kind == 'programs' else BatchRunner)(
-        model, ('expert', 'base'), 2, 40, draft_capacity=8, keep_hidden=True
-    )
+    make = CompiledRunner if kind == 'programs' else BatchRunner
+    runner = make(model, ('expert', 'base'), 2, 40, draft_capacity=8, keep_hidden=True)
     runner.watch((2, 0))
     runner.watch((3,))
     assert runner.watched == (0, 2, 3)
-
-    def check(depth):
-        for role, adapter in enumerate((0, -1)):
-            for b, text in enumerate(texts):
-                want = hidden(text, adapter)
-                for i in runner.watched:
-                    got = runner.states[i][role][b, -1 if depth is None else depth]
-                    torch.testing.assert_close(got, want[i][0, -1], rtol=1e-4, atol=1e-4)
-
-    with torch.no_grad():
-        with bank.attached([0, 0, -1, -1]):
-            runner.prefill(ids, mask)
-        check(None)
-        tree = Tree(torch.tensor([[8, 11, 12]] * 2), torch.tensor([[-1, 0, 0]] * 2))
-        with bank.attached([0, 0, -1, -1]):
-            runner.forward(tree)
-            before = runner.states
-            runner.commit(torch.tensor([[True, False, True]] * 2))
-        texts = [[*text, 8, 12] for text in texts]
-        check(2)
-        with bank.attached([0, 0, -1, -1]):
-            runner.time(Tree(torch.tensor([[30]] * 2), torch.tensor([[-1]] * 2)))
-            assert runner.states is before  # of the last forward pass that counts
-            runner.forward(Tree(torch.tensor([[30]] * 2), torch.tensor([[-1]] * 2)))
-        texts = [[*text, 30] for text in texts]
-        check(0)
-        before = runner.states
-        with bank.attached([0, 0, -1, -1]):
-            runner.reset_prefix(ids)
-        assert runner.states is before
+    both = [0, 0, -1, -1]
+    next_roots = Tree(torch.tensor([[30]] * 2), torch.tensor([[-1]] * 2))
+    with bank.attached(both):
+        runner.prefill(ids, mask)
+    check_states(bank, runner, [[5, 6, 7], [9, 3, 4, 5]], -1)
+    with bank.attached(both):
+        runner.forward(Tree(torch.tensor([[8, 11, 12]] * 2), torch.tensor([[-1, 0, 0]] * 2)))
+    check_states(bank, runner, [[5, 6, 7, 8, 12], [9, 3, 4, 5, 8, 12]], 2)
+    before = runner.states
+    with bank.attached(both):
+        runner.commit(torch.tensor([[True, False, True]] * 2))
+        runner.time(next_roots)
+        assert runner.states is before  # of the last step that counts
+        runner.forward(next_roots)
+    check_states(bank, runner, [[5, 6, 7, 8, 12, 30], [9, 3, 4, 5, 8, 12, 30]], 0)
+    before = runner.states
+    with bank.attached(both):
+        runner.reset_prefix(ids)
+    assert runner.states is before
 
 
 def test_nobody_watches(target):

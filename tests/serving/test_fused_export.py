@@ -1,4 +1,4 @@
-"Heads with fused features for serving engines: what is written is read as the engine does, and what it cannot serve is refused"
+"Heads with fused features for serving engines: the files are read as the engine does, and what it cannot serve is refused"
 
 import json
 import pytest, torch
@@ -79,8 +79,8 @@ def test_with_an_adapter(tmp_path):
     lm.adapter = load_adapter(toy_adapter(lm.model, tmp_path / 'adapter'), lm.model)
     _, folder = saved(tmp_path, lm)
     assert export_head(folder, tmp_path / 'out', lm, verifier='')['error'] < 1e-5
-    said = json.loads((tmp_path / 'out' / 'config.json').read_text())['speculators_config']['verifier']
-    assert said['name_or_path'] is None
+    named = json.loads((tmp_path / 'out' / 'config.json').read_text())['speculators_config']['verifier']
+    assert named['name_or_path'] is None
     line = serve_command(tmp_path / 'out', 'TARGET')
     assert line.startswith('vllm serve TARGET --speculative-config') and '"method": "eagle3"' in line
 

@@ -95,7 +95,9 @@ def drafts_agree(toy, out, target, folder, lengths=(7, 3, 5, 1), top=4):
             for b, text in enumerate(texts):
                 if step.tree.size > 1 and step.tokens[b]:
                     assert step.tree.tokens[b, 0] == text[-1]
-                    of_text = [None if x is None else x[b] for x in (step.tree.tokens, step.tree.parents, step.tree.scores)]
+                    of_text = [
+                        None if x is None else x[b] for x in (step.tree.tokens, step.tree.parents, step.tree.scores)
+                    ]
                     compared += check_tree(reference, text, *of_text, every=3, top=top)
                     best = int(step.tree.tokens[b, 1])
                     assert best == reference.chain(text, 1)[0][0]
