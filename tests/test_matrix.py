@@ -39,7 +39,8 @@ from npu_lora_decoding.decoding.sampling import Plain, sequence_key
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.foundations.devices import generator
 from npu_lora_decoding.decoding.loop import Decoder
-from npu_lora_decoding.hass.checkpoint import save_head
+from npu_lora_decoding.hass.checkpoint import load_head, save_head
+from npu_lora_decoding.hass.draft_adapter import DraftAdapter, adapter_fingerprint, save_draft_adapter
 from npu_lora_decoding.speculation.joint import JointDrafter
 from npu_lora_decoding.speculation.prompt_lookup import PromptLookup
 from npu_lora_decoding.foundations.lora import AdapterBank
@@ -52,6 +53,7 @@ from helpers.loops import Pair, eager_dynamo
 
 # `small` is a fixture
 from helpers.loops import Collects, calm_model, chi_square, exact, count_drafted, knowing_head, sampled, small
+from helpers.heads import draft_adapter
 from helpers.memories import traces
 from helpers.toys import toy_tokenizer
 
@@ -118,6 +120,7 @@ FACTORS = dict(
     record=(True, False),
     attention=('own', 'eager'),
     ask=ASKS,
+    draft_adapter=('none', 'trained'),
 )
 # multiplied out
 CORE = dict(
@@ -158,6 +161,8 @@ def outside(c):
         or c.ask == 'guidance'
         and not cold(c)
         and c.drafter == c.memory == 'none'
+        or c.draft_adapter != 'none'
+        and not headed(c)
     )
 
 
@@ -182,6 +187,7 @@ REFUSED = {  # a part of the sentence -> when it, or another that holds as well,
     'slide is for reading': lambda c: c.memory == 'slide',
     'choose a smaller window': lambda c: c.memory == 'wide',
     'needs layers that see the window of': lambda c: c.memory == 'drift' and 'sliding_window' in FAMILIES[c.family][1],
+    'the draft adapter': lambda c: c.draft_adapter != 'none' and headed(c) and not adapted(c),
     'needs a task adapter': lambda c: c.memory != 'none' and c.amateur != 'base' and cold(c) and not adapted(c),
 }
 
@@ -253,17 +259,36 @@ class Subject:
             for cut in (False, True)
         }
 
+    @cached_property
+    def drafts(self):
+        "Draft adapters on the heads, for the adapter: random ones, which change what is drafted"
+        found = {}
+        for cut, folder in self.heads.items():
+            head = load_head(folder, self.model)
+            draft = DraftAdapter(draft_adapter(head, size=0.2), adapter_fingerprint(self.adapter))
+            found[cut] = save_draft_adapter(draft, self.folder / f'draft{cut}', head, torch.float32)
+        return found
+
     def drafter(self, c):
         "One object serves all texts of a model"
-        key = c.drafter, c.sizing == 'fixed', c.entry in ('peft, merged',), c.entry.startswith('peft')
+        key = (
+            c.drafter,
+            c.sizing == 'fixed',
+            c.entry in ('peft, merged',),
+            c.entry.startswith('peft'),
+            c.draft_adapter,
+        )
         if c.drafter != 'none' and key not in self._drafters:
             adaptive = c.sizing != 'fixed'
             lookup = PromptLookup(
                 min_ngram=1, draft_tokens=4, corpus=[naive(Case(family=self.family))[0][0]], adaptive=adaptive
             )
             # this family has no heads
-            folder = subject('llama' if self.family == 'gemma2' else self.family).heads['cut' in c.drafter]
-            hass = HASS(folder, chain='chain' in c.drafter, depth=3, top_k=3, nodes=7, adaptive=adaptive)
+            owner = subject('llama' if self.family == 'gemma2' else self.family)
+            is_cut = 'cut' in c.drafter
+            draft = owner.drafts[is_cut] if c.draft_adapter != 'none' and headed(c) else None
+            size = dict(depth=3, top_k=3, nodes=7, adaptive=adaptive)
+            hass = HASS(owner.heads[is_cut], chain='chain' in c.drafter, adapter=draft, **size)
             self._drafters[key] = (
                 lookup
                 if c.drafter == 'lookup'
@@ -477,7 +502,10 @@ class Naive:
 
 def distinguished(c):
     "Return the case without what a naive loop does not know"
-    drop = {k: FACTORS[k][0] for k in ('drafter', 'cache', 'sizing', 'stream', 'record', 'ask', 'attention')}
+    drop = {
+        k: FACTORS[k][0]
+        for k in ('drafter', 'cache', 'sizing', 'stream', 'record', 'ask', 'attention', 'draft_adapter')
+    }
     if c.memory == 'roomy' and (not cold(c) or c.amateur == 'base' and adapted(c)):
         drop |= dict(memory='none')  # learns nothing and sees everything
     memory = drop.get('memory', c.memory)
@@ -777,6 +805,24 @@ def test_the_core_with_a_seed(target, memory):
     crossed = product(CORE['drafter'], CORE['batch'], CORE['cache'])
     wrong = problems((Case(target, d, memory, b, k, how='seed') for d, b, k in crossed), 'sampled with a seed')
     assert not wrong, '\n'.join(wrong)
+
+
+@pytest.mark.parametrize('memory', ['none', 'window'])
+@pytest.mark.parametrize('target', ['plain', 'cold'])
+def test_the_core_with_a_draft_adapter(target, memory):
+    crossed = product(('chain', 'tree', 'tree cut', 'joined'), CORE['batch'], CORE['cache'])
+    cases = (Case(target, d, memory, b, k, draft_adapter='trained') for d, b, k in crossed)
+    wrong = problems(cases, 'with a draft adapter')
+    assert not wrong, '\n'.join(wrong)
+
+
+@pytest.mark.parametrize('cache', FACTORS['cache'])
+def test_a_draft_adapter_changes_what_is_drafted(cache):
+    def accepted(**options):
+        steps = run(Case(drafter='tree', sizing='fixed', cache=cache, **options), Bench())[1]
+        return [[t.proposer for t in step.tokens[0]] for step in steps]
+
+    assert accepted(draft_adapter='trained') != accepted()
 
 
 def test_each_factor_acts():

@@ -56,14 +56,17 @@ def custom_generate(
     lookup:bool=False,  # Copy what followed the same tokens earlier; beside a head, or alone
     compile:bool=False,  # Static cache and compiled steps
     model:str=None,  # Folder of a model to copy in, for transformers serve, or 'embedded' (default: none)
+    draft_adapter:str=None,  # Folder of a draft adapter to copy in, on that head and for the adapter in use
 ):
     "Write a folder for transformers' custom_generate= and transformers serve"
-    adapter, head, model = (None if names_nothing(x) else x for x in (adapter, head, model))
+    given = adapter, head, model, draft_adapter
+    adapter, head, model, draft_adapter = (None if names_nothing(x) else x for x in given)
     settings = Settings(method, alpha, beta, _drafter_name(head, lookup), head=head is not None, compile=compile)
     if adapter == 'shipped': adapter = shipped_adapter()
     if head == 'shipped': head = shipped_head()
     with Stage('preparing the model'): whole = embedded_folder() if model == 'embedded' else model
-    with Stage('writing the folder'): written = write_custom_generate(out, settings, adapter, head, whole)
+    parts:dict = dict(adapter=adapter, head=head, draft_adapter=draft_adapter)
+    with Stage('writing the folder'): written = write_custom_generate(out, settings, model=whole, **parts)
     print('wrote', written)
     if model: print(f'transformers serve {out} --trust-remote-code')
     else: print(f"model.generate(..., custom_generate='{out}', trust_remote_code=True)")

@@ -238,6 +238,7 @@ def page(
     dtype:str='fp32',  # fp32, bf16 or fp16
     device:str=None,  # cpu, cuda or npu (default: the best present)
     port:int=7860,  # Of this computer; 0: any that is free
+    draft_adapter:str=None,  # Folder of a draft adapter on the head, trained for the adapter
 ):
     "Open a page in the browser to type prompts on and switch methods; only this computer can open it"
     require_gradio()  # a missing package is named before the model is loaded
@@ -246,7 +247,9 @@ def page(
     is_shipped = model is None and adapter in (None, 'none')
     if head is None and is_shipped: head = shipped_head('king_james' if folder else 'smollm2-135m')
     with Stage('building the page'):
-        shown = build(lm, None if names_nothing(head) else head, example.prompt, example.system)
+        folders:dict = dict(head=head, draft_adapter=draft_adapter)
+        folders = {name: None if names_nothing(folder) else folder for name, folder in folders.items()}
+        shown = build(lm, prompt=example.prompt, system=example.system, **folders)
     print(f'Open {serve(shown, port)} in a browser; Ctrl-C ends the page.', flush=True)
     try: threading.Event().wait()
     finally: shown.close()

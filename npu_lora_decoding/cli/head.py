@@ -6,20 +6,26 @@
 __all__ = ['train_head', 'write', 'accept', 'merge_head', 'export_head']
 
 # %% ../../nbs/8_cli/07_head.ipynb #cf51cd7c
+import math
 import sys
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from ..foundations.errors import require
 from ..foundations.devices import get_dtype
 from ..foundations.files import save_rows
-from ..foundations.models import embedded_folder
+from ..foundations.models import embedded_folder, names_nothing
+from ..hass.checkpoint import load_head
 from ..hass.chat_data import read_conversations, read_prompts
 from ..hass.continuous_batching import WriteConfig
 from ..hass.self_chat import write_conversations
-from ..hass.acceptance import humaneval_prompts
+from ..hass.acceptance import humaneval_prompts, join_replays, summarise_replay
 from ..hass.config import RECIPES, RENAMED, HeadTraining
-from ..hass.pipeline import Source, acceptance_rows, make_head, texts_of
-from ..hass.draft_adapter import DraftAdapterTraining, make_draft_adapter, write_merged_head
+from ..hass.pipeline import Source, acceptance_row, acceptance_rows, head_name, make_head, texts_of
+from ..hass.draft_adapter import DraftAdapterTraining, fitting_draft_adapter, make_draft_adapter
+from ..hass.draft_adapter import trained_on, with_draft_adapter, write_merged_head
+from ..speculation.prompt_lookup import PromptLookup, replay_lookup
+from ..speculation.joint import LookupBeside
 from ..evaluation.methods import load_target
 from ..evaluation.benchmark import environment
 from ..serving.head_export import export_head as write_export, serve_command
@@ -41,8 +47,10 @@ class _Training:
     alignment_steps:int=UNSET  # Context alignment, n in the paper (default: the recipe's)
     k:int=10  # Of the Top-K loss
     topk:float=UNSET  # Weight of the Top-K loss (default: the recipe's)
+    loss:str=UNSET  # Losses on tokens instead of the recipe's: names, with weights after colons, such as soft_ce:1,nla:.5
     feature:float=.05  # Weight of the feature loss
     step_weights:str=''  # Of each alignment step, separated by commas (default: 1 each)
+    own_tokens:bool=False  # From the second alignment step on, read the head's own tokens instead of the text's
     sample_one_step:bool=False  # A batch trains one alignment step, drawn by its weight, instead of all: faster
     cache_targets:bool=False  # Keep the targets of the losses from epoch to epoch, in memory: faster
     vocab:int=0  # Size of the draft vocabulary; 0: all tokens
@@ -67,7 +75,7 @@ class _Training:
         settings:dict = {name: value for name, value in asdict(self).items() if name in known}
         return HeadTraining(
             **settings,
-            **_recipe(self.recipe, steps, self.topk),
+            **_recipe(self.recipe, steps, self.topk, self.loss),
             step_weights=numbers_of(self.step_weights, '--step-weights'),
             sample_one_step=bool(one_step),
             cache_targets=bool(cached),
@@ -79,6 +87,7 @@ class _Texts:
     data:str=UNSET  # Conversations: folder of shards, JSON lines, or dataset (name:split)
     prompts:str=UNSET  # Or prompts that the target answers: JSON lines, or dataset (name:split)
     column:str=UNSET  # Of either (default: messages, prompt)
+    states:str=UNSET  # Or hidden states that speculators stored: a folder of .safetensors files
     conversations:int=2048  # Without data and prompts: how many the target generates
     heldout:int=64  # How many are held out for measuring acceptance
     write_batch:int=48  # Conversations that the target generates at once
@@ -91,15 +100,27 @@ class _Texts:
             per_shard=min(512, self.conversations), batch=self.write_batch, user_tokens=self.user_tokens,
             new_tokens=self.new_tokens, seed=seed)
         return Source(
-            self.data, self.prompts, self.column,
+            self.data, self.prompts, self.column, self.states,
             conversations=self.conversations, heldout=self.heldout, write=generation)
 
-def _recipe(name, alignment_steps, topk):
+def _losses(text):
+    "Return the losses and weights that `--loss` names"
+    pairs = [part.partition(':') for part in text.split(',')]
+    found = [(name.strip(), numbers_of(weight if colon else '1', '--loss')) for name, colon, weight in pairs]
+    usable = all(name and len(weights) == 1 for name, weights in found)
+    require(usable, f'expected names and weights for --loss, got {text!r}', 'write for example soft_ce:1,nla:.5')
+    names = [name for name, _ in found]
+    require(len(set(names)) == len(names), f'a loss is named twice in {text!r}', 'name each once')
+    return tuple((name, weights[0]) for name, weights in found)
+
+def _recipe(name, alignment_steps, topk, loss=None):
     "Return the settings of a recipe, with what the user wants otherwise"
     require(name in RECIPES, f'unknown recipe {name!r}', f'use one of {", ".join(RECIPES)}')
     out:dict = dict(RECIPES[name])
     if alignment_steps is not None:
         out['alignment_steps'] = alignment_steps
+    require(loss is None or topk is None, 'loss and topk are both given', 'give the weight of topk in loss')
+    if loss is not None: out['losses'] = _losses(loss)
     if topk is not None:
         others = tuple(loss for loss in out['losses'] if loss[0] != 'topk')
         out['losses'] = (*others, ('topk', topk)) if topk else others
@@ -116,7 +137,7 @@ def train_head(
     online:bool=False,  # Compute features as needed instead of storing them
     init:str=None,  # Folder of a head to go on from
     onto:str=None,  # Folder of a head that stays as it is: train a LoRA on it, which drafts for ADAPTER
-    rank:int=None,  # Of that LoRA (default: 16)
+    rank:int=None,  # Of that LoRA (default: 8)
     model:str=None,  # Folder or hub id (default: the embedded model)
     adapter:str='none',  # PEFT folder: train for the adapted model
     dtype:str='bf16',  # Of the target; with bf16 the head trains in bf16 with fp32 masters
@@ -130,7 +151,7 @@ def train_head(
     require(onto is None or init is None, 'onto and init are both given', 'give init to train all of that head')
     require(onto is not None or rank is None, 'rank is that of a LoRA on a head', 'give that head as onto')
     lora = None
-    if onto is not None: lora = DraftAdapterTraining(**vars(config), rank=16 if rank is None else rank)
+    if onto is not None: lora = DraftAdapterTraining(**vars(config), rank=DraftAdapterTraining.rank if rank is None else rank)
     lm, _ = load_target(model, adapter, dtype, device)
     how:dict = dict(name=name, online=online, tree=_tree_of(tree), stop_after=stop_after, track=track)
     if onto is None or lora is None: make_head(lm, out, config, source, init=init, **how)
@@ -183,34 +204,106 @@ def accept(
     texts:int=None,  # Only so many of each
     new_tokens:int=None,  # Only so many tokens of each answer
     full:bool=False,  # Draft from the whole vocabulary, also where a head has a draft vocabulary
+    draft_adapter:str=None,  # Folders of draft adapters for ADAPTER, separated by commas: each on its head, beside it alone
+    lookup:bool=False,  # Also copies of what followed the same tokens earlier, alone and in the trees of the heads
     model:str=None,  # Folder or hub id (default: the embedded model)
     adapter:str='none',  # PEFT folder
     dtype:str='bf16',  # fp32, bf16 or fp16
     device:str=None,  # cpu, cuda or npu (default: the best present)
     json:str=None,  # Write the rows here
 ):
-    "Measure how many draft tokens of a head the target accepts"
+    "Measure how many draft tokens of a head the target accepts, by kind of prompt"
     lengths = numbers_of(chain, '--chain', int)
+    folders = [] if names_nothing(heads) else heads.split(',')
+    require(len(folders) > 0 or lookup, 'there is nothing that drafts', 'name a head, or give --lookup')
+    asked, pooled = _sets(data.split(','), texts)
     lm, _ = load_target(model, adapter, dtype, device)
-    sets = {}
-    for path in data.split(','):
-        for name, found in _by_temperature(path): sets[name] = texts_of(lm, found[:texts], new_tokens)
-    rows = acceptance_rows(lm, heads.split(','), sets, lengths, tree=_tree_of(tree), full=full)
+    adapted = _draft_blocks(lm, folders, draft_adapter)
+    sets = {name: texts_of(lm, found, new_tokens, report=print) for name, found in asked.items()}
+    shape = _tree_of(tree)
+    beside = LookupBeside(nodes=tree) if lookup and shape else None
+    rows = _lookup_rows(sets, pooled) if lookup else []
+    how:dict = dict(tree=shape, full=full, pooled=pooled, adapted=adapted, beside=beside)
+    rows += acceptance_rows(lm, folders, sets, lengths, **how)
+    print(_COUNTED)
     for row in rows: print(_acceptance_line(row))
     if json: save_rows(rows + [environment()], json)
 
-def _by_temperature(path):
-    "Yield the conversations of a file or folder, temperature by temperature, under a name"
-    found = read_conversations(path)
-    def heat(c): return c.get('temperature', 0.)
-    for t in sorted({heat(c) for c in found}): yield f'{Path(path).stem} T={t:g}', [c for c in found if heat(c) == t]
+_COUNTED = (
+    'tau: tokens a forward pass of the target after the prefill, accepted draft tokens and its own token (without a draft 1); '
+    'mean over texts, in brackets 95%; then the share accepted at position 1, 2, ..., given those before')
 
 def _acceptance_line(row):
     "Return a line with tokens per forward pass, their interval, and the acceptance rate of each position"
     low, high = row['interval']
     rates = ' '.join(f'{x:.2f}' for x in row['rates'] if x is not None)
     what = f'{row["head"]:<12} {row["set"]:<28} {row["draft"]:<8}'
-    return f'{what} tau {row["tau"]:.3f} ({low:.2f} to {high:.2f})  {rates}'
+    texts = f'{row["questions"]} texts'
+    return f'{what} tau {row["tau"]:.3f} ({low:.2f} to {high:.2f})  {texts:<10} {rates}'
+
+# %% ../../nbs/8_cli/07_head.ipynb #c90b490c
+def _sets(paths, most):
+    "Return the conversations of each kind and temperature by name, and the names that are counted together"
+    found:dict = {}
+    for path, label in _labels(paths).items():
+        for c in read_conversations(path):
+            found.setdefault((_temperature_of(c, path), _kind_of(c, path, label)), []).append(c)
+    sets = {f'{kind} T={t:g}': rows[:most] for (t, kind), rows in sorted(found.items())}
+    pooled = {}
+    for t in sorted({t for t, _ in found}):
+        kinds = sorted(kind for heat, kind in found if heat == t)
+        if len(kinds) < 2: continue
+        remedy = 'give it another name: so is the row of all kinds together'
+        require('all' not in kinds, 'a kind of prompt is called all', remedy)
+        pooled[f'all T={t:g}'] = [f'{kind} T={t:g}' for kind in kinds]
+    return sets, pooled
+
+def _labels(paths):
+    "Return what each file or folder is called: its name, with as many folders before it as tell it from the others"
+    twice = [path for i, path in enumerate(paths) if path in paths[:i]]
+    require(not twice, f'{twice[:1]} is given twice', 'name each file once')
+    longest = max(len(Path(path).parts) for path in paths)
+    for n in range(1, longest + 1):
+        labels = ['/'.join(Path(path).with_suffix('').parts[-n:]) for path in paths]
+        if len(set(labels)) == len(labels): break
+    return dict(zip(paths, labels))
+
+def _kind_of(c, path, label):
+    "Return the kind of a conversation's prompt"
+    kind = c.get('kind', label)
+    is_name = isinstance(kind, str) and kind.strip() != ''
+    require(is_name, f'the kind of a conversation in {path} is {kind!r:.40}', 'give a name, or leave it out')
+    return kind
+
+def _temperature_of(c, path):
+    "Return the temperature of a conversation's answer"
+    t = c.get('temperature', 0.)
+    is_number = isinstance(t, (int, float)) and not isinstance(t, bool) and 0 <= t < math.inf
+    require(is_number, f'the temperature of a conversation in {path} is {t!r:.40}', 'give a number from 0, which is greedy')
+    return float(t)
+
+# %% ../../nbs/8_cli/07_head.ipynb #2055844d
+def _draft_blocks(lm, heads, draft_adapters):
+    "Return what puts draft adapters onto a head, as `acceptance_rows` takes it; raises `DecodingError` for one that does not belong"
+    loaded = {folder: load_head(folder, lm.model) for folder in heads}  # what is wrong is named before texts are read
+    drafts = [] if names_nothing(draft_adapters) else draft_adapters.split(',')
+    require(len(heads) > 0 or not drafts, 'a draft adapter changes a draft head', 'name that head')
+    owners = {}
+    for draft in drafts:
+        owners[draft] = next((folder for folder, head in loaded.items() if trained_on(draft, head)), heads[0])
+        fitting_draft_adapter(lm, loaded[owners[draft]], draft)
+    def blocks(folder, head):
+        own = [draft for draft, owner in owners.items() if owner == folder]
+        return {head_name(draft): partial(with_draft_adapter, lm, head, draft) for draft in own}
+    return blocks
+
+def _lookup_rows(sets, pooled):
+    "Return rows of what copies alone would give"
+    lookup = PromptLookup()
+    counts = {name: replay_lookup(lookup, texts) for name, texts in sets.items()}
+    for name, parts in pooled.items(): counts[name] = join_replays([counts[part] for part in parts])
+    draft = f'lookup {lookup.draft_tokens}'
+    return [acceptance_row(summarise_replay(draft, found), 'none', name) for name, found in counts.items()]
 
 # %% ../../nbs/8_cli/07_head.ipynb #e21b7a90
 @command

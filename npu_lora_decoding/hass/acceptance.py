@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Text', 'text_positions', 'best_tokens', 'chain_lengths', 'Replay', 'replay', 'tree_acceptance', 'Acceptance',
-           'summarise_replay', 'collate_texts', 'measure_acceptance', 'acceptance_table', 'target_texts',
-           'humaneval_prompts']
+           'summarise_replay', 'collate_texts', 'join_replays', 'replay_texts', 'measure_acceptance',
+           'acceptance_table', 'target_texts', 'humaneval_prompts']
 
 # %% ../../nbs/3_hass/11_acceptance.ipynb #ca7aad5f
 import gzip, importlib.util, json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
@@ -184,10 +185,12 @@ def tree_acceptance(
     top_k:int=10,  # See `draft_tree`
     nodes:int=60,  # Size of the tree, its root included
     noise:SharedNoise|None=None,  # With which the target drew these texts; None: drafts do not know it
+    beside:Callable|None=None,  # Another drafter: (trees, texts so far) -> trees with its draft tokens too
 ) -> Replay:
     "Return what decoding these texts with dynamic trees would count; with `top_k=1` they are chains"
     how:dict = dict(embed=embed, lm_head=lm_head, vocab=vocab, depth=depth, top_k=top_k, nodes=nodes)
-    out = Replay.empty(len(ids), depth + 1, ids.device)
+    deepest = max(depth + 1, getattr(beside, 'max_draft_depth', 0))
+    out = Replay.empty(len(ids), deepest, ids.device)
     cache = HeadCache(len(ids), ids.device)
     rows = torch.arange(len(ids), device=ids.device)
     following = _ahead(ids, 1, 0)
@@ -207,6 +210,7 @@ def tree_acceptance(
         emitted = (slot - start + 1)[rows].tolist()
         known = None if noise is None else draft_noise(replace(noise, keys=noise.keys[rows]), emitted, depth + 1)
         tree = draft_tree(head, cache, following[rows, slot[rows]], outputs, noise=known, **how)
+        if beside is not None: tree = beside(tree, [ids[row, :slot[row]+2] for row in rows.tolist()])
         right = torch.zeros_like(slot).index_copy(
             0, rows, _right(tree, ids[rows], slot[rows])
         )
@@ -269,17 +273,23 @@ def collate_texts(
     segments = torch.where(inside, 0, -1)
     return ids.to(like.device), features.to(like), segments, start, end
 
-def _join(parts, order):
-    "Return the `Replay` of all questions, in their own order"
-    back = torch.tensor(order).argsort().to(parts[0].tokens.device)
+def join_replays(
+    parts:list,  # `Replay`s of one way of drafting
+) -> Replay:
+    "Return the counts of all sequences, one after the other"
     def joined(name):
-        return torch.cat([getattr(part, name) for part in parts])[back]
+        return torch.cat([getattr(part, name) for part in parts])
     return Replay(
         joined('tokens'), joined('passes'), joined('tried'), joined('accepted')
     )
 
+def _in_order(counts, order):
+    "Return the `Replay` of questions that were replayed in `order`, in their own order"
+    back = torch.tensor(order).argsort().to(counts.tokens.device)
+    return Replay(counts.tokens[back], counts.passes[back], counts.tried[back], counts.accepted[back])
+
 # %% ../../nbs/3_hass/11_acceptance.ipynb #b7ad7b83
-def _replays(head, embed, lm_head, texts, vocab, chain, tree):
+def _replays(head, embed, lm_head, texts, vocab, chain, tree, beside):
     "Yield (name, `Replay`) of each way of drafting, for one batch of texts"
     ids, features, segments, start, end = collate_texts(texts, head.fc.weight)
     if chain:
@@ -298,11 +308,13 @@ def _replays(head, embed, lm_head, texts, vocab, chain, tree):
             yield f'chain {k}', replay(lengths, start, end, k)
     if tree is not None:
         how:dict = dict(features=features, start=start, end=end, vocab=vocab, **tree)
-        counts = tree_acceptance(head, embed, lm_head, ids, **how)
-        yield f'tree {tree.get("nodes", 60)}', counts
+        name = f'tree {tree.get("nodes", 60)}'
+        yield name, tree_acceptance(head, embed, lm_head, ids, **how)
+        if beside is not None:
+            yield f'{name} + {beside.name}', tree_acceptance(head, embed, lm_head, ids, beside=beside, **how)
 
 @torch.no_grad()
-def measure_acceptance(
+def replay_texts(
     head:DraftHead,  # The head that drafts
     embed:torch.Tensor,  # `(v, d)`
     lm_head:torch.Tensor,  # `(w, d)`
@@ -311,8 +323,9 @@ def measure_acceptance(
     chain:tuple=(3, 5),  # Draft tokens of each chain
     tree:dict|None=None,  # `depth`, `top_k` and `nodes` of `draft_tree`; None: no tree
     batch:int=8,  # Texts at a time
-) -> dict:  # Name -> `Acceptance`
-    "Return how well chains, and a tree, would have been accepted while the target generated `texts`"
+    beside=None,  # Another drafter with a `name`: trees are replayed with its draft tokens too; see `tree_acceptance`
+) -> dict:  # Name -> `Replay`, in the order of `texts`
+    "Return what decoding with chains, and with a tree, would have counted while the target generated `texts`"
     require(len(texts) > 0, 'there are no texts', 'let the target generate some with target_texts')
     require(len(chain) > 0 or tree is not None,
             'nothing is to be measured',
@@ -321,12 +334,20 @@ def measure_acceptance(
     parts:dict = {}
     for i in track(range(0, len(order), batch), 'replaying answers', 'batches'):
         some = [texts[j] for j in order[i:i+batch]]
-        for name, counts in _replays(head, embed, lm_head, some, vocab=vocab, chain=chain, tree=tree):
+        for name, counts in _replays(head, embed, lm_head, some, vocab=vocab, chain=chain, tree=tree, beside=beside):
             parts.setdefault(name, []).append(counts)
-    return {
-        name: summarise_replay(name, _join(some, order))
-        for name, some in parts.items()
-    }
+    return {name: _in_order(join_replays(some), order) for name, some in parts.items()}
+
+def measure_acceptance(
+    head:DraftHead,  # The head that drafts
+    embed:torch.Tensor,  # `(v, d)`
+    lm_head:torch.Tensor,  # `(w, d)`
+    texts:list,  # `Text`s, from `target_texts`
+    **options,  # Of `replay_texts`
+) -> dict:  # Name -> `Acceptance`
+    "Return how well chains, and a tree, would have been accepted while the target generated `texts`"
+    counted = replay_texts(head, embed, lm_head, texts, **options)
+    return {name: summarise_replay(name, counts) for name, counts in counted.items()}
 
 def acceptance_table(
     found:dict,  # From `measure_acceptance`

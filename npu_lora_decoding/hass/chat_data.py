@@ -76,7 +76,7 @@ def _conversation(row, column):
     messages = _column(row, column, ('prompt', 'answer'))
     is_list = isinstance(messages, (list, tuple))
     require(is_list, f'the column {column!r} holds no list of messages', f'choose another of {", ".join(row)}')
-    known = {k: row[k] for k in ('finished', 'temperature') if row.get(k) is not None}
+    known = {k: row[k] for k in ('finished', 'temperature', 'kind') if row.get(k) is not None}
     return {'finished': True, **known, 'messages': [_message(m) for m in messages]}
 
 def read_conversations(

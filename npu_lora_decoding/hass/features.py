@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['target_features', 'shards_bytes', 'check_room', 'OnlineFeatures', 'data_hash', 'write_features', 'StoredFeatures',
-           'draft_vocabulary', 'Batch', 'batch_of', 'plan_epoch']
+           'HiddenStateFiles', 'draft_vocabulary', 'Batch', 'batch_of', 'plan_epoch']
 
 # %% ../../nbs/3_hass/10_features.ipynb #96c429c5
 import hashlib, json, random, shutil
@@ -15,11 +15,12 @@ import torch
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from ..foundations.errors import DecodingError, require
-from ..foundations.files import atomic_path, read_json, save_tensors
+from ..foundations.files import atomic_path, is_folder, read_json, save_tensors
 from ..foundations.lora import AdapterBank
 from ..foundations.progress import track
 from ..decoding.runner import layer_inputs
 from ..decoding.loop import LM, bank_of
+from .chat_data import Example
 
 # %% ../../nbs/3_hass/10_features.ipynb #35d6407c
 @torch.no_grad()
@@ -320,6 +321,116 @@ class StoredFeatures:
             for k in ('ids', 'response', 'features')
         )
         return ids.long(), response.bool(), features
+
+# %% ../../nbs/3_hass/10_features.ipynb #e4de44db
+_WRITE_AGAIN = 'generate the hidden states again, or remove the file'
+_CONVERT = (
+    'convert it: python -c "import torch; from safetensors.torch import save_file; x = torch.load({name!r}, weights_only=True); '
+    'save_file(dict(input_ids=x[\'input_ids\'], loss_mask=x[\'loss_mask\'].to(torch.uint8), '
+    'hidden_states=torch.stack(x[\'hidden_states\'], 1)), {to!r})", and remove the pickle')
+
+def _state_files(folder):
+    "Return the files of a folder of hidden states, in the order of their numbers; refuses pickles"
+    require(is_folder(folder), f'there is no folder {folder}', 'give the folder with the hidden states')
+    pickles = sorted(file for ending in ('*.pt', '*.pth', '*.bin', '*.ckpt') for file in folder.glob(ending))
+    if pickles:
+        remedy = _CONVERT.format(name=pickles[0].name, to=f'{pickles[0].stem}.safetensors')
+        raise DecodingError(f'{pickles[0]} is a pickle, which can run code: {remedy}.')
+    def place(file): return int(''.join(filter(str.isdigit, file.stem)) or 0), file.name
+    found = sorted(folder.glob('*.safetensors'), key=place)
+    require(len(found) > 0, f'{folder} holds no .safetensors file', 'give the folder with the hidden states')
+    return found
+
+def _example_of(file, lm):
+    "Return the tokens of a file of hidden states; raises `DecodingError` unless everything in it belongs together"
+    try:
+        with safe_open(file, 'pt') as f:
+            names = set(f.keys())
+            ids_name = 'token_ids' if 'token_ids' in names else 'input_ids'
+            missing = [name for name in (ids_name, 'loss_mask', 'hidden_states') if name not in names]
+            require(not missing, f'{file} has no {missing[:1]}', 'give a file with input_ids, loss_mask and hidden_states')
+            ids, mask = (f.get_tensor(name) for name in (ids_name, 'loss_mask'))
+            shape = f.get_slice('hidden_states').get_shape()
+    except (OSError, SafetensorError) as e:
+        raise DecodingError(f'{file} is damaged or cut short ({e}): {_WRITE_AGAIN}.') from e
+    _check_states(file, lm, ids, mask=mask, shape=shape)
+    return Example(ids.long(), mask.bool())
+
+def _check_states(file, lm, ids, mask, shape):
+    "Require ids, marks and states of one text, of the target's sizes"
+    whole = not ids.is_floating_point() and ids.dim() == 1 and len(ids) > 0
+    require(whole, f'the ids in {file} are {ids.dtype} {tuple(ids.shape)}', 'give whole numbers (t,)')
+    fits = mask.shape == ids.shape and bool(((mask == 0) | (mask == 1)).all())
+    require(fits, f'the loss mask in {file} does not mark its {len(ids)} ids', 'give a 0 or 1 for each')
+    d, v = lm.model.config.hidden_size, lm.model.config.vocab_size
+    remedy = 'give files of this model'
+    require(len(shape) in (2, 3), f'the hidden states in {file} are {tuple(shape)}', 'give (t, layers, d) or (t, d)')
+    require(shape[0] == len(ids), f'{file} holds states of {shape[0]} tokens for {len(ids)} ids', _WRITE_AGAIN)
+    require(shape[-1] == d, f'the states in {file} are {shape[-1]} wide, but those of {lm.name} are {d}', remedy)
+    inside = 0 <= int(ids.min()) and int(ids.max()) < v
+    require(inside, f'{file} holds ids outside the {v} tokens of {lm.name}', remedy)
+
+class HiddenStateFiles:
+    "Examples whose features another program stored, a file for each, and are read as needed"
+    def __init__(self,
+        folder:str|Path,  # Of files with `hidden_states`, `input_ids` and `loss_mask`
+        lm:LM,  # The target, with its adapter: must be the one that the states are of
+    ):
+        self.lm = lm
+        self.files = _state_files(Path(folder))
+        files = track(self.files, 'checking hidden states', 'files')
+        self.examples = [_example_of(file, lm) for file in files]
+        self.lengths = [len(e.ids) for e in self.examples]
+        self.is_before_norm = self._find_norm()
+
+    def read(self,
+        numbers:list,  # Which examples
+    ) -> list:  # (ids, response, features) of each
+        "Return examples with their features"
+        found = []
+        for i in numbers:
+            features = self._last(i)
+            if self.is_before_norm: features = self._normed(features)
+            found.append((self.examples[i].ids, self.examples[i].response, features))
+        return found
+
+    def hold_out(self,
+        count:int,  # Examples, the last ones
+    ):
+        "Leave examples out of what is learnt"
+        for part in (self.files, self.examples, self.lengths): del part[-count:]
+
+    def _last(self, i):
+        "Return the last layer's states of an example, in the target's number type"
+        with safe_open(self.files[i], 'pt') as f: states = f.get_tensor('hidden_states')
+        last = states if states.dim() == 2 else states[:, -1]
+        require(bool(last.isfinite().all()), f'the hidden states in {self.files[i]} are not finite', _WRITE_AGAIN)
+        return last.to(self.lm.dtype)
+
+    @torch.no_grad()
+    def _normed(self, states):
+        "Return states after the target's final norm, on the CPU"
+        return self.lm.model.base_model.norm(states.to(self.lm.device)).cpu()
+
+    def _find_norm(self):
+        "Return whether the states are those before the target's final norm; raises `DecodingError` where they are another target's"
+        shortest = sorted(range(len(self.files)), key=lambda i: self.lengths[i])[:3]
+        wanted = target_features(self.lm, [self.examples[i].ids for i in shortest], device=torch.device('cpu'))
+        before = []
+        for i, want in zip(shortest, wanted):
+            states = self._last(i)
+            off = [_relative(way, want) for way in (states, self._normed(states))]
+            own = f'{self.lm.name} with {self.lm.adapter.name}' if self.lm.adapter else self.lm.name
+            problem = f'{self.files[i]} does not hold the last hidden states of {own} (they are {min(off):.0%} off)'
+            require(min(off) < .1, problem, 'give files of this model, read with this adapter or without one as here')
+            before.append(off[1] < off[0])
+        same = len(set(before)) == 1
+        require(same, f'some files in {self.files[0].parent} hold states before the final norm, some after it', _WRITE_AGAIN)
+        return before[0]
+
+def _relative(a, b):
+    "Return how far `a` is from `b`, in its length"
+    return float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-9))
 
 # %% ../../nbs/3_hass/10_features.ipynb #fb45e789
 def draft_vocabulary(

@@ -20,7 +20,8 @@ from ..foundations.training import learning_rate
 from ..decoding.loop import LM
 from .head import DraftHead, TargetWeights, draft_rows
 from .losses import distill, distill_targets, join_targets, token_weights
-from .alignment import aligned_step, next_inputs
+from .acceptance import best_tokens
+from .alignment import aligned_step, next_inputs, next_tokens
 from .features import Batch, OnlineFeatures, StoredFeatures, batch_of, plan_epoch
 from .checkpoint import save_head
 from .initialization import Scales, plain_copy, precondition
@@ -35,21 +36,22 @@ class AlignedLoss(torch.nn.Module):
         objective,  # `Objective`
         spread,  # Size of each feature `(d,)`, the unit of the feature loss
         rarity=None,  # For `frequency_topk`
+        whole=None,  # All rows of the LM head, where `rows` is a draft vocabulary
     ):
         super().__init__()
         self.head = head
-        self.given = rows, objective, spread, rarity  # a tuple, so that no tensor in it is taken for a weight or a buffer
+        self.given = rows, objective, spread, rarity, whole  # a tuple, so that no tensor in it is taken for a weight or a buffer
 
     def forward(self,
-        e:torch.Tensor,  # Embeddings of the next tokens `(b, t, d)`
+        e:torch.Tensor|list,  # Embeddings of the next tokens `(b, t, d)`; a list: of those that each step so far has read
         inputs:list,  # Features that each step so far has read `(b, t, d)`
         batch:Batch,  # Slots, and the features they should predict
         targets:list|None=None,  # From `targets`, the same at every alignment step; None computes them
     ) -> tuple:  # Drafted features `(b, t, d)`, loss, its terms
         "Return what the head drafts at alignment step `len(inputs)`, and how far it is from the target"
-        rows, objective, spread, rarity = self.given
+        rows, objective, spread, rarity, whole = self.given
         drafted = self.draft(e, inputs, batch)
-        how = dict(objective=objective, scale=spread, rarity=rarity, targets=targets)
+        how = dict(objective=objective, scale=spread, rarity=rarity, targets=targets, whole=whole)
         loss, terms = distill(drafted, batch.next_features, batch.keep, rows, **how)
         return drafted.detach(), loss, terms
 
@@ -61,8 +63,8 @@ class AlignedLoss(torch.nn.Module):
 
     def targets(self, features, keep):
         "Return the targets of the losses at the places that count"
-        rows, objective, _, rarity = self.given
-        return distill_targets(features, keep, rows, objective=objective, rarity=rarity)
+        rows, objective, _, rarity, whole = self.given
+        return distill_targets(features, keep, rows, objective=objective, rarity=rarity, whole=whole)
 
 # %% ../../nbs/3_hass/14_training_step.ipynb #d32fca98
 def add_noise(
@@ -140,6 +142,7 @@ class Run:
             objective=self.config.objective,
             spread=self.scales.feature.to(rows.device),
             rarity=self._rarity(),
+            whole=None if self.head.vocab is None else self.frozen.lm_head,
         )
         self.model:Any = self.accelerator.prepare(loss)
 
@@ -215,6 +218,24 @@ def trained_steps(
     return [int(torch.multinomial(weights, 1, generator=draw))]
 
 # %% ../../nbs/3_hass/14_training_step.ipynb #aada43d4
+class _ReadTokens:
+    "The tokens that alignment steps read where the later ones read the head's own: the likeliest after each feature"
+    def __init__(self, run, batch):
+        self.run = run
+        self.segments = batch.segments
+        self.tokens = batch.next_ids
+        self.embeddings = [run.frozen.embed[batch.next_ids]]  # of each step so far
+
+    @torch.no_grad()
+    def go_on(self, drafted):
+        "Add what the next step reads, after the features that the last one drafted"
+        real = self.segments >= 0
+        own = torch.zeros_like(self.tokens)
+        head = self.run.head
+        own[real] = best_tokens(drafted[real], draft_rows(head, self.run.frozen), head.vocab)
+        self.tokens = next_tokens(self.tokens, own, self.segments)
+        self.embeddings.append(self.run.frozen.embed[self.tokens])
+
 def _backward(run, batch, step):
     "Add up the gradients of the alignment steps that count, and return each one's loss: this process's share of it"
     c = run.config
@@ -222,6 +243,7 @@ def _backward(run, batch, step):
     kept = batch.keep.sum().float()
     share = kept / acc.reduce(kept, 'sum').clamp(min=1)  # of all places that count, those of this process
     e = run.frozen.embed[batch.next_ids]
+    read = _ReadTokens(run, batch) if c.own_tokens else None
     inputs = [add_noise(batch, c.noise, run.scales.feature.to(acc.device), f'{c.seed}-{step}')]
     targets = run.targets(batch)
     steps = trained_steps(c, step)
@@ -230,14 +252,15 @@ def _backward(run, batch, step):
         last = j == steps[-1]
         if j in steps:
             with contextlib.nullcontext() if last else acc.no_sync(run.model):
-                drafted, loss, _ = run.model(e, inputs, batch, targets)
+                drafted, loss, _ = run.model(e if read is None else read.embeddings, inputs, batch, targets)
                 # data parallelism takes the mean over processes
                 acc.backward(loss * _weight(c, j) * share * acc.num_processes)
             losses.append(loss.detach() * share)
         else:
             with torch.no_grad(), acc.autocast():
-                drafted = acc.unwrap_model(run.model).draft(e, inputs, batch)
+                drafted = acc.unwrap_model(run.model).draft(e if read is None else read.embeddings, inputs, batch)
         if not last:
+            if read is not None: read.go_on(drafted.to(e.dtype))
             inputs.append(next_inputs(inputs[-1], drafted.to(e.dtype), batch.segments))
     return losses
 

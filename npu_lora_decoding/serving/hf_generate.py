@@ -42,6 +42,7 @@ class Settings:
     adapter:bool=False  # Whether the folder holds one; else PEFT's own in the model counts
     head:bool=False  # Whether the folder holds a draft head
     compile:bool=False  # Static cache and compiled steps
+    draft_adapter:bool=False  # Whether it holds a draft adapter on that head, for the adapter in use
 
     def __post_init__(self):
         target_of(self.method, self.alpha, self.beta)
@@ -49,6 +50,9 @@ class Settings:
         require(self.drafter is None or self.drafter in known,
                 f'unknown drafter {self.drafter!r}',
                 f'use {", ".join(drafters("head"))}, those with hass beside a head')
+        drafts_with_head = self.head and self.drafter not in (None, 'lookup')
+        remedy = 'give that head, and a drafter that uses it'
+        require(drafts_with_head or not self.draft_adapter, 'a draft adapter changes a draft head', remedy)
 
 # %% ../../nbs/7_serving/01_hf_generate.ipynb #17cf8d41
 def _copy(source, to, but=()):
@@ -64,15 +68,19 @@ def write_custom_generate(
     adapter:str|Path|None=None,  # PEFT folder to copy in
     head:str|Path|None=None,  # Folder of a draft head to copy in
     model:str|Path|None=None,  # Model folder to copy in, into a new OUT, for `transformers serve`
+    draft_adapter:str|Path|None=None,  # Folder of a draft adapter on that head to copy in
 ) -> Path:  # OUT/custom_generate
     "Write the folder that transformers' `custom_generate=` takes; raises `DecodingError` where something else is in its place"
     out = Path(out)
-    about = asdict(settings) | dict(adapter=adapter is not None, head=head is not None)
+    parts = dict(adapter=adapter, head=head, draft_adapter=draft_adapter)
+    about = asdict(settings) | {name: source is not None for name, source in parts.items()}
     Settings(**about)
     if adapter:
         read_adapter_config(adapter)
     if head:
         read_checkpoint(head)
+    if draft_adapter:
+        read_adapter_config(draft_adapter)
     inside = out/'custom_generate'
     if model:
         _check_copy(model, out)
@@ -82,7 +90,7 @@ def write_custom_generate(
     with atomic_path(out if model else inside) as tmp:
         if model:
             _copy(model, tmp, but=('seal.json',))
-        _write(tmp/'custom_generate' if model else tmp, about, adapter, head)
+        _write(tmp/'custom_generate' if model else tmp, about, parts)
     return inside
 
 def _check_copy(model, out):
@@ -94,14 +102,14 @@ def _check_copy(model, out):
             f'{out} exists already',
             'name a new folder for the copy of the model, or leave the model out')
 
-def _write(folder, about, adapter, head):
+def _write(folder, about, parts):
     "Write code, requirements, settings and weights"
     folder.mkdir()
     requirement = f'npu_lora_decoding>={npu_lora_decoding.__version__}'
     (folder/'generate.py').write_text(_CODE)
     (folder/'requirements.txt').write_text(requirement + '\n')
     (folder/'settings.json').write_text(json.dumps(about, indent=1) + '\n')
-    for name, source in (('adapter', adapter), ('head', head)):
+    for name, source in parts.items():
         if source:
             _copy(source, folder/name)
 
@@ -146,7 +154,8 @@ def _decoder(folder, model):
     drafter = None
     if settings.drafter is not None:
         head = str(folder/'head') if settings.head else None
-        drafter = drafters(head)[settings.drafter]()
+        draft_adapter = str(folder/'draft_adapter') if settings.draft_adapter else None
+        drafter = drafters(head, draft_adapter)[settings.drafter]()
     target = target_of(settings.method, settings.alpha, settings.beta)
     return Decoder(target, drafter, bank=bank, compile=settings.compile)
 

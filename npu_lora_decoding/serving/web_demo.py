@@ -16,6 +16,8 @@ from ..foundations.tasks import Item
 from ..decoding.sampling import Plain
 from ..decoding.loop import LM, Result, Step
 from ..cold.rule import CoLD
+from ..hass.checkpoint import load_head
+from ..hass.draft_adapter import fitting_draft_adapter
 from ..speculation.prompt_lookup import PromptLookup
 from ..speculation.joint import JointDrafter
 from ..speculation.head_drafter import HASS
@@ -38,12 +40,14 @@ class Choice:
 
 def make_drafters(
     head=None,  # Folder of a draft head
+    draft_adapter=None,  # Folder of a draft adapter on it
 ) -> dict:  # (head, lookup) -> a drafter, or None
     "Return the drafter of each setting of the two switches"
+    require(head is not None or draft_adapter is None, 'a draft adapter changes a draft head', 'give that head as --head')
     copies = PromptLookup()
     made = {(False, False): None, (False, True): copies}
     if head is None: return made
-    tree = HASS(head)
+    tree = HASS(head, adapter=draft_adapter)
     return made | {(True, False): tree, (True, True): JointDrafter((tree, copies))}
 
 def arguments(
@@ -232,10 +236,12 @@ def build(
     head=None,  # Folder of its draft head
     prompt:str='',  # In the box at the start
     system:str='',  # Instruction at the start
+    draft_adapter=None,  # Folder of a draft adapter on that head
 ):  # gradio.Blocks
     "Return the page, not yet served"
     gr = require_gradio()
-    made = make_drafters(head)
+    made = make_drafters(head, draft_adapter)
+    if draft_adapter is not None: fitting_draft_adapter(lm, load_head(head, lm.model), draft_adapter)
     writer = Writer(lm)
     label = f'prompt for {lm.name}' + (f' with {Path(lm.adapter.name).name}' if lm.adapter else '')
     with gr.Blocks(analytics_enabled=False, title='npu_lora_decoding', fill_width=True) as page:

@@ -5,19 +5,24 @@ every kind of source, stopped and continued, and each thing a user can get wrong
 import json
 from types import SimpleNamespace
 import pytest, torch
+from safetensors.torch import save_file
 from npu_lora_decoding.hass import features, pipeline as mh
-from npu_lora_decoding.foundations.adapters import fingerprint, toy_adapter, toy_model
+from npu_lora_decoding.foundations.adapters import fingerprint, load_adapter, toy_adapter, toy_model
 from npu_lora_decoding.cli.main import run
 from npu_lora_decoding.foundations.errors import DecodingError
-from npu_lora_decoding.hass.head import DraftHead, head_config
+from npu_lora_decoding.hass.acceptance import measure_acceptance
+from npu_lora_decoding.hass.chat_data import encode_all, read_conversations
+from npu_lora_decoding.hass.head import DraftHead, head_config, target_weights
 from npu_lora_decoding.hass.checkpoint import load_head, save_head
+from npu_lora_decoding.hass.draft_adapter import DraftAdapter, adapter_fingerprint, load_draft_adapter
+from npu_lora_decoding.hass.draft_adapter import merge_draft_adapter, save_draft_adapter
 from npu_lora_decoding.hass.fused_checkpoint import save_fused_head
-from npu_lora_decoding.hass.pipeline import acceptance_gain
+from npu_lora_decoding.hass.pipeline import acceptance_gain, texts_of
 from npu_lora_decoding.decoding.loop import load
 from npu_lora_decoding.hass.config import HeadTraining
 from helpers.chats import CHATML, IM, lm_of
 from helpers.fused import random_fused
-from helpers.heads import random_head
+from helpers.heads import draft_adapter, random_head
 from helpers.toys import toy_folder, toy_lm
 
 SMALL = (
@@ -153,6 +158,15 @@ def test_runs_share_a_folder_and_an_adapter_counts(model, tmp_path, capsys):
         (None, ['--recipe', 'eagle3'], "unknown recipe 'eagle3'"),
         (None, ['--optimizer', 'sgd'], "optimizer is 'sgd'"),
         (None, ['--conversations', '0'], '--conversations is 0'),
+        (None, ['--loss', 'nla', '--topk', '1'], 'loss and topk are both given: give the weight of topk in loss'),
+        (None, ['--loss', 'kl'], "there is no loss 'kl': use one of soft_ce"),
+        (None, ['--loss', 'nla:'], "expected names and weights for --loss, got 'nla:'"),
+        (None, ['--loss', 'nla:x'], "expected numbers for --loss, got 'x'"),
+        (None, ['--loss', 'nla:1,nla'], "a loss is named twice in 'nla:1,nla'"),
+        (None, ['--loss', 'nla:-1'], 'the weights of the losses are'),
+        (None, ['--recipe', 'eagle2', '--own-tokens'], 'own_tokens changes alignment steps after the first'),
+        (None, ['--states', 'x', '--data', 'y'], 'hidden states are given beside conversations or prompts'),
+        (None, ['--states', 'nowhere'], 'there is no folder nowhere'),
     ],
 )
 def test_refused(model, tmp_path, rows, options, message):
@@ -186,7 +200,7 @@ def test_a_head_for_another_vocabulary_is_named(model, tmp_path):
 
 EVERY_OPTION = (
     '--recipe align --steps 7 --tokens 99 --alignment-steps 2 --k 4 --topk .5 --feature .2 --step-weights 2,1 '
-    '--sample-one-step --cache-targets --vocab 20 --optimizer adamw --lr .01 --noise .3 --row 64 --seed 5 '
+    '--own-tokens --sample-one-step --cache-targets --vocab 20 --optimizer adamw --lr .01 --noise .3 --row 64 --seed 5 '
     '--save-every 3 --eval-every 2 --name mine --online --init old --stop-after 4 --track tensorboard --tree '
     '8 --conversations 30 --heldout 6 --write-batch 9 --user-tokens 11 --new-tokens 13 --dtype fp32 --device '
     'cpu'
@@ -209,6 +223,7 @@ def test_every_option_of_training_arrives(model, tmp_path, monkeypatch):
         losses=(('soft_ce', 1.0), ('topk', 0.5)),
         feature=0.2,
         step_weights=(2.0, 1.0),
+        own_tokens=True,
         sample_one_step=True,
         cache_targets=True,
         vocab=20,
@@ -517,3 +532,170 @@ def test_what_does_not_go_with_onto(model, tmp_path, given, message):
     given = [task if x == 'TASK' else x for x in given]
     with pytest.raises(DecodingError, match=message):
         run(['train-head', str(tmp_path / 'out'), '--model', model, '--data', data, *SMALL, *given])
+
+
+def answers_of_kinds(tmp_path, **more):
+    rows = [dict(talk(i), **({} if i % 3 == 0 else dict(kind=('sums', 'tales')[i % 3 - 1])), **more) for i in range(12)]
+    return lines(tmp_path / 'mixed.jsonl', rows)
+
+
+def rows_of(path):
+    rows = [r for r in json.loads(path.read_text()) if r['method'] == 'acceptance']
+    return {(r['head'], r['set'], r['draft']): r for r in rows}
+
+
+def accepting(model, *argv):
+    run(['accept', *map(str, argv), '--model', model, *'--tree 6 --dtype fp32 --device cpu'.split()])
+
+
+def test_accept_by_kind_and_all_together(model, toy_head, tmp_path, capsys):
+    data = answers_of_kinds(tmp_path)
+    accepting(model, toy_head, data, '--lookup', '--json', tmp_path / 'rows.json')
+    shown = capsys.readouterr().out
+    assert shown.startswith(
+        'tau: tokens a forward pass of the target after the prefill, accepted draft tokens and its own'
+    )
+    found = rows_of(tmp_path / 'rows.json')
+    assert len(shown.splitlines()) == 1 + len(found)
+    kinds = ['mixed T=0', 'sums T=0', 'tales T=0']
+    drafts = [
+        ('head', 'chain 3'),
+        ('head', 'chain 5'),
+        ('head', 'tree 6'),
+        ('head', 'tree 6 + lookup'),
+        ('none', 'lookup 8'),
+    ]
+    assert set(found) == {(head, kind, draft) for kind in [*kinds, 'all T=0'] for head, draft in drafts}
+    for head, draft in drafts:
+        parts = [found[head, kind, draft] for kind in kinds]
+        whole = found[head, 'all T=0', draft]
+        assert whole['taus'] == [tau for part in parts for tau in part['taus']]
+        assert [part['questions'] for part in parts] == [4, 4, 4] and whole['questions'] == 12
+        assert (whole['tokens'], whole['passes']) == tuple(sum(p[k] for p in parts) for k in ('tokens', 'passes'))
+        assert whole['tau'] == pytest.approx(sum(whole['taus']) / 12)
+        assert whole['interval'][0] <= whole['tau'] <= whole['interval'][1]
+    assert all(row['tau'] >= 1 for row in found.values())
+    several = [found['head', 'all T=0', 'tree 6'], found['head', 'all T=0', 'tree 6 + lookup']]
+    assert several[0]['tokens'] == several[1]['tokens']
+
+
+def test_several_files_are_kinds_and_one_alone_is_no_kind(model, toy_head, tmp_path):
+    files = []
+    for name in ('a', 'b'):
+        (tmp_path / name).mkdir()
+        files.append(lines(tmp_path / name / 'heldout.jsonl', [talk(i) for i in range(4)]))
+    accepting(model, toy_head, ','.join(files), '--json', tmp_path / 'rows.json', '--chain', '3')
+    sets = {name for _, name, _ in rows_of(tmp_path / 'rows.json')}
+    assert sets == {'a/heldout T=0', 'b/heldout T=0', 'all T=0'}
+    accepting(model, toy_head, files[0], '--json', tmp_path / 'rows.json', '--texts', '2')
+    one = rows_of(tmp_path / 'rows.json')
+    assert {name for _, name, _ in one} == {'heldout T=0'} and {r['questions'] for r in one.values()} == {2}
+
+
+@pytest.mark.parametrize(
+    'more, message',
+    [
+        (dict(kind=3), r'the kind of a conversation in .*mixed.jsonl is 3: give a name'),
+        (dict(kind=' '), "the kind of a conversation in .* is ' ': give a name"),
+        (dict(kind='all'), 'a kind of prompt is called all: give it another name'),
+        (dict(temperature='hot'), "the temperature of a conversation in .* is 'hot': give a number from 0"),
+        (dict(temperature=-1), 'the temperature of a conversation in .* is -1: give a number from 0'),
+    ],
+)
+def test_answers_that_cannot_be_sorted_are_named(model, toy_head, tmp_path, more, message):
+    rows = [dict(talk(0)), dict(talk(1), **more)]
+    with pytest.raises(DecodingError, match=message):
+        accepting(model, toy_head, lines(tmp_path / 'mixed.jsonl', rows))
+
+
+def test_accept_refuses_by_name(model, toy_head, tmp_path):
+    data = lines(tmp_path / 'rows.jsonl', [talk(i) for i in range(3)])
+    for argv, message in [
+        (['none', data], 'there is nothing that drafts: name a head, or give --lookup'),
+        ([toy_head, f'{data},{data}'], 'rows.jsonl.* is given twice'),
+        ([toy_head, tmp_path / 'nowhere.jsonl'], 'there is no file .*nowhere.jsonl'),
+        ([tmp_path / 'nowhere', data], 'there is no .*nowhere'),
+        ([toy_head, data, '--draft-adapter', tmp_path / 'nowhere'], 'nowhere has no adapter_config.json'),
+        (['none', data, '--lookup', '--draft-adapter', 'x'], 'a draft adapter changes a draft head: name that head'),
+    ]:
+        with pytest.raises(DecodingError, match=message):
+            accepting(model, *argv)
+
+
+def test_accept_says_what_it_leaves_out(model, toy_head, tmp_path, capsys):
+    accepting(model, toy_head, lines(tmp_path / 'rows.jsonl', [talk(0), talk(1), talk(2, '')]))
+    assert 'answers: 1 left out (an answer is empty)' in capsys.readouterr().out
+
+
+def test_accept_with_draft_adapters(model, tmp_path):
+    "Each on its own head, equal to the merged head, and refused for another head or task adapter"
+    lm = load(model, dtype='fp32', device='cpu')
+    task, other = (str(toy_adapter(lm.model, tmp_path / f'task {s}', seed=s, lora_alpha=0.1)) for s in (1, 2))
+    number = adapter_fingerprint(load_adapter(task, lm.model))
+    heads, drafts = [], []
+    for seed in (0, 1):
+        head = random_head(lm, seed=seed)
+        heads.append(str(save_head(head, tmp_path / f'head {seed}', lm.model)))
+        draft = DraftAdapter(draft_adapter(head, seed), number)
+        drafts.append(str(save_draft_adapter(draft, tmp_path / f'draft {seed}', head, torch.float32)))
+    data = answers_of_kinds(tmp_path)
+    given = ['--lookup', '--adapter', task, '--json', tmp_path / 'rows.json', '--draft-adapter']
+    accepting(model, ','.join(heads), data, *given, ','.join(reversed(drafts)))
+    found = rows_of(tmp_path / 'rows.json')
+    assert {head for head, _, _ in found} == {'head 0', 'head 1', 'head 0 + draft 0', 'head 1 + draft 1', 'none'}
+    adapted = load(model, dtype='fp32', device='cpu', adapter=task)
+    frozen = target_weights(adapted.model)
+    texts = texts_of(adapted, [c for c in read_conversations(data) if c.get('kind') == 'sums'])
+    for seed in (0, 1):
+        head = load_head(heads[seed], adapted.model)
+        merged = merge_draft_adapter(head, load_draft_adapter(drafts[seed], head).adapter)
+        want = measure_acceptance(merged, frozen.embed, frozen.lm_head, texts, tree=dict(depth=6, top_k=10, nodes=6))
+        for draft, a in want.items():
+            assert found[f'head {seed} + draft {seed}', 'sums T=0', draft]['taus'] == list(a.taus)
+    alone, with_draft = (found[name, 'all T=0', 'tree 6']['taus'] for name in ('head 1', 'head 1 + draft 1'))
+    assert alone != with_draft
+    for argv, message in [
+        ([heads[0], data, '--adapter', task, '--draft-adapter', drafts[1]], 'was trained on another head'),
+        ([heads[0], data, '--adapter', other, '--draft-adapter', drafts[0]], 'draft 0 is for another task adapter'),
+        ([heads[0], data, '--draft-adapter', drafts[0]], 'draft 0 is for a task adapter, but the target has none'),
+    ]:
+        with pytest.raises(DecodingError, match=message):
+            accepting(model, *argv)
+
+
+def states_folder(model, folder, n=12, layers=4, change=lambda i, tensors: tensors):
+    "Hidden states of texts, a file each, as speculators writes them: several layers, the last one before the final norm"
+    lm = load(model, dtype='fp32', device='cpu')
+    folder.mkdir()
+    for i in range(n):
+        (example,), _ = encode_all(lm, [talk(i)])
+        seen = []
+        hook = lm.model.base_model.norm.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        with torch.no_grad():
+            lm.model.base_model(example.ids[None])
+        hook.remove()
+        states = torch.stack([torch.zeros_like(seen[0][0])] * (layers - 1) + [seen[0][0]], 1)
+        tensors = dict(input_ids=example.ids, loss_mask=example.response.to(torch.uint8), hidden_states=states)
+        save_file(change(i, tensors), folder / f'hs_{i}.safetensors')
+    return folder
+
+
+def test_trained_on_hidden_states_of_another_program(model, tmp_path, capsys):
+    "The same run as with conversations, to the bit, where both see the same texts"
+    folder = states_folder(model, tmp_path / 'states')
+    go = ['train-head', '--model', model, *SMALL, '--loss', 'soft_ce:1,lk_hybrid:.5', '--vocab', '30', '--own-tokens']
+    run([*go, str(tmp_path / 'a'), '--states', str(folder)])
+    assert '8 conversations' in capsys.readouterr().out
+    data = lines(tmp_path / 'rows.jsonl', [talk(i) for i in range(12)])
+    run([*go, str(tmp_path / 'b'), '--data', data])
+    logs = [[json.loads(l) for l in (tmp_path / x / 'log.jsonl').read_text().splitlines()] for x in 'ab']
+    losses = [torch.tensor([r['losses'] for r in log if 'losses' in r]) for log in logs]
+    assert losses[0].shape == (4, 3)
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+    assert [r['chain_5'] for r in logs[0] if 'chain_5' in r]
+    assert 'hidden states in states' in (tmp_path / 'a' / 'last' / 'README.md').read_text()
+    run([*go, str(tmp_path / 'a'), '--states', str(folder)])  # a finished run is left as it is
+    with pytest.raises(DecodingError, match='hidden states are stored already: leave online out'):
+        run([*go, str(tmp_path / 'c'), '--states', str(folder), '--online'])
+    with pytest.raises(DecodingError, match='there are 3 files of hidden states, of which 4 would be held out'):
+        run([*go, str(tmp_path / 'c'), '--states', str(states_folder(model, tmp_path / 'few', 3))])

@@ -10,6 +10,7 @@ from npu_lora_decoding.hass.alignment import (
     target_mask,
     own_step_mask,
     next_inputs,
+    next_tokens,
     shift,
 )
 from npu_lora_decoding.foundations.devices import generator
@@ -269,3 +270,48 @@ def test_every_tensor_is_made_where_the_others_are():
         positions = torch.zeros(2, 5, dtype=torch.long)
     out = steps(toy_head().to('meta'), e, f, segments, positions, 3)  # a tensor left on the CPU would be refused
     assert all(x.device.type == 'meta' and x.shape == (2, 5, 32) for x in out)
+
+
+def test_tokens_move_as_features_do():
+    tokens, drafted = torch.arange(12).view(2, 6), torch.arange(100, 112).view(2, 6)
+    segments = torch.tensor([[0, 0, 0, 1, 1, -1], [0, 0, -1, -1, -1, -1]])
+    moved = next_inputs(tokens[..., None].float(), drafted[..., None].float(), segments)[..., 0]
+    assert torch.equal(next_tokens(tokens, drafted, segments), moved.long())
+
+
+def test_with_its_own_tokens_a_step_sees_what_a_free_chain_sees():
+    "Draft freely from every prefix, tokens and features its own, with a cache; one pass of aligned steps says the same"
+    head, n, b, t = toy_head(), 4, 2, 10
+    g = generator(3)
+    embed, w = torch.randn(2, 7, 32, generator=g)
+    f = torch.randn(b, t, 32, generator=g)
+    ids = torch.randint(0, 7, (b, t), generator=g)
+    segments, rotations = torch.zeros(b, t, dtype=torch.long), head.rotations(torch.arange(t).expand(b, t))
+    inputs, read, outs = [f], [ids], []
+    for _ in range(n):
+        outs.append(aligned_step(head, [embed[x] for x in read], inputs, rotations, segments))
+        inputs.append(next_inputs(inputs[-1], outs[-1], segments))
+        read.append(next_tokens(read[-1], (outs[-1] @ w.T).argmax(-1), segments))
+    assert (read[1] != ids).any()
+    for m in range(1, t - n + 1):
+        see = torch.ones(m, m, dtype=torch.bool).tril().expand(b, m, m)
+        out, past = head(embed[ids[:, :m]], f[:, :m], torch.arange(m).expand(b, m), see)
+        out = out[:, -1]
+        for j in range(n):
+            torch.testing.assert_close(out, outs[j][:, m - 1 + j], rtol=1e-4, atol=1e-5)
+            slot = torch.full((b, 1), m + j)
+            token = (out @ w.T).argmax(-1)
+            valid = torch.ones(b, 1, m + j + 1, dtype=torch.bool)
+            if m + j < t:
+                out, past = head(embed[token][:, None], out[:, None], slot, valid, past)
+                out = out[:, 0]
+
+
+def test_embeddings_of_each_step_are_one_a_step():
+    head = toy_head()
+    e, f = torch.randn(2, 1, 5, 32)
+    segments, rotations = torch.zeros(1, 5, dtype=torch.long), head.rotations(torch.arange(5)[None])
+    same = aligned_step(head, [e, e], [f, f], rotations, segments)
+    assert torch.equal(same, aligned_step(head, e, [f, f], rotations, segments))
+    with pytest.raises(ValueError):
+        aligned_step(head, [e], [f, f], rotations, segments)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import psutil, pytest, torch
 from hypothesis import given, strategies as st
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from npu_lora_decoding.hass import features
 from npu_lora_decoding.foundations.adapters import LoraWeights, load_adapter, toy_adapter, toy_model
 from npu_lora_decoding.hass.alignment import aligned_step, next_inputs
@@ -16,6 +17,7 @@ from npu_lora_decoding.hass.losses import distill
 from npu_lora_decoding.hass.head import DraftHead, check_vocab, target_weights, head_config
 from npu_lora_decoding.hass.features import (
     Batch,
+    HiddenStateFiles,
     OnlineFeatures,
     StoredFeatures,
     batch_of,
@@ -549,3 +551,145 @@ def test_padding_is_small():
 def test_no_examples_are_refused():
     with pytest.raises(DecodingError, match='there is no example'):
         plan_epoch([], 10, 0, 0)
+
+
+# ---- hidden states that another program stored
+
+
+def layers_of(lm, ids):
+    "Three layers' states and the last one before the final norm, as speculators stores them `(t, 4, d)`"
+    seen = []
+    hook = lm.model.base_model.norm.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.no_grad():
+        out = lm.model.base_model(ids[None], output_hidden_states=True)
+    hook.remove()
+    return torch.stack([*(out.hidden_states[i][0] for i in (0, 1, 1)), seen[0][0]], 1)
+
+
+def stored(lm, folder, examples, ids_name='input_ids', states=lambda x: x):
+    folder.mkdir(exist_ok=True)
+    for i, e in enumerate(examples):
+        tensors = {ids_name: e.ids, 'loss_mask': e.response.to(torch.uint8)}
+        x = states(layers_of(lm, e.ids)).contiguous()
+        save_file(tensors | dict(hidden_states=x), folder / f'hs_{i}.safetensors')
+    return folder
+
+
+LONG = (9, 5, 14, 7, 6, 8, 11, 4, 6, 9, 5)  # more than ten: numbers are sorted as numbers
+
+
+def after_norm(lm, x):
+    return lm.model.base_model.norm(x[:, -1]).detach()
+
+
+@pytest.mark.parametrize('family', ['llama', 'qwen2', 'qwen3', 'mistral', 'gemma2'])
+@pytest.mark.parametrize('kind', ['before the norm', 'after it', 'after it, several layers', 'bf16'])
+def test_states_of_another_program_are_the_targets_features(tmp_path, family, kind):
+    lm = toy_lm(family)
+    examples = examples_of(LONG)
+    ways = {
+        'before the norm': lambda x: x,
+        'after it': lambda x: after_norm(lm, x),
+        'after it, several layers': lambda x: torch.stack([x[:, 0], after_norm(lm, x)], 1),
+        'bf16': lambda x: x.bfloat16(),
+    }
+    name = 'token_ids' if kind == 'bf16' else 'input_ids'
+    store = HiddenStateFiles(stored(lm, tmp_path / 'states', examples, name, ways[kind]), lm)
+    assert store.is_before_norm == (not kind.startswith('after'))
+    assert store.lengths == list(LONG)
+    want = target_features(lm, ids_of(examples))
+    for (ids, response, f), e, g in zip(store.read(range(11)), examples, want, strict=True):
+        assert torch.equal(ids, e.ids) and torch.equal(response, e.response) and f.dtype == g.dtype
+        torch.testing.assert_close(f, g, rtol=1e-4, atol=0.1 if kind == 'bf16' else 1e-4)
+    store.hold_out(3)
+    assert store.lengths == list(LONG[:-3]) and len(store.examples) == len(store.files) == 8
+
+
+def changed(folder, n, **change):
+    file = folder / f'hs_{n}.safetensors'
+    tensors = {name: x.clone() for name, x in load_file(file).items()} | change
+    save_file({name: x for name, x in tensors.items() if x is not None}, file)
+
+
+MASK = torch.tensor([0, 0, 1, 1, 2], dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(loss_mask=None), r"hs_1.safetensors has no .'loss_mask'.: give a file with"),
+        (dict(input_ids=None), r"hs_1.safetensors has no .'input_ids'.: give a file with"),
+        (dict(hidden_states=None), r"hs_1.safetensors has no .'hidden_states'.: give a file with"),
+        (
+            dict(hidden_states=torch.zeros(5, 4, 16)),
+            'hs_1.safetensors are 16 wide, but those of toy are 32: give files of',
+        ),
+        (dict(hidden_states=torch.zeros(4, 4, 32)), 'hs_1.safetensors holds states of 4 tokens for 5 ids: generate'),
+        (dict(hidden_states=torch.zeros(160)), r'the hidden states in .*hs_1.safetensors are \(160,\): give'),
+        (dict(hidden_states=torch.full((5, 4, 32), torch.nan)), 'hs_1.safetensors are not finite: generate the hidden'),
+        (dict(loss_mask=MASK[:4]), 'the loss mask in .*hs_1.safetensors does not mark its 5 ids'),
+        (dict(loss_mask=MASK), 'the loss mask in .*hs_1.safetensors does not mark its 5 ids'),
+        (
+            dict(input_ids=torch.tensor([5, 6, 7, 8, 97])),
+            'hs_1.safetensors holds ids outside the 97 tokens of toy: give',
+        ),
+        (
+            dict(input_ids=torch.tensor([5, 6, 7, 8, -1])),
+            'hs_1.safetensors holds ids outside the 97 tokens of toy: give',
+        ),
+        (dict(input_ids=torch.tensor([5.0, 6, 7, 8, 9])), 'the ids in .*hs_1.safetensors are torch.float32'),
+        (dict(input_ids=torch.tensor([5, 6, 7, 8, 9])), 'hs_1.safetensors does not hold the last hidden states of toy'),
+    ],
+    ids=str,
+)
+def test_hidden_states_that_do_not_belong_together_are_named(lm, tmp_path, change, message):
+    folder = stored(lm, tmp_path / 'states', examples_of((9, 5, 14)))
+    changed(folder, 1, **change)
+    with pytest.raises(DecodingError, match=message):
+        HiddenStateFiles(folder, lm)
+
+
+def test_other_states_and_other_files_are_named(lm, tmp_path):
+    examples = examples_of((9, 5, 14))
+    task = load_adapter(toy_adapter(lm.model, tmp_path / 'task', lora_alpha=64), lm.model)
+    folder = stored(lm, tmp_path / 'states', examples)
+    for other in (LM(toy_model(seed=1), lm.tokenizer, name='other'), LM(lm.model, lm.tokenizer, task, 'toy')):
+        with pytest.raises(
+            DecodingError, match='does not hold the last hidden states of (other|toy with .*task) .* off'
+        ):
+            HiddenStateFiles(folder, other)
+    with pytest.raises(DecodingError, match='some files in .*states hold states before the final norm, some after it'):
+        mixed = stored(lm, tmp_path / 'states', examples)
+        changed(mixed, 0, hidden_states=after_norm(lm, layers_of(lm, examples[0].ids)))
+        HiddenStateFiles(mixed, lm)
+    stored(lm, folder, examples)
+    file = folder / 'hs_2.safetensors'
+    whole = file.read_bytes()
+    for cut in (0, 5, 100, len(whole) - 1):
+        file.write_bytes(whole[:cut])
+        with pytest.raises(DecodingError, match='hs_2.safetensors is damaged or cut short'):
+            HiddenStateFiles(folder, lm)
+    file.write_bytes(whole)
+    torch.save(dict(x=1), folder / 'data_0.pt')
+    with pytest.raises(DecodingError, match='data_0.pt is a pickle, which can run code: convert it: python -c'):
+        HiddenStateFiles(folder, lm)
+    (tmp_path / 'empty').mkdir()
+    for name, message in (('empty', 'holds no .safetensors file'), ('nowhere', 'there is no folder')):
+        with pytest.raises(DecodingError, match=message):
+            HiddenStateFiles(tmp_path / name, lm)
+
+
+def test_the_line_that_converts_a_pickle_does(lm, tmp_path):
+    import subprocess, sys
+
+    examples = examples_of((9, 5))
+    for i, e in enumerate(examples):
+        layers = list(layers_of(lm, e.ids).unbind(1))
+        torch.save(dict(input_ids=e.ids, loss_mask=e.response, hidden_states=layers), tmp_path / f'data_{i}.pt')
+    for _ in examples:
+        with pytest.raises(DecodingError, match='convert it: ') as refused:
+            HiddenStateFiles(tmp_path, lm)
+        line = str(refused.value).partition('python -c "')[2].partition('", and remove')[0]
+        subprocess.run([sys.executable, '-c', line], cwd=tmp_path, check=True)
+        next(iter(sorted(tmp_path.glob('*.pt')))).unlink()
+    close(HiddenStateFiles(tmp_path, lm).read([1])[0][2], target_features(lm, [examples[1].ids])[0])

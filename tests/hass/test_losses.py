@@ -8,10 +8,13 @@ from npu_lora_decoding.foundations.devices import generator
 from npu_lora_decoding.hass.losses import (
     LINEAR,
     LOSSES,
+    OVERLAP,
     Objective,
+    _mixed,
     distill,
     feature_loss,
     frequency_topk,
+    log_overlap,
     losses_for,
     distill_targets,
     token_weights,
@@ -38,7 +41,26 @@ def by_hand(name, q, p, k, w):
         total_variation=sum(abs(a - b) for a, b in zip(p, q)) / 2,
         weighted_topk=partly * (1 - entropy / math.log(len(p))),
         frequency_topk=-sum(w[i] * p[i] * math.log(q[i]) for i in top),
+        nla=-math.log(sum(map(min, p, q))),
+        lk_hybrid=hybrid_by_hand(q, p),
     )[name]
+
+
+def hybrid_by_hand(q, p):
+    "KL of what the target draws among the tokens of q, and the overlap of all that it draws"
+    alpha = sum(map(min, p, q))
+    share = math.exp(-3 * alpha)
+    inside = sum(p)
+    kl = sum(a / inside * math.log(a / inside / b) for a, b in zip(p, q))
+    return share * kl + (1 - share) * (1 - alpha)
+
+
+def differentiable(loss, name, z, y, inside=None):
+    "The same with the share of the hybrid held, which finite differences would move"
+    if name != 'lk_hybrid':
+        return loss
+    share = (-3 * log_overlap(z.detach(), y, inside).exp()).exp()
+    return lambda x, y, k: _mixed(x, y, share, inside)
 
 
 @pytest.mark.parametrize('name', [n for n, _ in EVERY])
@@ -49,7 +71,64 @@ def test_losses_are_their_sums(name, k):
     got = losses_for(w)[name](z, y, k)
     want = [by_hand(name, q, p, k, w.tolist()) for q, p in zip(z.softmax(-1).tolist(), y.softmax(-1).tolist())]
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64))
-    assert torch.autograd.gradcheck(lambda x: losses_for(w)[name](x, y, k), z.requires_grad_())
+    loss = differentiable(losses_for(w)[name], name, z, y)
+    assert torch.autograd.gradcheck(lambda x: loss(x, y, k), z.requires_grad_())
+    held, own = (torch.autograd.grad(f(z, y, k).sum(), z)[0] for f in (loss, losses_for(w)[name]))
+    torch.testing.assert_close(own, held)  # the share itself gets no gradient
+
+
+@pytest.mark.parametrize('name', OVERLAP)
+@pytest.mark.parametrize('size', [2, 4, 11])
+def test_what_a_draft_vocabulary_leaves_out_is_not_accepted(name, size):
+    "Logits of the first `size` of 15 tokens, against sums over probabilities of all 15"
+    z, whole = logits(size, v=15)
+    z, few = z[:, :size].contiguous(), whole[:, :size]
+    inside = few.logsumexp(-1) - whole.logsumexp(-1)
+    loss = losses_for(inside=inside)[name]
+    kept = [p[:size] for p in whole.softmax(-1).tolist()]
+    want = [by_hand(name, q, p, 1, p) for q, p in zip(z.softmax(-1).tolist(), kept)]
+    torch.testing.assert_close(loss(z, few, 1), torch.tensor(want, dtype=torch.float64))
+    overlap = log_overlap(z, few, inside).exp()
+    assert (overlap <= inside.exp() + 1e-12).all()
+    smooth = differentiable(loss, name, z, few, inside)
+    assert torch.autograd.gradcheck(lambda x: smooth(x, few, 1), z.requires_grad_())
+    renormalised = LOSSES[name](z, few, 1)
+    assert (loss(z, few, 1) > renormalised).all()
+
+
+def test_the_hybrid_is_kl_far_away_and_total_variation_near():
+    z, y = logits(1)
+    far = torch.full_like(y, 0.0)
+    far[:, 0] = 60.0
+    sure = torch.full_like(y, 0.0)
+    sure[:, 1] = 60.0
+    torch.testing.assert_close(LOSSES['lk_hybrid'](far, sure), LOSSES['forward_kl'](far, sure))
+    near = LOSSES['lk_hybrid'](y + 1e-3 * z, y)
+    tv = LOSSES['total_variation'](y + 1e-3 * z, y)
+    torch.testing.assert_close(near, (1 - math.exp(-3)) * tv, rtol=0.02, atol=1e-7)
+    torch.testing.assert_close(LOSSES['nla'](z, y), -(1 - LOSSES['total_variation'](z, y)).log())
+
+
+def test_overlap_losses_in_chunks_use_the_whole_lm_head():
+    predicted, feature, keep, head, scale, _ = setting(5, b=3, t=7, v=14)
+    ids = torch.tensor([7, 2, 9, 4, 13])
+    tokens = (('nla', 0.7), ('lk_hybrid', 0.4), ('soft_ce', 0.1))
+    inside = ((feature @ head.T).log_softmax(-1)[..., ids]).logsumexp(-1)[keep]
+    terms = Objective(0.2, tokens, k=3).terms(predicted[keep], feature[keep], head[ids], scale, inside=inside)
+    want = sum(w * x.mean() for w, x in terms)
+    grad = torch.autograd.grad(want, predicted)[0]
+    for chunk in (1, 4, 512):
+        how = dict(objective=Objective(0.2, tokens, k=3, chunk=chunk), scale=scale, whole=head)
+        made = distill_targets(feature, keep, head[ids], how['objective'], whole=head)
+        torch.testing.assert_close(made, inside)
+        for targets in (None, made):
+            total, _ = distill(predicted, feature, keep, head[ids], targets=targets, **how)
+            torch.testing.assert_close(total, want)
+            torch.testing.assert_close(torch.autograd.grad(total, predicted)[0], grad)
+    without, _ = distill(predicted, feature, keep, head[ids], Objective(0.2, tokens, k=3), scale)
+    assert without < want  # renormalised: what lies outside would count as accepted
+    with pytest.raises(DecodingError, match='the whole LM head does not hold the 14 rows'):
+        distill(predicted, feature, keep, head, Objective(tokens=tokens, k=3), whole=head[ids])
 
 
 @pytest.mark.parametrize('name', [n for n, _ in EVERY])

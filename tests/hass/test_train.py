@@ -20,7 +20,7 @@ from npu_lora_decoding.hass.head import DraftHead, draft_rows, target_weights, h
 from npu_lora_decoding.hass.checkpoint import load_head
 from npu_lora_decoding.hass.features import Batch, OnlineFeatures, draft_vocabulary, plan_epoch
 from npu_lora_decoding.hass.initialization import plain_copy, random_start
-from npu_lora_decoding.hass.config import RECIPES, RENAMED, HeadTraining
+from npu_lora_decoding.hass.config import RECIPES, ADDED, RENAMED, HeadTraining
 from npu_lora_decoding.foundations.training import learning_rate
 from npu_lora_decoding.hass.train import start_run, train
 from npu_lora_decoding.hass.training_step import add_noise, train_step, trained_steps
@@ -140,6 +140,9 @@ def test_each_setting_has_a_say(tmp_path):
                 dict(optimizer='adamw'),
                 dict(scaled=False),
                 dict(start='random'),
+                dict(own_tokens=True),
+                dict(losses=(('nla', 1.0),)),
+                dict(losses=(('lk_hybrid', 1.0),)),
             )
         )
     ]
@@ -330,6 +333,18 @@ def test_two_processes_are_as_one(tmp_path):
 # ---- one step against its definition
 
 
+def token_loss(config, q, y, lm_head, vocab):
+    "The losses on tokens at every place, from the draft's log-probabilities and all of the target's logits"
+    p = y.softmax(-1)
+    if config.losses == (('nla', 1.0),):
+        p = p if vocab is None else p[:, vocab]  # what lies outside is not accepted
+        return -torch.minimum(p, q.exp()).sum(-1).log()
+    y = y if vocab is None else y[:, vocab]
+    p = y.softmax(-1)
+    top = torch.zeros_like(p).scatter(1, p.topk(config.k).indices, 1.0)
+    return -(p * q).sum(-1) - (p * q * top).sum(-1)
+
+
 def literal(head, config, rows, numbers, spread, vocab=None):
     "Mean over all kept places of the loss of each alignment step, text by text, nothing in pieces, and the sum that is differentiated"
     frozen = target_weights(LM.model)
@@ -340,22 +355,21 @@ def literal(head, config, rows, numbers, spread, vocab=None):
         ids, response, f = rows[i]
         t = len(ids) - 1
         keep = torch.tensor([bool(j + 2 <= t and response[j + 1] and response[j + 2]) for j in range(t)])
-        e = frozen.embed[ids[None, 1:]]
+        read = [ids[None, 1:]]
         segments = torch.zeros(1, t, dtype=torch.long)
         inputs = [f[None, :t]]
         rotations = head.rotations(torch.arange(t)[None])
         count = count + int(keep.sum())
         for j in range(config.alignment_steps):
-            predicted = aligned_step(head, e, inputs, rotations, segments)
+            predicted = aligned_step(head, [frozen.embed[x] for x in read], inputs, rotations, segments)
             inputs.append(torch.cat([f[None, :1], predicted.detach()[:, :-1]], 1))
             q = (predicted[0] @ lm_head.T).log_softmax(-1)
-            p = (f[1:] @ lm_head.T).softmax(-1)
-            top = torch.zeros_like(p).scatter(1, p.topk(config.k).indices, 1.0)
-            each = (
-                -(p * q).sum(-1)
-                - (p * q * top).sum(-1)
-                + config.feature * F.smooth_l1_loss(predicted[0] / spread, f[1:] / spread, reduction='none').mean(-1)
-            )
+            likeliest = q.argmax(-1) if vocab is None else vocab[q.argmax(-1)]
+            own = torch.cat([ids[None, 1:2], likeliest[None, :-1]], 1)
+            read.append(own if config.own_tokens else ids[None, 1:])
+            each = token_loss(config, q, f[1:] @ frozen.lm_head.T, lm_head, vocab) + config.feature * F.smooth_l1_loss(
+                predicted[0] / spread, f[1:] / spread, reduction='none'
+            ).mean(-1)
             sums[j] = sums[j] + each[keep].sum()
     return [s / count for s in sums], sum(
         w * s / count for w, s in zip(config.step_weights or [1.0] * config.alignment_steps, sums)
@@ -375,8 +389,24 @@ def gradients_of(run, step=0):
 
 @pytest.mark.parametrize(
     'change',
-    [dict(), dict(row=48, step_weights=(1.0, 0.5, 0.25)), dict(scaled=False, vocab=20)],
-    ids=['texts', 'packed weighted', 'plain draft vocabulary'],
+    [
+        dict(),
+        dict(row=48, step_weights=(1.0, 0.5, 0.25)),
+        dict(scaled=False, vocab=20),
+        dict(own_tokens=True),
+        dict(own_tokens=True, vocab=20, row=48),
+        dict(losses=(('nla', 1.0),)),
+        dict(losses=(('nla', 1.0),), vocab=20),
+    ],
+    ids=[
+        'texts',
+        'packed weighted',
+        'plain draft vocabulary',
+        'own tokens',
+        'own tokens packed',
+        'nla',
+        'nla, vocabulary',
+    ],
 )
 def test_gradients_are_those_of_the_literal_objective(tmp_path, change):
     config = replace(CONFIG, alignment_steps=3, noise=0.0, chunk=7, **change)
@@ -784,7 +814,7 @@ def test_other_settings_and_other_data_are_refused(tmp_path):
 def with_earlier_names(settings):
     "Settings as a version before the renaming saved them"
     earlier = {current: name for name, current in RENAMED.items()}
-    return {earlier.get(name, name): value for name, value in settings.items()}
+    return {earlier.get(name, name): value for name, value in settings.items() if name not in ADDED}
 
 
 def test_a_run_of_an_earlier_version_is_continued_to_the_bit(whole, tmp_path):
@@ -867,6 +897,7 @@ def test_damaged_state_is_refused(tmp_path):
         dict(betas=(0.9,)),
         dict(betas=(0.9, -1.0)),
         dict(vocab=-1),
+        dict(alignment_steps=1, own_tokens=True),
         dict(row=-5),
         dict(steps=2.5),
         dict(tokens=10.5),

@@ -3,7 +3,10 @@
 import json
 import pytest, torch
 from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
-from npu_lora_decoding.foundations.adapters import toy_adapter, toy_model
+from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter, toy_model
+from npu_lora_decoding.hass.checkpoint import save_head
+from npu_lora_decoding.hass.draft_adapter import DraftAdapter, adapter_fingerprint, save_draft_adapter
+from npu_lora_decoding.speculation.joint import JointDrafter
 from npu_lora_decoding.cold.rule import CoLD
 from npu_lora_decoding.decoding.sampling import Plain
 from npu_lora_decoding.cli.main import run
@@ -12,6 +15,7 @@ from npu_lora_decoding.serving.hf_generate import Settings, decoder_of, read_set
 from npu_lora_decoding.foundations.models import embedded_folder, load_tokenizer
 from npu_lora_decoding.decoding.loop import Decoder, load
 import npu_lora_decoding.cli.main  # registers its commands
+from helpers.heads import draft_adapter, random_head
 from helpers.toys import toy_folder, toy_tokenizer
 
 PROMPTS = [[5, 6, 7, 5, 6], [9, 10, 11]]
@@ -235,3 +239,69 @@ def test_a_seed_reaches_the_loop(lm, tmp_path):
         with pytest.raises(DecodingError, match='seed') as e:
             draw(seed=seed)
         assert '\n' not in str(e.value) and ': ' in str(e.value)
+
+
+@pytest.fixture(scope='module')
+def drafting(lm, home):
+    "A head, and a draft adapter on it for the adapter"
+    head = random_head(lm)
+    save_head(head, home / 'head', lm.model)
+    task = adapter_fingerprint(load_adapter(home / 'adapter', lm.model))
+    save_draft_adapter(DraftAdapter(draft_adapter(head), task), home / 'draft', head, torch.float32)
+    return home
+
+
+@pytest.mark.parametrize('drafter', ['hass_chain', 'hass_tree', 'hass_lookup'])
+def test_a_draft_adapter_goes_with_the_folder(lm, drafting, tmp_path, drafter):
+    want = written(lm, Plain())
+    parts = dict(adapter=drafting / 'adapter', head=drafting / 'head')
+    inside = write_custom_generate(
+        tmp_path / 'out', Settings('greedy', drafter=drafter), draft_adapter=drafting / 'draft', **parts
+    )
+    assert read_settings(inside).draft_adapter and (inside / 'draft_adapter' / 'adapter_config.json').exists()
+    assert by_name(lm.model, lm, tmp_path / 'out') == want
+    drafter = decoder_of(inside, lm.model).drafter
+    hass = drafter.drafters[0] if isinstance(drafter, JointDrafter) else drafter
+    assert [draft.name for draft in hass._bound.drafts] == ['draft_adapter']
+    inside = write_custom_generate(tmp_path / 'plain', Settings('greedy', drafter='hass_tree'), **parts)
+    assert not read_settings(inside).draft_adapter
+
+
+def test_a_draft_adapter_that_does_not_belong_is_refused(lm, drafting, tmp_path):
+    tree = Settings('greedy', drafter='hass_tree')
+    both = dict(head=drafting / 'head', draft_adapter=drafting / 'draft')
+    for settings, parts in [
+        (tree, dict(draft_adapter=drafting / 'draft')),
+        (Settings('greedy', drafter='lookup'), both),
+    ]:
+        with pytest.raises(DecodingError, match='(a draft adapter changes a draft head|unknown drafter)'):
+            write_custom_generate(tmp_path / 'out', settings, **parts)
+    with pytest.raises(DecodingError, match='has no adapter_config.json'):
+        write_custom_generate(tmp_path / 'out', tree, head=drafting / 'head', draft_adapter=drafting / 'head')
+    other = toy_adapter(lm.model, tmp_path / 'other', seed=5)
+    write_custom_generate(tmp_path / 'out', tree, adapter=other, **both)
+    with pytest.raises(DecodingError, match='the draft adapter draft_adapter is for another task adapter'):
+        by_name(lm.model, lm, tmp_path / 'out')
+    write_custom_generate(tmp_path / 'none', tree, **both)
+    with pytest.raises(DecodingError, match='the draft adapter draft_adapter is for a task adapter, but the text is'):
+        by_name(lm.model, lm, tmp_path / 'none')
+    save_head(random_head(lm, seed=1), tmp_path / 'head', lm.model)
+    parts = dict(adapter=drafting / 'adapter', head=tmp_path / 'head', draft_adapter=drafting / 'draft')
+    write_custom_generate(tmp_path / 'head out', tree, **parts)
+    with pytest.raises(DecodingError, match='was trained on another head'):
+        by_name(lm.model, lm, tmp_path / 'head out')
+
+
+def test_settings_of_an_earlier_version_are_read(lm, home, tmp_path):
+    inside = write_custom_generate(tmp_path / 'out', Settings('greedy'), home / 'adapter')
+    about = json.loads((inside / 'settings.json').read_text())
+    del about['draft_adapter']
+    (inside / 'settings.json').write_text(json.dumps(about))
+    assert read_settings(inside) == Settings('greedy', adapter=True)
+
+
+def test_the_command_takes_a_draft_adapter(lm, drafting, tmp_path, capsys):
+    given = ['--adapter', str(drafting / 'adapter'), '--head', str(drafting / 'head'), '--method', 'greedy']
+    run(['custom-generate', str(tmp_path / 'out'), *given, '--draft-adapter', str(drafting / 'draft')])
+    assert by_name(lm.model, lm, tmp_path / 'out') == written(lm, Plain())
+    assert read_settings(tmp_path / 'out' / 'custom_generate').draft_adapter

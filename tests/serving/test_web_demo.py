@@ -11,10 +11,13 @@ from npu_lora_decoding.cold.rule import CoLD
 from npu_lora_decoding.decoding.sampling import Plain
 from npu_lora_decoding.cli.main import run
 from npu_lora_decoding.foundations.errors import DecodingError
+from npu_lora_decoding.hass.checkpoint import save_head
+from npu_lora_decoding.hass.draft_adapter import DraftAdapter, adapter_fingerprint, save_draft_adapter
 from npu_lora_decoding.speculation.joint import JointDrafter
 from npu_lora_decoding.speculation.prompt_lookup import PromptLookup
 from npu_lora_decoding.evaluation.draft_plots import COLOURS, proposer_html
 from npu_lora_decoding.speculation.head_drafter import HASS
+from helpers.heads import draft_adapter, random_head
 from helpers.toys import toy_lm
 
 HOSTILE = (
@@ -191,7 +194,7 @@ def shown(tmp_path, monkeypatch):
     first = lm.generate(PROMPT, max_new_tokens=1).tokens[0][0].id
     decode = lm.tokenizer.decode
     lm.tokenizer.decode = lambda ids, **kw: HOSTILE if list(ids) == [first] else decode(ids, **kw)
-    monkeypatch.setattr(P, 'make_drafters', lambda head: STEADY)
+    monkeypatch.setattr(P, 'make_drafters', lambda *_: STEADY)
     page = P.build(lm)
     url = P.serve(page, 0)
     try:
@@ -285,3 +288,24 @@ def test_the_page_is_for_this_computer_and_loads_nothing_from_elsewhere(shown):
     )
     browser.call('Runtime.evaluate', expression='1')
     assert any('Content Security Policy' in s and 'example.invalid' in s for s in browser.console)
+
+
+def test_the_page_drafts_with_a_draft_adapter(tmp_path):
+    lm = toy_lm()
+    lm.adapter = load_adapter(toy_adapter(lm.model, tmp_path / 'task'), lm.model)
+    head = random_head(lm)
+    folder = save_head(head, tmp_path / 'head', lm.model)
+    draft = DraftAdapter(draft_adapter(head), adapter_fingerprint(lm.adapter))
+    save_draft_adapter(draft, tmp_path / 'draft', head, torch.float32)
+    made = P.make_drafters(folder, tmp_path / 'draft')
+    for lookup in (False, True):
+        choice = P.Choice(head=True, lookup=lookup, new_tokens=6)
+        texts = [lm.generate('ab ab', eos_token_id=None, **P.arguments(choice, made))]
+        texts.append(lm.generate('ab ab', eos_token_id=None, max_new_tokens=6))
+        assert texts[0].text == texts[1].text
+    assert [draft.name for draft in made[True, False]._bound.drafts] == ['draft']
+    with pytest.raises(DecodingError, match='a draft adapter changes a draft head: give that head as --head'):
+        P.make_drafters(None, tmp_path / 'draft')
+    lm.adapter = None
+    (refused,) = P.answer(P.Writer(lm), made, 'ab', '', P.Choice(head=True))
+    assert 'the draft adapter draft is for a task adapter' in refused

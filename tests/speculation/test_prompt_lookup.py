@@ -7,10 +7,16 @@ from hypothesis import given, strategies as st
 from npu_lora_decoding.foundations.adapters import toy_model
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.decoding.loop import Decoder, Drafter
-from npu_lora_decoding.speculation.joint import JointDrafter, join_trees
-from npu_lora_decoding.speculation.prompt_lookup import PromptLookup, match_lengths, paths
+from npu_lora_decoding.hass.acceptance import Text, join_replays, replay_texts
+from npu_lora_decoding.hass.checkpoint import save_head
+from npu_lora_decoding.hass.features import target_features
+from npu_lora_decoding.speculation.head_drafter import HASS
+from npu_lora_decoding.speculation.joint import JointDrafter, LookupBeside, join_trees
+from npu_lora_decoding.speculation.prompt_lookup import PromptLookup, match_lengths, paths, replay_lookup
 from npu_lora_decoding.speculation.adaptive import TreeSizing
 from npu_lora_decoding.decoding.tree import Tree, root_tree
+from helpers.heads import random_head
+from helpers.toys import toy_lm
 
 texts = lambda most, least=1: st.lists(st.integers(0, 2), min_size=least, max_size=most)
 T = torch.tensor
@@ -382,3 +388,59 @@ def test_a_resting_drafter_changes_no_token(monkeypatch):
     monkeypatch.setattr('npu_lora_decoding.speculation.adaptive.TreeSizing._long_run', lambda self: 1e4)
     out = run(JointDrafter((PromptLookup(corpus=tuple(plain.sequences[:, 6:])), Slow((1,), 1, token=2))))
     assert out.sequences.equal(plain.sequences) and 'draft tokens of stub 2 did not pay' in ' '.join(out.notes)
+
+
+# --- replayed against a text
+
+
+def run_of(lm, prompts, drafter, **options):
+    "The texts of a run, and the tokens and forward passes after the prefill of each sequence"
+    ids = [lm.tokenizer(p).input_ids for p in prompts]
+    out = lm.generate(prompts, drafter=drafter, max_new_tokens=40, record=False, **options)
+    whole = [T(p + [t.id for t in ts]) for p, ts in zip(ids, out.tokens)]
+    texts = [Text(x, len(p), f) for x, p, f in zip(whole, ids, target_features(lm, whole))]
+    steps = [[len(s.tokens[b]) for s in out.steps[1:] if s.tokens[b]] for b in range(len(prompts))]
+    return texts, [sum(x) for x in steps], [len(x) for x in steps]
+
+
+@pytest.mark.parametrize('options', [dict(), dict(do_sample=True, temperature=0.3, seed=2)], ids=['greedy', 'sampled'])
+def test_replayed_copies_equal_decoding(options):
+    lm = toy_lm(vocab=76)
+    prompts = ['abab', 'hello hello you', 'c, d. c, d. e', 'x']
+    lookup = PromptLookup(draft_tokens=5, min_ngram=1, adaptive=False)
+    texts, tokens, passes = run_of(lm, prompts, lookup, **options)
+    counts = replay_lookup(lookup, texts)
+    assert (counts.tokens.tolist(), counts.passes.tolist()) == (tokens, passes)
+    assert max(n / p for n, p in zip(tokens, passes)) > 1.1
+    assert (counts.accepted <= counts.tried).all() and (counts.tried[:, 1:] <= counts.accepted[:, :-1]).all()
+    alone = [replay_lookup(lookup, [text]) for text in texts]
+    assert torch.equal(join_replays(alone).tried, counts.tried)
+
+
+def test_a_place_that_a_short_copy_did_not_reach_was_not_tried():
+    # after 5 6 the copy is 9 alone: what stood behind it is the end of the text so far
+    text = Text(T([5, 6, 9, 5, 6, 9, 9, 7]), 4, torch.zeros(8, 1))
+    counts = replay_lookup(PromptLookup(draft_tokens=3, min_ngram=2), [text])
+    # cycles: after 5 6 (copies 9 5 6: 1 right), after 9 9 (nothing)
+    assert (counts.tokens.tolist(), counts.passes.tolist()) == ([3], [2])
+    assert counts.tried.tolist() == [[1, 1, 0]] and counts.accepted.tolist() == [[1, 0, 0]]
+
+
+def test_replayed_copies_beside_a_head_equal_decoding(tmp_path):
+    lm = toy_lm(vocab=76)
+    prompts = ['abab', 'hello hello you', 'c, d. c, d. e', 'x']
+    head = random_head(lm, seed=3)
+    folder = save_head(head, tmp_path / 'head', lm.model)
+    size = dict(nodes=7, top_k=3)
+    lookup = PromptLookup(draft_tokens=6, min_ngram=1, adaptive=False)
+    hass = HASS(folder, depth=3, adaptive=False, **size)
+    weights = head, lm.model.get_input_embeddings().weight, lm.model.lm_head.weight
+    how = dict(chain=(), tree=dict(depth=2, **size), batch=3)
+    joint = JointDrafter((hass, lookup), nodes=7, adaptive=False)
+    joint.record_outcome = lambda *_: None
+    texts, tokens, passes = run_of(lm, prompts, joint)
+    found = replay_texts(*weights, texts, beside=LookupBeside(lookup, 7), **how)
+    assert list(found) == ['tree 7', 'tree 7 + lookup']
+    both = found['tree 7 + lookup']
+    assert (both.tokens.tolist(), both.passes.tolist()) == (tokens, passes)
+    assert both.passes.sum() < found['tree 7'].passes.sum() and both.tried.shape == (4, 6)
