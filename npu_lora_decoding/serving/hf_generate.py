@@ -108,7 +108,8 @@ def _write(folder, about, parts):
     requirement = f'npu_lora_decoding>={npu_lora_decoding.__version__}'
     (folder/'generate.py').write_text(_CODE)
     (folder/'requirements.txt').write_text(requirement + '\n')
-    (folder/'settings.json').write_text(json.dumps(about, indent=1) + '\n')
+    known = {name: value for name, value in about.items() if name != 'draft_adapter' or value}  # earlier versions read the rest
+    (folder/'settings.json').write_text(json.dumps(known, indent=1) + '\n')
     for name, source in parts.items():
         if source:
             _copy(source, folder/name)

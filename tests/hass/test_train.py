@@ -771,6 +771,7 @@ OTHER = dict(
     steps=10,
     tokens=121,
     alignment_steps=3,
+    own_tokens=True,
     sample_one_step=True,
     cache_targets=True,
     feature=0.1,
