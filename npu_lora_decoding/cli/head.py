@@ -137,7 +137,7 @@ def train_head(
     online:bool=False,  # Compute features as needed instead of storing them
     init:str=None,  # Folder of a head to go on from
     onto:str=None,  # Folder of a head that stays as it is: train a LoRA on it, which drafts for ADAPTER
-    rank:int=None,  # Of that LoRA (default: 8)
+    rank:int=None,  # Of that LoRA (default: 16)
     model:str=None,  # Folder or hub id (default: the embedded model)
     adapter:str='none',  # PEFT folder: train for the adapted model
     dtype:str='bf16',  # Of the target; with bf16 the head trains in bf16 with fp32 masters

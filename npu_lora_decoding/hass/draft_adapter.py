@@ -256,7 +256,7 @@ def learned_adapter(
 @dataclass(frozen=True)
 class DraftAdapterTraining(HeadTraining):
     "Everything that decides how a draft adapter is trained, given head, target and conversations"
-    rank:int=8  # Of each layer's difference
+    rank:int=16  # Of each layer's difference
 
     def __post_init__(self):
         super().__post_init__()

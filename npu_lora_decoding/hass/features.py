@@ -410,7 +410,8 @@ class HiddenStateFiles:
     @torch.no_grad()
     def _normed(self, states):
         "Return states after the target's final norm, on the CPU"
-        return self.lm.model.base_model.norm(states.to(self.lm.device)).cpu()
+        base:Any = self.lm.model.base_model
+        return base.norm(states.to(self.lm.device)).cpu()
 
     def _find_norm(self):
         "Return whether the states are those before the target's final norm; raises `DecodingError` where they are another target's"

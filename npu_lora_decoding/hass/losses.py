@@ -170,7 +170,7 @@ def losses_for(
     inside:torch.Tensor|None=None,  # See `log_overlap`
 ) -> dict:  # Name -> function of (draft, target, k)
     "Return every loss that can be computed: `frequency_topk` only where there are weights"
-    found = LOSSES | {name: partial(LOSSES[name], inside=inside) for name in OVERLAP}
+    found:dict = LOSSES | dict(nla=partial(nla, inside=inside), lk_hybrid=partial(lk_hybrid, inside=inside))
     if rarity is not None: found['frequency_topk'] = partial(frequency_topk, rarity=rarity)
     return found
 
