@@ -265,7 +265,7 @@ class Subject:
         found = {}
         for cut, folder in self.heads.items():
             head = load_head(folder, self.model)
-            draft = DraftAdapter(draft_adapter(head, size=0.2), adapter_fingerprint(self.adapter))
+            draft = DraftAdapter(draft_adapter(head, size=1.0), adapter_fingerprint(self.adapter))
             found[cut] = save_draft_adapter(draft, self.folder / f'draft{cut}', head, torch.float32)
         return found
 

@@ -189,8 +189,7 @@ def tree_acceptance(
 ) -> Replay:
     "Return what decoding these texts with dynamic trees would count; with `top_k=1` they are chains"
     how:dict = dict(embed=embed, lm_head=lm_head, vocab=vocab, depth=depth, top_k=top_k, nodes=nodes)
-    deepest = max(depth + 1, getattr(beside, 'max_draft_depth', 0))
-    out = Replay.empty(len(ids), deepest, ids.device)
+    out = Replay.empty(len(ids), max(depth + 1, getattr(beside, 'max_draft_depth', 0)), ids.device)
     cache = HeadCache(len(ids), ids.device)
     rows = torch.arange(len(ids), device=ids.device)
     following = _ahead(ids, 1, 0)
@@ -211,9 +210,7 @@ def tree_acceptance(
         known = None if noise is None else draft_noise(replace(noise, keys=noise.keys[rows]), emitted, depth + 1)
         tree = draft_tree(head, cache, following[rows, slot[rows]], outputs, noise=known, **how)
         if beside is not None: tree = beside(tree, [ids[row, :slot[row]+2] for row in rows.tolist()])
-        right = torch.zeros_like(slot).index_copy(
-            0, rows, _right(tree, ids[rows], slot[rows])
-        )
+        right = torch.zeros_like(slot).index_copy(0, rows, _right(tree, ids[rows], slot[rows]))
         fresh = out.count(right, end - 2 - slot)
         slot = slot + fresh
 
@@ -343,10 +340,11 @@ def measure_acceptance(
     embed:torch.Tensor,  # `(v, d)`
     lm_head:torch.Tensor,  # `(w, d)`
     texts:list,  # `Text`s, from `target_texts`
+    vocab:torch.Tensor|None=None,  # Draft vocabulary `(w,)`
     **options,  # Of `replay_texts`
 ) -> dict:  # Name -> `Acceptance`
     "Return how well chains, and a tree, would have been accepted while the target generated `texts`"
-    counted = replay_texts(head, embed, lm_head, texts, **options)
+    counted = replay_texts(head, embed, lm_head, texts, vocab=vocab, **options)
     return {name: summarise_replay(name, counts) for name, counts in counted.items()}
 
 def acceptance_table(

@@ -362,7 +362,8 @@ def _check_states(file, lm, ids, mask, shape):
     require(whole, f'the ids in {file} are {ids.dtype} {tuple(ids.shape)}', 'give whole numbers (t,)')
     fits = mask.shape == ids.shape and bool(((mask == 0) | (mask == 1)).all())
     require(fits, f'the loss mask in {file} does not mark its {len(ids)} ids', 'give a 0 or 1 for each')
-    d, v = lm.model.config.hidden_size, lm.model.config.vocab_size
+    d = lm.model.config.hidden_size
+    v = lm.model.config.vocab_size
     remedy = 'give files of this model'
     require(len(shape) in (2, 3), f'the hidden states in {file} are {tuple(shape)}', 'give (t, layers, d) or (t, d)')
     require(shape[0] == len(ids), f'{file} holds states of {shape[0]} tokens for {len(ids)} ids', _WRITE_AGAIN)

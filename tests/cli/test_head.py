@@ -579,15 +579,15 @@ def test_accept_by_kind_and_all_together(model, toy_head, tmp_path, capsys):
     assert several[0]['tokens'] == several[1]['tokens']
 
 
-def test_several_files_are_kinds_and_one_alone_is_no_kind(model, toy_head, tmp_path):
+def test_several_files_are_kinds_and_a_single_one_is_not(model, toy_head, tmp_path):
     files = []
     for name in ('a', 'b'):
         (tmp_path / name).mkdir()
         files.append(lines(tmp_path / name / 'heldout.jsonl', [talk(i) for i in range(4)]))
-    accepting(model, toy_head, ','.join(files), '--json', tmp_path / 'rows.json', '--chain', '3')
+    accepting(model, *[toy_head, ','.join(files), '--json', tmp_path / 'rows.json', '--chain', '3'])
     sets = {name for _, name, _ in rows_of(tmp_path / 'rows.json')}
     assert sets == {'a/heldout T=0', 'b/heldout T=0', 'all T=0'}
-    accepting(model, toy_head, files[0], '--json', tmp_path / 'rows.json', '--texts', '2')
+    accepting(model, *[toy_head, files[0], '--json', tmp_path / 'rows.json', '--texts', '2'])
     one = rows_of(tmp_path / 'rows.json')
     assert {name for _, name, _ in one} == {'heldout T=0'} and {r['questions'] for r in one.values()} == {2}
 
@@ -632,7 +632,8 @@ def test_accept_with_draft_adapters(model, tmp_path):
     lm = load(model, dtype='fp32', device='cpu')
     task, other = (str(toy_adapter(lm.model, tmp_path / f'task {s}', seed=s, lora_alpha=0.1)) for s in (1, 2))
     number = adapter_fingerprint(load_adapter(task, lm.model))
-    heads, drafts = [], []
+    heads = []
+    drafts = []
     for seed in (0, 1):
         head = random_head(lm, seed=seed)
         heads.append(str(save_head(head, tmp_path / f'head {seed}', lm.model)))

@@ -273,21 +273,28 @@ def test_every_tensor_is_made_where_the_others_are():
 
 
 def test_tokens_move_as_features_do():
-    tokens, drafted = torch.arange(12).view(2, 6), torch.arange(100, 112).view(2, 6)
+    tokens = torch.arange(12).view(2, 6)
+    drafted = tokens + 100
     segments = torch.tensor([[0, 0, 0, 1, 1, -1], [0, 0, -1, -1, -1, -1]])
     moved = next_inputs(tokens[..., None].float(), drafted[..., None].float(), segments)[..., 0]
     assert torch.equal(next_tokens(tokens, drafted, segments), moved.long())
 
 
 def test_with_its_own_tokens_a_step_sees_what_a_free_chain_sees():
-    "Draft freely from every prefix, tokens and features its own, with a cache; one pass of aligned steps says the same"
-    head, n, b, t = toy_head(), 4, 2, 10
+    "Draft freely from every prefix, tokens and features its own, with a cache; aligned steps say the same at once"
+    head = toy_head()
+    n = 4
+    b = 2
+    t = 10
     g = generator(3)
     embed, w = torch.randn(2, 7, 32, generator=g)
     f = torch.randn(b, t, 32, generator=g)
     ids = torch.randint(0, 7, (b, t), generator=g)
-    segments, rotations = torch.zeros(b, t, dtype=torch.long), head.rotations(torch.arange(t).expand(b, t))
-    inputs, read, outs = [f], [ids], []
+    segments = torch.zeros(b, t, dtype=torch.long)
+    rotations = head.rotations(torch.arange(t).expand(b, t))
+    inputs = [f]
+    read = [ids]
+    outs = []
     for _ in range(n):
         outs.append(aligned_step(head, [embed[x] for x in read], inputs, rotations, segments))
         inputs.append(next_inputs(inputs[-1], outs[-1], segments))
@@ -310,7 +317,8 @@ def test_with_its_own_tokens_a_step_sees_what_a_free_chain_sees():
 def test_embeddings_of_each_step_are_one_a_step():
     head = toy_head()
     e, f = torch.randn(2, 1, 5, 32)
-    segments, rotations = torch.zeros(1, 5, dtype=torch.long), head.rotations(torch.arange(5)[None])
+    segments = torch.zeros(1, 5, dtype=torch.long)
+    rotations = head.rotations(torch.arange(5)[None])
     same = aligned_step(head, [e, e], [f, f], rotations, segments)
     assert torch.equal(same, aligned_step(head, e, [f, f], rotations, segments))
     with pytest.raises(ValueError):

@@ -82,7 +82,8 @@ def test_losses_are_their_sums(name, k):
 def test_what_a_draft_vocabulary_leaves_out_is_not_accepted(name, size):
     "Logits of the first `size` of 15 tokens, against sums over probabilities of all 15"
     z, whole = logits(size, v=15)
-    z, few = z[:, :size].contiguous(), whole[:, :size]
+    z = z[:, :size].contiguous()
+    few = whole[:, :size]
     inside = few.logsumexp(-1) - whole.logsumexp(-1)
     loss = losses_for(inside=inside)[name]
     kept = [p[:size] for p in whole.softmax(-1).tolist()]
