@@ -212,7 +212,7 @@ def accept(
     device:str=None,  # cpu, cuda or npu (default: the best present)
     json:str=None,  # Write the rows here
 ):
-    "Measure how many draft tokens of a head the target accepts, by kind of prompt"
+    "Measure how many draft tokens of a head the target accepts"
     lengths = numbers_of(chain, '--chain', int)
     folders = [] if names_nothing(heads) else heads.split(',')
     require(len(folders) > 0 or lookup, 'there is nothing that drafts', 'name a head, or give --lookup')
