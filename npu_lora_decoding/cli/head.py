@@ -218,8 +218,8 @@ def accept(
     require(len(folders) > 0 or lookup, 'there is nothing that drafts', 'name a head, or give --lookup')
     asked, pooled = _sets(data.split(','), texts)
     lm, _ = load_target(model, adapter, dtype, device)
-    adapted = _draft_blocks(lm, folders, draft_adapter)
     sets = {name: texts_of(lm, found, new_tokens, report=print) for name, found in asked.items()}
+    adapted = _draft_blocks(lm, folders, draft_adapter)
     shape = _tree_of(tree)
     beside = LookupBeside(nodes=tree) if lookup and shape else None
     rows = _lookup_rows(sets, pooled) if lookup else []
@@ -285,7 +285,7 @@ def _temperature_of(c, path):
 # %% ../../nbs/8_cli/07_head.ipynb #2055844d
 def _draft_blocks(lm, heads, draft_adapters):
     "Return what puts draft adapters onto a head, as `acceptance_rows` takes it; raises `DecodingError` for one that does not belong"
-    loaded = {folder: load_head(folder, lm.model) for folder in heads}  # what is wrong is named before texts are read
+    loaded = {folder: load_head(folder, lm.model) for folder in heads}  # what is wrong is named before anything is replayed
     drafts = [] if names_nothing(draft_adapters) else draft_adapters.split(',')
     require(len(heads) > 0 or not drafts, 'a draft adapter changes a draft head', 'name that head')
     owners = {}

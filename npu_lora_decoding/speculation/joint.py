@@ -226,7 +226,7 @@ def _accepted(roots, state):
 @dataclass(frozen=True, eq=False)
 class LookupBeside:
     "Puts the copies of a prompt lookup into the trees of a replay"
-    lookup:PromptLookup=field(default_factory=PromptLookup)
+    lookup:PromptLookup=field(default_factory=PromptLookup)  # Where the copies come from
     nodes:int=60  # Largest tree, the root included
     name = 'lookup'
 

@@ -23,6 +23,7 @@ from npu_lora_decoding.hass.head import HeadMLP
 from npu_lora_decoding.hass.checkpoint import load_head, save_head
 from npu_lora_decoding.hass.draft_adapter import DraftAdapter, DraftAdapterTraining, LowRankHead, adapter_fingerprint
 from npu_lora_decoding.hass.draft_adapter import load_draft_adapter, save_draft_adapter
+from npu_lora_decoding.hass.fused_checkpoint import load_fused_head, save_fused_head
 from npu_lora_decoding.serving.head_export import check_export, export_head
 from npu_lora_decoding.hass.features import StoredFeatures, write_features
 from npu_lora_decoding.cold.expert import FinetuneConfig, finetune
@@ -38,6 +39,7 @@ from npu_lora_decoding.temp_lora.generation import TempLoRA
 from npu_lora_decoding.temp_lora.translation import Form, translate_document
 from npu_lora_decoding.serving.vllm_plugin import null_adapter
 from npu_lora_decoding.hass.self_chat import write_conversations
+from helpers.fused import random_fused
 from helpers.heads import random_head
 from helpers.heads import examples_of
 from helpers.rows import row as measured
@@ -82,6 +84,18 @@ def _adapter(folder, v):
 def head_of(v):
     with torch.random.fork_rng():
         return random_head(LM, seed=v, vocab=20)
+
+
+DEEP = toy_lm(num_hidden_layers=7)
+
+
+def _fused(folder, v):
+    return save_fused_head(random_fused(DEEP.model, seed=v, layers=(2, 3, 4)), folder / 'fused', DEEP.model)
+
+
+@functools.cache
+def _fused_of(v):
+    return _fused(Path(tempfile.mkdtemp()), v)
 
 
 @functools.cache
@@ -187,6 +201,11 @@ WRITERS = {
     'exported head': Writer(
         lambda f, v: export_head(_head_of(v), f / 'out', LM, 'sglang'),
         lambda f: check_export(f / 'out', load_head(_head_of(0), LM.model), LM, 'sglang'),
+    ),
+    'fused head': Writer(_fused, lambda f: load_fused_head(f / 'fused', DEEP.model)),
+    'exported fused head': Writer(
+        lambda f, v: export_head(_fused_of(v), f / 'out', DEEP, 'vllm', verifier='a/b'),
+        lambda f: load_fused_head(f / 'out', DEEP.model),
     ),
     'training a head': Writer(
         _head_training, lambda f: begin(f, replace(HEAD, steps=2, eval_every=1, save_every=9)), 'state.safetensors'
