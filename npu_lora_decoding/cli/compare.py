@@ -181,7 +181,7 @@ def _source_of(prompts, fields):
     return _Source(prompts, *names)
 
 # %% ../../nbs/8_cli/05_compare.ipynb #1bba9419
-_EAGER = ('greedy', 'cold', 'lookup', 'hass_tree', 'transformers_greedy')
+_EAGER = ('greedy', 'cold', 'lookup', 'hass_chain', 'hass_tree', 'transformers_greedy')
 _BESIDE_COMPILED = ('greedy', 'lookup', 'transformers_greedy')  # what is compiled is not shown eager too, for time
 _COMPILED = ('greedy', 'cold', 'hass_tree')  # in four programs
 
@@ -195,8 +195,8 @@ def demo(
     alpha:float=.1,  # CoLD's plausibility
     beta:float=.1,  # CoLD's strength
     dtype:str='fp32',  # fp32, bf16 or fp16
-    text_tokens:int=1536,  # Of the King James Bible, read with and without Temp-LoRA; 0: none
-    no_compile:bool=False,  # Decode eagerly; otherwise greedy decoding, CoLD and draft trees are compiled, a minute the first time
+    text_tokens:int=2048,  # Of the King James Bible, read with and without Temp-LoRA; 0: none
+    compile:bool=False,  # Compile greedy decoding, CoLD and draft trees, a minute or two the first time
     html:str='nld-demo.html',  # The page
 ):
     "A real model and adapter: all methods on held-out verses, one table and one page"
@@ -207,7 +207,7 @@ def demo(
     target = CoLD(alpha, beta)
     for item in track(its[:show], 'answering', 'verses'): _demo_verse(lm, item, target)
     head = str(shipped_head('king_james'))
-    fast = {} if no_compile else compiled_too(_COMPILED, target, head)
+    fast = compiled_too(_COMPILED, target, head) if compile else {}
     names = [*(_BESIDE_COMPILED if fast else _EAGER), *fast]
     print(f'Now every method in turns, a few minutes: {", ".join(names)} ...\n', flush=True)
     looks = Looks(lm, its, 40, counted=2)

@@ -203,7 +203,7 @@ def _post(url, body, timeout):
             return json.loads(answer.read())
     except urllib.error.HTTPError as e:
         raise DecodingError(
-            f'the server refused a request ({e.code}: {e.read().decode(errors="replace")[:400]}): mend what it names.'
+            f'the server refused a request ({e.code}: {e.read().decode(errors="replace")[:400]}): correct what it names.'
         ) from e
     except OSError as e:
         raise DecodingError(f'no answer from {url} ({e}): start the server, or wait longer.') from e

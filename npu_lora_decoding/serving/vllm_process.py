@@ -115,7 +115,7 @@ class Engine:
         require(
             'error' not in answer,
             f'{self.name}: {visible(str(answer.get("error")))[:600]}',
-            f'mend what it names, or leave {self.name} out',
+            f'correct what it names, or leave {self.name} out',
         )
         return answer
 
@@ -138,7 +138,7 @@ class Engine:
 
     def _ended(self):
         raise DecodingError(
-            f'the engine of {self.name} ended{self._last_lines()}: mend what it names, or leave {self.name} out.'
+            f'the engine of {self.name} ended{self._last_lines()}: correct what it names, or leave {self.name} out.'
         )
 
     def _last_lines(self, lines=3):

@@ -11,6 +11,7 @@ __all__ = ['PLAIN_SHARE', 'tree_sizes', 'pass_seconds', 'first_seconds', 'Calibr
 import statistics
 import time
 import weakref
+from collections import deque
 import torch
 from ..foundations.errors import DecodingError, require
 from ..foundations.timing import stopwatch
@@ -231,20 +232,20 @@ class DraftTimes:
 class Overheads:
     "What steps take beside draft and forward pass: choosing tokens, accepting them, the loop"
     def __init__(self):
-        self.seconds: dict = {}  # Size of the tree -> seconds
+        self.seconds: dict = {}  # Size of the tree -> seconds of the last steps; kept with the model, so no more than nine
 
     def add(self,
         size:int,  # Of the tree
         seconds:float,  # Of the step, without draft and forward pass
     ):
         "Note one step; a forward pass that took less than it was measured to take leaves none"
-        self.seconds.setdefault(size, []).append(max(0., seconds))
+        self.seconds.setdefault(size, deque(maxlen=9)).append(max(0., seconds))
 
     def median(self,
         size:int,  # Of the next tree
     ) -> float:  # 0 where nothing is known, so that it becomes known
         "Return the median of the last steps with trees of this size"
-        return statistics.median(self.seconds[size][-9:]) if size in self.seconds else 0.
+        return statistics.median(self.seconds[size]) if size in self.seconds else 0.
 
 # %% ../../nbs/4_speculation/01_adaptive.ipynb #0c6c043a
 def overheads_of(

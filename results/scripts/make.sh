@@ -58,6 +58,13 @@ threads() {
     $python $scripts/threads.py $out/threads.json --rounds 3 --kinds bf16+compile  # the fastest, and so the most uncertain
 }
 
+# The short ones again, with longer answers
+threads_short() {
+    fresh $out/threads_short.json
+    $python $scripts/threads.py $out/threads_short.json --tokens 64 --rounds 5 --kinds bf16+compile \
+        --spins 500,1000,1500,2000 --loads 0,1
+}
+
 # --- Equality
 
 equality() {

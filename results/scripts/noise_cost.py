@@ -10,7 +10,7 @@ import argparse
 import npu_lora_decoding  # before torch: it sets how torch's threads wait
 import torch
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from npu_lora_decoding.decoding.loop import load
 from npu_lora_decoding.decoding.sampling import DecodingState, Plain, SamplingRules, choose_tokens, shared_noise
 from npu_lora_decoding.decoding.tree import Tree
@@ -68,8 +68,10 @@ def measured(lm, size, asked, compiled):
         found['noisy'].append(seconds_of(noisy, lm.device))
         found['step'] += steps()
     middle = {name: median(times) for name, times in found.items()}
-    share = (middle['noisy'] - middle['plain']) / middle['step']
-    return dict(method='noise cost', nodes=size, compiled=compiled, rounds=asked.rounds, share=share) | middle
+    shares = [(noisy - plain) / middle['step'] for noisy, plain in zip(found['noisy'], found['plain'])]
+    spread = quantiles(shares, n=4)[::2]
+    about = dict(method='noise cost', nodes=size, compiled=compiled, rounds=asked.rounds)
+    return about | dict(share=median(shares), quartiles=spread) | middle
 
 
 def main():

@@ -1,6 +1,6 @@
 """How the waiting of torch's threads decides the speed of decoding, on a quiet machine and beside busy neighbours
 
-python results/scripts/threads.py OUT.json [--tokens 32] [--rounds 3] [--kinds bf16,fp32]
+python results/scripts/threads.py OUT.json [--tokens 32] [--rounds 3] [--kinds bf16,fp32] [--spins 500,1000] [--loads 0,1]
 (nothing else should run on the machine; a run that was stopped continues)
 
 The variables act before torch is loaded, so every setting gets a process of its own. The parent starts it, lets it warm up, and
@@ -36,12 +36,15 @@ class Setting:
         return kept | dict(self.variables) | dict(OMP_NUM_THREADS=str(self.threads))
 
 
+def of_spins(spins):
+    "Return a setting for each number of turns"
+    return [Setting(f'{n:,} spins', 2, (('GOMP_SPINCOUNT', str(n)),)) for n in spins]
+
+
 def settings():
     "Return all settings; the first is what the others are compared with"
-    waits = dict(default=())
-    waits |= {f'{policy} policy': (('OMP_WAIT_POLICY', policy.upper()),) for policy in ('active', 'passive')}
-    waits |= {f'{spins:,} spins': (('GOMP_SPINCOUNT', str(spins)),) for spins in (0, 1000, 1500, 2000, 10000, 100000)}
-    return [*(Setting(wait, 2, variables) for wait, variables in waits.items()), Setting('default', 1)]
+    policies = [Setting(f'{policy} policy', 2, (('OMP_WAIT_POLICY', policy.upper()),)) for policy in ('active', 'passive')]
+    return [Setting('default', 2), *policies, *of_spins((0, 1000, 1500, 2000, 10000, 100000)), Setting('default', 1)]
 
 
 # --- The process that decodes
@@ -86,13 +89,13 @@ class Neighbours:
             process.wait()
 
 
-def measured(setting, kind, tokens):
-    "Return the seconds of one answer at every load"
+def measured(setting, kind, tokens, loads):
+    "Return the seconds of one answer beside each number of neighbours"
     command = [sys.executable, __file__, kind, '--serve', '--tokens', str(tokens)]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=setting.environment)
     with subprocess.Popen(command, **pipes) as child:
         assert int(child.stdout.readline()) == setting.threads
-        return [asked(child, count) for count in NEIGHBOURS]
+        return [asked(child, count) for count in loads]
 
 
 def asked(child, count):
@@ -110,38 +113,49 @@ def known(out):
     return [row for row in json_rows(out) if row['method'] == 'threads'] if Path(out).exists() else []
 
 
-def due(rows, rounds, kinds):
+def due(rows, rounds, kinds, wanted):
     "Return what is not in the rows: round, kind and setting, in turns that change direction"
     done = {(row['round'], row['kind'], row['wait'], row['threads']) for row in rows}
-    turns = [(turn, kind, s) for turn in range(rounds) for kind in kinds for s in settings()[:: -1 if turn % 2 else 1]]
+    turns = [(turn, kind, s) for turn in range(rounds) for kind in kinds for s in wanted[:: -1 if turn % 2 else 1]]
     return [(turn, kind, s) for turn, kind, s in turns if (turn, kind, s.wait, s.threads) not in done]
 
 
-def main(out, tokens, rounds, kinds):
+def main(out, asked_for):
     from npu_lora_decoding.evaluation.benchmark import environment
     from npu_lora_decoding.foundations.files import save_rows
 
     rows = known(out)
-    for turn, kind, setting in due(rows, rounds, kinds):
-        seconds = measured(setting, kind, tokens)
+    tokens = asked_for.tokens
+    loads = asked_for.loads
+    wanted = of_spins(asked_for.spins) if asked_for.spins else settings()
+    for turn, kind, setting in due(rows, asked_for.rounds, asked_for.kinds.split(','), wanted):
+        seconds = measured(setting, kind, tokens, loads)
         about = dict(method='threads', kind=kind, wait=setting.wait, threads=setting.threads, round=turn, tokens=tokens)
-        rows += [about | dict(neighbours=count, seconds=s) for count, s in zip(NEIGHBOURS, seconds)]
+        rows += [about | dict(neighbours=count, seconds=s) for count, s in zip(loads, seconds)]
         save_rows(rows + [environment()], out)
         print(turn, kind, setting.threads, f'{setting.wait:<16}', *(f'{s:7.2f}' for s in seconds), flush=True)
     print(table(rows))
 
 
 def table(rows):
-    "Return Markdown: the median time of each setting and load, in times of torch's own setting when the machine is quiet"
+    "Return Markdown: the median time of each setting and load, in times of the first setting when the machine is quiet"
     cells = {}
     for row in rows:
         cells.setdefault((row['kind'], row['threads'], row['wait'], row['neighbours']), []).append(row['seconds'])
-    lines = ['| kind | threads | waiting | alone | 1 neighbour | 2 neighbours |', '|---|--:|---|--:|--:|--:|']
+    loads = list(dict.fromkeys(row['neighbours'] for row in rows))
+    head = ' | '.join(f'{count} neighbours' for count in loads)
+    lines = [f'| kind | threads | waiting | {head} |', '|---|--:|---|' + '--:|' * len(loads)]
+    first = rows[0]['wait']
     for kind, threads, wait in dict.fromkeys(key[:3] for key in cells):
-        quiet = statistics.median(cells[kind, 2, 'default', 0])
-        shown = [_ratio(cells[kind, threads, wait, count], quiet) for count in NEIGHBOURS]
+        quiet = statistics.median(cells[kind, 2, first, 0])
+        shown = [_ratio(cells[kind, threads, wait, count], quiet) for count in loads]
         lines.append(f'| {kind} | {threads} | {wait} | ' + ' | '.join(shown) + ' |')
     return '\n'.join(lines)
+
+
+def numbers(text):
+    "Return the numbers between commas"
+    return [int(n) for n in text.split(',')]
 
 
 def _ratio(seconds, quiet):
@@ -156,9 +170,11 @@ if __name__ == '__main__':
     parser.add_argument('--tokens', type=int, default=32)
     parser.add_argument('--rounds', type=int, default=3)
     parser.add_argument('--kinds', default='bf16,fp32', help='number types, with +compile for compiled programs')
+    parser.add_argument('--spins', type=numbers, help='these lengths of a spin instead of all settings')
+    parser.add_argument('--loads', type=numbers, default=list(NEIGHBOURS), help='numbers of busy neighbours, 0 among them')
     parser.add_argument('--serve', action='store_true', help='decode for another process; OUT is the kind')
     asked_for = parser.parse_args()
     if asked_for.serve:
         serve(asked_for.out, asked_for.tokens)
     else:
-        main(asked_for.out, asked_for.tokens, asked_for.rounds, kinds=asked_for.kinds.split(','))
+        main(asked_for.out, asked_for)

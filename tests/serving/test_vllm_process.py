@@ -337,7 +337,7 @@ def test_without_a_python_there_is_nothing():
     [
         (
             'fails at start',
-            r'vllm_greedy: ValueError: LoRA rank 64 is greater than max_lora_rank 16\.: mend what it names, or leave vllm_greedy out',
+            r'vllm_greedy: ValueError: LoRA rank 64 is greater than max_lora_rank 16\.: correct what it names, or leave vllm_greedy out',
         ),
         ('dies at start', 'engine of vllm_greedy ended .*no memory for keys.*leave vllm_greedy out'),
         ('threads', 'computes with 7 threads and this process with'),
