@@ -311,9 +311,11 @@ def linear_shape(
     "Return the widths of a linear layer, quantised or not"
     if isinstance(layer, Conv1D): return tuple(layer.weight.T.shape)
     pairs = (('out_features', 'in_features'), ('outfeatures', 'infeatures'))  # the second: GPTQ's
-    for names in pairs:
-        widths = tuple(getattr(layer, name, None) for name in names)
-        if all(isinstance(n, int) for n in widths): return widths
+    for outputs, inputs in pairs:
+        o = getattr(layer, outputs, None)
+        if not isinstance(o, int): continue  # most modules: asking on would only cost time
+        i = getattr(layer, inputs, None)
+        if isinstance(i, int): return o, i
     return None
 
 def _shape_at(model, path):

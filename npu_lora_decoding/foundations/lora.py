@@ -321,18 +321,20 @@ class AdapterBank:
         n = len(self.adapters)
         are_known = all(-1 <= i < n for i in rows)
         require(are_known, f'adapter ids {list(rows)} do not fit {n} adapters', 'use 0 to n-1, or -1 for the base')
-        before = {path: self.model.get_submodule(path).__dict__.get('forward') for path in self._shadows}
+        modules = dict(self.model.named_modules(remove_duplicate=False))  # once: looking each path up takes milliseconds
+        layers = {path: modules[path] for path in self._shadows}
+        before = {path: vars(layer).get('forward') for path, layer in layers.items()}
         outer = self.ids, self.is_uniform
         self.ids = self._tensor_of(rows)
         self.is_uniform = len(set(rows)) == 1
         attached = _ATTACHED.setdefault(self.model, [])
         attached.append(self)
         try:
-            for path, forward in self._shadows.items(): self.model.get_submodule(path).forward = forward
+            for path, layer in layers.items(): layer.forward = self._shadows[path]
             yield self
         finally:
             attached.pop()
-            for path, forward in before.items(): self._restore(self.model.get_submodule(path), forward)
+            for path, layer in layers.items(): self._restore(layer, before[path])
             for shadows in self._groups: shadows.forget()  # what an interrupted forward pass left uncollected
             self.ids, self.is_uniform = outer
 

@@ -13,12 +13,14 @@ import functools
 import hashlib
 import inspect
 import json
+import operator
 import os
 import platform
 import sys
 import tempfile
 import uuid
 import warnings
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -263,8 +265,10 @@ def _attribute(x, configs):
     if _is_plain(x): return repr(x)
     if inspect.isfunction(x): return f'{x.__module__}.{x.__qualname__}'
     if not hasattr(x, 'to_dict') or isinstance(x, nn.Module): return None
-    if id(x) not in configs: configs[id(x)] = repr(sorted(x.to_dict().items(), key=str))
+    if id(x) not in configs: configs[id(x)] = _text_of(x)
     return configs[id(x)]
+
+def _text_of(config): return repr(sorted(config.to_dict().items(), key=str))
 
 def _attributes(module, configs):
     "Return the attributes of a module that can be compared"
@@ -311,6 +315,50 @@ def layer_kind(
     are_plain = {type(x) for x in tensors} <= {torch.Tensor, nn.Parameter, type(None)}
     is_known = are_plain and all(map(_is_known, modules.values()))
     return _description(modules, {} if configs is None else configs) if is_known else None
+
+# %% ../../nbs/0_foundations/16_programs.ipynb #7c1e0a02
+def _read_of(modules):
+    "Return the objects that the kinds of layers are read from, in one list"
+    found = []
+    for m in modules:
+        found += (type(m), type(m).forward, bool(m._forward_hooks), bool(m._forward_pre_hooks))
+        for held in (vars(m), m._parameters, m._buffers, m._modules): found += (*held, *held.values())
+    return found
+
+def _changes_inside(module):
+    "Return whether a module has an attribute that can change and stay the same object, or a forward of its own"
+    own = vars(module)
+    others = (x for name, x in own.items() if name not in _LEFT_OUT)
+    return 'forward' in own or any(isinstance(x, (list, tuple, dict, set)) for x in others)
+
+class _Kinds:
+    "The kinds of decoder layers, and all that they were read from"
+    def __init__(self, layers):
+        self.texts = {}  # id of a configuration -> its text
+        self.kinds = [layer_kind(layer, self.texts) for layer in layers]
+        self.layers = [*layers]
+        self.modules = [m for layer in layers for m in layer.modules()]
+        self.read = _read_of(self.modules)
+        self.configs = list({id(x): x for x in self.read if id(x) in self.texts}.values())
+        self.can_be_kept = None not in self.kinds and not any(map(_changes_inside, self.modules))
+
+    def hold(self, layers):
+        "Return whether nothing has changed"
+        before = [*self.layers, *self.read]
+        now = [*layers, *_read_of(self.modules)]
+        are_same = len(before) == len(now) and all(map(operator.is_, before, now))
+        return are_same and all(_text_of(x) == self.texts[id(x)] for x in self.configs)
+
+_KINDS:weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # Model -> the `_Kinds` of its decoder layers
+
+def _kinds_of(model, layers):
+    "Return the `layer_kind` of each decoder layer of a model, from last time where nothing has changed"
+    kept = _KINDS.get(model)
+    if kept is not None and kept.hold(layers): return kept.kinds
+    found = _Kinds(layers)
+    if found.can_be_kept: _KINDS[model] = found
+    else: _KINDS.pop(model, None)
+    return found.kinds
 
 # %% ../../nbs/0_foundations/16_programs.ipynb #6b454d70
 class _OneLayer:
@@ -463,6 +511,5 @@ def layer_programs(
     base = model.base_model
     if not fits or not isinstance(getattr(base, 'layers', None), nn.ModuleList): return None
     inside = next(path for path, m in model.named_modules() if m is base.layers)
-    configs:dict = {}
-    kinds = {f'{inside}.{i}': layer_kind(layer, configs) for i, layer in enumerate(base.layers)}
-    return None if None in kinds.values() else LayerPrograms(model, kinds)
+    found = _kinds_of(model, base.layers)
+    return None if None in found else LayerPrograms(model, {f'{inside}.{i}': kind for i, kind in enumerate(found)})

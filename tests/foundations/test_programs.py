@@ -1,7 +1,8 @@
 "Programs of layers: what decides which one runs, what a cache folder can hold, and equality with the layers as they are"
 
-import json, time, warnings
+import gc, json, time, warnings, weakref
 from contextlib import nullcontext
+from itertools import chain
 import pytest, torch
 from npu_lora_decoding.foundations import ops, programs
 from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter, toy_model
@@ -185,6 +186,62 @@ def test_a_kind_changes_with_the_layer():
     for what in changes(first):
         assert layer_kind(first) != kind, what
     assert layer_kind(first) == kind
+
+
+def replaced(model):
+    "Yield changes of a model that leave every module of a layer as it was before; each undone before the next"
+    layers = model.base_model.layers
+    config = model.config
+    before = layers[1]
+    layers[1] = toy_model(hidden_act='gelu').base_model.layers[1]
+    yield 'a layer'
+    layers[1] = before
+    layers[1].mlp.extra = [1]
+    yield 'a list'
+    layers[1].mlp.extra.append(2)
+    yield 'the same list, longer'
+    del layers[1].mlp.extra
+    config.attention_dropout = 0.25
+    yield 'the configuration, for all layers'
+    config.attention_dropout = 0.0
+    layers[0].train()
+    yield 'training'
+    layers[0].eval()
+
+
+def texts(model):
+    "Return the kind of each layer"
+    return [one.text for one in layer_programs(model).layers]
+
+
+def test_kinds_are_read_again_when_something_changed():
+    model = toy_model()
+    before = texts(model)
+    last = before
+    for what in chain(changes(model.base_model.layers[0]), replaced(model)):
+        now = texts(model)
+        assert now != last, what
+        assert now == [layer_kind(layer) for layer in model.base_model.layers], what
+        last = now
+    assert texts(model) == before
+
+
+def test_kinds_are_not_read_again_when_nothing_changed(monkeypatch):
+    model = toy_model()
+    before = texts(model)
+    monkeypatch.setattr(programs, 'layer_kind', lambda *_: pytest.fail('read again'))
+    assert texts(model) == before
+
+
+def test_kept_kinds_do_not_keep_a_model():
+    model = toy_model()
+    layer_programs(model)
+    with AdapterBank(model, []).attached([]), layer_programs(model).attached():
+        layer_programs(model)
+    there = weakref.ref(model)
+    del model
+    gc.collect()
+    assert there() is None
 
 
 def test_a_class_without_a_file_is_like_no_other():
