@@ -223,7 +223,8 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   at::Generator ours, twin;  // the CPU's kernels refuse a generator of another device: a twin draws
   for (size_t i = stack->size() - op.schema().arguments().size(); i < stack->size(); i++) {
     auto& x = (*stack)[i];
-    if (!x.isGenerator() || x.toGenerator().device().type() != NPU) continue;
+    if (!x.isGenerator()) continue;
+    TORCH_CHECK(x.toGenerator().device().type() == NPU, "stand-in device: ", name, " got a generator of the CPU");
     ours = x.toGenerator();
     twin = at::detail::createCPUGenerator();
     twin.set_state(ours.get_state());
