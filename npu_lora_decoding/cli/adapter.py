@@ -23,7 +23,7 @@ def train_lora(
     task:str='king_james',  # Built-in task: king_james, wikisql, gsm8k
     data:str=None,  # Folder with the task's files
     prompts:str=None,  # Or a file or folder with prompt and answer (.jsonl, .json, .csv, .tsv or .parquet)
-    model:str=None,  # Folder or hub id (default: the embedded model)
+    model:str=None,  # Folder, GGUF file or hub id (default: the embedded model)
     steps:int=200,  # Optimiser updates
     batch:int=16,  # Items an update
     rank:int=8,  # Of the adapter

@@ -104,7 +104,7 @@ class _Helpers:
 @command
 def compare(
     methods:str='greedy,cold,transformers_greedy,peft_greedy,peft_mixed',  # Names, separated by commas
-    model:str=None,  # Folder or hub id (default: the embedded model)
+    model:str=None,  # Folder, GGUF file or hub id (default: the embedded model)
     adapter:str=None,  # PEFT folder, or 'none'
     prompts:str='4',  # A number of held-out verses; or a .jsonl, .json, .csv, .tsv or .parquet file, or a folder of them
     fields:str='prompt,answer',  # The columns of that file with prompt and answer

@@ -56,7 +56,7 @@ def _drafter(head, lookup, adapter=None):
 @command
 def generate(
     prompt:str,  # What to answer
-    model:str=None,  # Folder or hub id (default: the embedded model)
+    model:str=None,  # Folder, GGUF file or hub id (default: the embedded model)
     adapter:str=None,  # PEFT folder, or 'none' (default for the embedded model: the shipped one)
     method:str='cold',  # greedy, sample or cold
     alpha:float=.1,  # CoLD's plausibility
@@ -97,7 +97,7 @@ def _kept_checks(path, about):
 
 @command
 def verify(
-    model:str=None,  # Folder or hub id (default: the embedded model)
+    model:str=None,  # Folder, GGUF file or hub id (default: the embedded model)
     adapter:str=None,  # PEFT folder, or 'none'
     prompts:str='16',  # File with prompts, or a number of held-out verses
     new_tokens:int=32,  # Tokens to compare
@@ -138,7 +138,7 @@ def tune(
     task:str='king_james',  # Or a built-in task: king_james, wikisql, gsm8k
     data:str=None,  # Folder with the task's files
     metric:str=None,  # exact_match, final_number, chrf or module:function (default: the task's)
-    model:str=None,  # Folder or hub id (default: the embedded model)
+    model:str=None,  # Folder, GGUF file or hub id (default: the embedded model)
     adapter:str=None,  # PEFT folder
     items:int=200,  # Development items
     betas:str=','.join(map(str, BETAS)),  # Strengths to try
@@ -173,7 +173,7 @@ def evaluate(
     data:str=None,  # Folder with the task's files
     part:str='test',  # test, or dev for choosing settings
     metric:str=None,  # exact_match, final_number, chrf or module:function (default: the task's)
-    model:str=None,  # Folder or hub id (default: the embedded model)
+    model:str=None,  # Folder, GGUF file or hub id (default: the embedded model)
     adapter:str=None,  # PEFT folder
     items:int=500,  # Items an arm
     new_tokens:int=None,  # Longest answer (default: the task's, or 64)
@@ -232,7 +232,7 @@ _STORY = Item('Tell me a short story about a fisherman.', '')
 
 @command
 def page(
-    model:str=None,  # Folder or hub id (default: the embedded model)
+    model:str=None,  # Folder, GGUF file or hub id (default: the embedded model)
     adapter:str=None,  # PEFT folder, or 'none' (default for the embedded model: the shipped one)
     head:str=None,  # Folder of a draft head (default for the embedded model: the shipped one that fits)
     dtype:str='fp32',  # fp32, bf16 or fp16

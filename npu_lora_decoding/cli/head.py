@@ -138,7 +138,7 @@ def train_head(
     init:str=None,  # Folder of a head to go on from
     onto:str=None,  # Folder of a head that stays as it is: train a LoRA on it, which drafts for ADAPTER
     rank:int=None,  # Of that LoRA (default: 16)
-    model:str=None,  # Folder or hub id (default: the embedded model)
+    model:str=None,  # Folder, GGUF file or hub id (default: the embedded model)
     adapter:str='none',  # PEFT folder: train for the adapted model
     dtype:str='bf16',  # Of the target; with bf16 the head trains in bf16 with fp32 masters
     device:str=None,  # cpu, cuda or npu (default: the best present)
@@ -175,7 +175,7 @@ def write(
     batch:int=48,  # Conversations at once
     user_tokens:int=256,  # Longest user's turn; longer prompts are left out
     new_tokens:int=224,  # Longest answer
-    model:str=None,  # Folder or hub id (default: the embedded model)
+    model:str=None,  # Folder, GGUF file or hub id (default: the embedded model)
     adapter:str='none',  # PEFT folder
     dtype:str='bf16',  # fp32, bf16 or fp16
     device:str=None,  # cpu, cuda or npu (default: the best present)
@@ -206,7 +206,7 @@ def accept(
     full:bool=False,  # Draft from the whole vocabulary, also where a head has a draft vocabulary
     draft_adapter:str=None,  # Folders of draft adapters for ADAPTER, separated by commas: each on its head, beside it alone
     lookup:bool=False,  # Also copies of what followed the same tokens earlier, alone and in the trees of the heads
-    model:str=None,  # Folder or hub id (default: the embedded model)
+    model:str=None,  # Folder, GGUF file or hub id (default: the embedded model)
     adapter:str='none',  # PEFT folder
     dtype:str='bf16',  # fp32, bf16 or fp16
     device:str=None,  # cpu, cuda or npu (default: the best present)
@@ -311,7 +311,7 @@ def merge_head(
     head:str,  # Folder of the head
     draft:str,  # Folder of the draft adapter on it
     out:str,  # To appear; only an earlier head there is replaced
-    model:str=None,  # The target: folder or hub id (default: the embedded model)
+    model:str=None,  # The target: folder, GGUF file or hub id (default: the embedded model)
     adapter:str='none',  # PEFT folder that it drafts for
     device:str=None,  # cpu, cuda or npu (default: the best present)
 ):
@@ -327,7 +327,7 @@ def export_head(
     tokens:int=5,  # Draft tokens per forward pass, in the line that is printed
     dtype:str=None,  # Of the weights: fp32, bf16 or fp16 (default: as in HEAD)
     full:bool=False,  # Without a token map: SGLang drafts from the whole vocabulary
-    model:str=None,  # The target: folder or hub id (default: the embedded model)
+    model:str=None,  # The target: folder, GGUF file or hub id (default: the embedded model)
     adapter:str='none',  # PEFT folder, where the head was trained for the adapted model
     device:str=None,  # Where the target reads a text for the check: cpu, cuda or npu (default: the best present)
 ):

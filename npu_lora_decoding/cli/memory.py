@@ -167,7 +167,7 @@ def perplexity(
     learning:_Learning=_Learning(),  # How Temp-LoRA learns
     segments:str=','.join(map(str, SEGMENTS)),  # Tokens so far at which segments begin
     max_tokens:int=None,  # Only the text's beginning
-    model:str=None,  # Folder or hub id (default: the embedded model)
+    model:str=None,  # Folder, GGUF file or hub id (default: the embedded model)
     adapter:str='none',  # PEFT folder of a task adapter that stays active
     dtype:str='fp32',  # Of the base; bf16 rounds away what the first chunks teach
     device:str=None,  # cpu, cuda or npu (default: the best present)

@@ -23,6 +23,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from ..foundations import ops
 from ..foundations.errors import DecodingError, require, visible
 from ..foundations.files import short_path
+from ..foundations.gguf import model_folder
 from ..foundations.models import EMBEDDED, LoadedModel, encode, load_parts
 from ..foundations.lora import (
     AdapterBank, adapter_from_peft, check_rounding, peft_modules, refuse_named_rows, why_not_rows)
@@ -681,13 +682,13 @@ class LM(LoadedModel):
         return Result(texts, tokens, out.steps, self, target, out.notes)
 
 def load(
-    name:str|Path|None=None,  # Folder or hub id; None loads the embedded SmolLM2
+    name:str|Path|None=None,  # Folder, GGUF file or hub id; None loads the embedded SmolLM2
     adapter:str|Path|None=None,  # PEFT adapter folder
     device:str|torch.device|None=None,  # `cpu`, `cuda`, `npu`; None takes the best present
     dtype:str|torch.dtype|None=None,  # `fp32`, `bf16`, `fp16`; None means fp32
 ) -> LM:  # Ready to decode
     "Load a model with its tokenizer and adapter; raises `DecodingError` with a remedy when they do not fit"
     shown = EMBEDDED if name is None else short_path(Path(str(name)).name)
-    with Stage(f'loading {shown}'): parts = load_parts(name, adapter, device, dtype)
+    with Stage(f'loading {shown}'): parts = load_parts(model_folder(name), adapter, device, dtype)
     if parts.model.device.type == 'cpu': warn_of_spinning(torch.get_num_threads())
     return LM(parts.model, parts.tokenizer, parts.adapter, parts.name)

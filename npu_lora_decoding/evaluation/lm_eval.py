@@ -79,7 +79,7 @@ class Decoding:
     tokenizer:Any
 
     def __init__(self,
-        pretrained:str|None=None,  # Folder or hub id (default: the embedded model)
+        pretrained:str|None=None,  # Folder, GGUF file or hub id (default: the embedded model)
         adapter:str|None='shipped',  # PEFT folder, or none; the shipped one goes with the embedded model alone
         method:str='cold',  # greedy or cold
         alpha:float=.1,  # CoLD's plausibility
