@@ -274,8 +274,8 @@ def _module(file, folder):
 TOYS = {'foundations.adapters.toy_adapter'}  # for tests only
 # into a temporary folder, for the one process that asked for it
 TEMPORARY = {'serving.vllm_process.merged_folder', 'serving.vllm_process.__init__'}
-# made again where they are not whole, never refused: tests/foundations/test_programs.py
-CACHES = {'foundations.programs._make', 'foundations.programs._kept'}
+# made again where they are not whole, never refused: tests/foundations/test_programs.py and test_gguf.py
+CACHES = {'foundations.programs._make', 'foundations.programs._kept', 'foundations.gguf.converted', 'foundations.gguf._write'}
 
 
 def writers_in(folder):
