@@ -13,7 +13,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 import torch
@@ -21,6 +21,7 @@ from fastcore.basics import patch
 from transformers import MaxLengthCriteria, MaxTimeCriteria, TextStreamer
 from transformers.generation import GenerateDecoderOnlyOutput
 from ..foundations import ops
+from ..foundations.devices import on_host
 from ..foundations.errors import DecodingError, require, visible
 from ..foundations.files import short_path
 from ..foundations.gguf import model_folder
@@ -33,7 +34,7 @@ from .tree import Tree, accept, accept_in_lockstep, root_tree
 from .runner import BatchRunner, CompiledRunner
 from .sampling import DecodingState, Plain, SamplingRules, Target
 from .sampling import (
-    check_processors, choose_tokens, seeds_of, shared_noise, split_processors, temperature_of)
+    answers_of, check_processors, choose_tokens, seeds_of, settle, shared_noise, split_processors, temperature_of)
 from .hf_bridge import (
     Columns, check_callables, check_generation_config, check_names, check_numbers, check_supported, intercepted_arguments,
     stop_criterion, streamer_of, with_numbers)
@@ -59,14 +60,24 @@ class Step:
     accepted:torch.Tensor|None=None  # Its accepted nodes `(b, n)`
 
 def _measure(target, logits, drawn):
-    "Return what a `Token` records at every node, as nested lists `(b, n)` by field"
-    record = dict(expert_top1=logits[0].argmax(-1).tolist())
+    "Return what a `Token` records at every node `(b, n)`, by field"
+    record = dict(expert_top1=logits[0].argmax(-1))
     index = drawn.clamp(min=0)[..., None]
     for name, x in zip(('logp', 'base_logp'), logits):
         logp = x.float().log_softmax(-1)
-        record[name] = logp.gather(-1, index)[..., 0].tolist()
-    if len(logits) > 1: record['plausible'] = target.plausible(logits[0]).sum(-1).tolist()
+        record[name] = logp.gather(-1, index)[..., 0]
+    if len(logits) > 1: record['plausible'] = target.plausible(logits[0]).sum(-1)
     return record
+
+def _read(tree, found, record, checks):
+    "Return tree, results and record of a step on the CPU, by the one copy that the host waits for; raise where a check failed"
+    of_tree = {name: x for name, x in (('tokens', tree.tokens), ('source', tree.source)) if x is not None}
+    parts = (of_tree, found, record)
+    *values, answers = on_host(*(x for part in parts for x in part.values()), answers_of(checks))
+    settle(checks, answers)
+    values = iter(values)
+    of_tree, found, record = ({name: next(values) for name in part} for part in parts)
+    return replace(tree, **of_tree), found, {name: x.tolist() for name, x in record.items()}
 
 # %% ../../nbs/1_decoding/07_loop.ipynb #15123463
 def _path_tokens(tree, accepted, bonus, record):
@@ -74,7 +85,7 @@ def _path_tokens(tree, accepted, bonus, record):
     rows = []
     for b in range(len(bonus)):
         path = accepted[b].nonzero().flatten().tolist()
-        ids = tree.tokens[b, path[1:]].tolist() + [int(bonus[b])]
+        ids = [*tree.tokens[b, path[1:]].tolist(), int(bonus[b])]
         proposers = tree.proposers(b, path[1:]) + ['target']
         details = [{name: values[b][node] for name, values in record.items()} for node in path]
         rows.append([Token(i, proposer, **detail) for i, proposer, detail in zip(ids, proposers, details)])
@@ -99,10 +110,12 @@ def _append(state, rows, rules):
 def _stop(state, live, rules):
     "Mark the sequences that a criterion ends"
     texts = state.batch
+    # transformers' own judge a text on the CPU as well; of others we cannot know, and the host waits for their answer
+    def ended(x): return rules.stop(x if rules.per_sequence else state.there(x), None).cpu()
     if texts is not None:
-        state.done |= rules.stop(texts, None)
+        state.done |= ended(texts)
         return
-    for b in live: state.done[b] |= rules.stop(state.text[b][None], None)[0]
+    for b in live: state.done[b] |= ended(state.text[b][None])[0]
 
 # %% ../../nbs/1_decoding/07_loop.ipynb #bfd52e11
 class Drafter:
@@ -163,8 +176,9 @@ def decode(
     record:bool=True,  # Whether tokens carry log-probabilities
 ):
     "Yield a `Step` for every forward pass until all sequences have ended; `state` is the generator's return value"
-    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    state = DecodingState(list(ids), done, pad_id, prompt=ids.shape[1], noise=rules.noise)
+    done = torch.zeros(len(ids), dtype=torch.bool)
+    kept: dict = dict(prompt=ids.shape[1], noise=rules.noise, device=ids.device, checks=[])
+    state = DecodingState(list(ids.cpu()), done, pad_id, **kept)
     started = time.perf_counter()
     tree = root_tree(ids[:, -1])
     prompt = (ids, mask) if memory is None else memory.read(ids, mask)
@@ -173,16 +187,17 @@ def decode(
         drawn, logits = choose_tokens(target, tree, logits, state, rules)
         accepted, bonus = accept(tree, drawn)
         if tree.size > 1 and not rules.per_sequence:
-            accepted, bonus = accept_in_lockstep(tree, accepted, drawn, state.done)
+            accepted, bonus = accept_in_lockstep(tree, accepted, drawn, state.there(state.done))
         details = _measure(target, logits, drawn) if record else {}
-        emitted = _append(state, _path_tokens(tree, accepted, bonus, details), rules)
-        state.accepted = accepted
-        state.drawn = drawn
+        seen, found, details = _read(tree, dict(drawn=drawn, accepted=accepted, bonus=bonus), details, state.checks)
+        state.accepted = found['accepted']
+        state.drawn = found['drawn']
+        emitted = _append(state, _path_tokens(seen, state.accepted, found['bonus'], details), rules)
         # A text that has ended is not read on: its columns would fill a static cache
-        runner.commit(accepted & ~state.done[:, None])
+        runner.commit(state.accepted & ~state.done[:, None])
         if memory is not None: memory.observe(state, runner)
         now = time.perf_counter()
-        yield Step(emitted, now - started, tree=tree if record else None, accepted=accepted if record else None)
+        yield Step(emitted, now - started, tree=tree if record else None, accepted=state.accepted if record else None)
         if state.done.all(): return state
         started = now
         tree = root_tree(state.last) if drafter is None else drafter.propose(state, runner).checked()

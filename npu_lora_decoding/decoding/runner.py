@@ -95,13 +95,14 @@ class BatchRunner:
         self.states:dict = {}  # Layer -> what it read, of each role `(b, n, d)`
         self.cache = self._new_cache()
         self.valid = torch.ones(b, 0, dtype=torch.bool, device=model.device)  # Which columns of the cache count `(b, s)`
+        self.is_full = True  # Whether all of them do: known without a wait for the device
         self.pending = 0  # Columns of the last forward pass that are not committed
 
     def _new_cache(self):
         config = text_config(self.model)
         return DynamicCache(config=_without_windows(config) if self.draft_capacity else config)
 
-    def _mask(self, valid): return None if valid.all() else valid.long()
+    def _mask(self, valid): return None if self.is_full else valid.long()
 
     def _run(self, model, *args):
         step = _step_hidden if self.keep_hidden else _step
@@ -139,6 +140,7 @@ class BatchRunner:
     ) -> tuple:  # Logits of each role `(b, 1, v)`, after the last token
         "Read the prompts"
         self.valid = mask.bool()
+        self.is_full = bool(self.valid.all())
         run = _prefill_hidden if self.keep_hidden else _prefill
         return self._forward(run, ids, self._mask(self.valid), positions_of(mask))
 
@@ -170,12 +172,18 @@ def forward(self:BatchRunner,
     "Score every node of the trees in one forward pass"
     self.pending = tree.size
     positions = self.valid.sum(-1, keepdim=True)
-    # Columns that do not count for a sequence lie between those that do, and a model would count them into its window
-    counts_tokens = bool(self.draft_capacity and layer_window(text_config(self.model)))
-    if tree.size > 1 or counts_tokens:
+    if tree.size > 1 or self.draft_capacity and self._needs_tree_mask():
         return self._forward(self._run, tree.tokens, self._tree_mask(tree), positions + tree.depths)
     valid = torch.cat([self.valid, torch.ones_like(positions, dtype=torch.bool)], 1)
     return self._forward(self._run, tree.tokens, self._mask(valid), positions)
+
+@patch
+def _needs_tree_mask(self:BatchRunner):
+    "Return whether roots alone need the mask of a tree as well"
+    # Columns that do not count for a sequence lie between those that do, and a model would count them into its window;
+    # and on a device the host would wait while transformers looks whether such a mask of two dimensions masks anything
+    has_gaps = not self.is_full and self.model.device.type != 'cpu'
+    return layer_window(text_config(self.model)) is not None or has_gaps
 
 @patch
 def _tree_mask(self:BatchRunner, tree):
@@ -198,20 +206,26 @@ def _additive(self:BatchRunner, visible):
 # %% ../../nbs/1_decoding/03_runner.ipynb #efc14d3b
 @patch
 def commit(self:BatchRunner,
-    accepted:torch.Tensor,  # `(b, n)` bool
+    accepted:torch.Tensor,  # `(b, n)` bool; on the CPU, nobody waits for it
 ):
     "Keep the accepted nodes of the last `forward` in the cache, in contiguous columns, and drop the others"
     if self.pending > 1: self._gather(accepted)
-    elif self.pending: self.valid = torch.cat([self.valid, accepted], 1)
+    elif self.pending:
+        self.is_full = self.is_full and bool(accepted.all())
+        self.valid = torch.cat([self.valid, accepted.to(self.valid.device, non_blocking=True)], 1)
     self.pending = 0
 
 @patch
 def _gather(self:BatchRunner, kept, start=None):
     "Of the columns from `start` on, by default those of the last `forward`, keep the ones in `kept` `(b, n)`, moved to the left in place"
     if start is None: start = self.valid.shape[1]
+    kept = kept.cpu()
     count = kept.sum(-1)
+    most = int(count.max())
+    self.is_full = (self.is_full or start == 0) and int(count.min()) == most
     # Kept columns first, in their order: parents before children
-    order = (~kept).long().argsort(dim=-1, stable=True)[:, :count.max()].contiguous()
+    order = (~kept).long().argsort(dim=-1, stable=True)[:, :most].contiguous()
+    order, count = (x.to(self.valid.device, non_blocking=True) for x in (order, count))
     for tensors in self._planes(): ops.kv_commit(tensors, self._repeat(order), self._repeat(count), start)
     self._shorten(start + order.shape[1])
     valid = torch.arange(order.shape[1], device=count.device) < count[:, None]
@@ -245,7 +259,9 @@ def reset_prefix(self:BatchRunner,
     self.cache = self._new_cache()
     self.pending = 0
     if ids.shape[1]: self.prefill(ids, torch.ones_like(ids))
-    else: self.valid = self.valid[:, :0]
+    else:
+        self.valid = self.valid[:, :0]
+        self.is_full = True
     self.hidden = hidden  # a draft head still wants those of the last forward pass
     self.states = states
 
@@ -352,6 +368,7 @@ class CompiledRunner(BatchRunner):
         if self.valid.shape[1] + tree.size > self.columns: self._gather(self.valid, 0)
         return super().forward(tree)
 
+    def _needs_tree_mask(self): return layer_window(text_config(self.model)) is not None  # one kind of mask, one program
     def _fill(self, x): return torch.nn.functional.pad(x, (0, self.columns - x.shape[-1]))
     def _mask(self, valid): return self._fill(valid.long())
     def _additive(self, visible): return super()._additive(self._fill(visible))

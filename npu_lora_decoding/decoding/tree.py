@@ -81,7 +81,7 @@ def accept_in_lockstep(
     done:torch.Tensor,  # Sequences that have ended, for which the others do not wait `(b,)` bool
 ) -> tuple:  # As `accept` returns
     "Return the accepted paths, cut to the shortest among the sequences that are not done, and the tokens after them"
-    shortest = accepted.sum(-1)[~done].min()
+    shortest = accepted.sum(-1).masked_fill(done, tree.size).min()
     accepted = accepted & (tree.depths < shortest)
     return accepted, _after_last(tree, accepted, drawn)
 
@@ -89,15 +89,14 @@ def accept_in_lockstep(
 @patch
 def checked(self:Tree):
     "Return the tree itself; raise `DecodingError` if it is not a valid tree"
+    fits = self.tokens.shape == self.parents.shape
+    columns = torch.arange(self.parents.shape[1], device=self.parents.device)
     roots = self.parents[:, 0] == -1
-    require(
-        self.tokens.shape == self.parents.shape and bool(roots.all()),
-        'tokens and parents do not form a tree',
-        'give both as (b, n), with the root in column 0')
-    columns = torch.arange(self.size, device=self.parents.device)
-    one_root = (self.parents[:, 1:] != -1).all()
-    parents_first = (self.parents < columns).all()
-    require(bool(one_root and parents_first), 'a node stands before its parent', 'order the nodes parents first')
+    others = self.parents[:, 1:] != -1
+    ordered = self.parents < columns
+    has_root, is_ordered = torch.stack([roots.all(), others.all() & ordered.all()]).tolist()  # one wait for both
+    require(fits and has_root, 'tokens and parents do not form a tree', 'give both as (b, n), with the root in column 0')
+    require(is_ordered, 'a node stands before its parent', 'order the nodes parents first')
     return self
 
 def root_tree(

@@ -472,7 +472,8 @@ def kv_commit_torch(
     order = order[:, :free]
     j = torch.arange(order.shape[1], device=order.device)
     moves = (j < count[:, None]) & (order > j) & (order < free)
-    if not moves.any(): return  # chains, and trees whose best draft was right
+    # chains, and trees whose best draft was right; a device would be waited for, which costs more than the copy
+    if moves.device.type == 'cpu' and not moves.any(): return
     node = torch.where(moves, order, j)[:, None, :, None].expand(b, g, -1, k)
     for x in planes:
         bits = x.view(_INTEGERS[x.element_size()])  # a gather of floats rewrites signalling NaNs

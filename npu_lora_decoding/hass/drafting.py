@@ -26,6 +26,7 @@ class HeadCache:
         device:torch.device,  # Of the head
     ):
         self.length = torch.zeros(b, dtype=torch.long, device=device)
+        self.counted = torch.zeros(b, dtype=torch.long)  # The same on the CPU
         self.columns = 0
         self.keys = None
         self.values = None
@@ -48,7 +49,7 @@ class HeadCache:
         head:DraftHead,
         e:torch.Tensor,  # Embeddings of the next tokens `(b, n, d)`
         g:torch.Tensor,  # What the head reads of the target `(b, n, d)`
-        count:torch.Tensor|None=None,  # How many of the `n` are real, from the left `(b,)`; None: all
+        count:torch.Tensor|None=None,  # How many of the `n` are real, from the left `(b,)`; None: all; on the CPU, nobody waits for it
     ) -> torch.Tensor:  # Output of each sequence's last new slot `(b, d)`; without meaning where there is none
         "Add newly committed slots"
         b, n = e.shape[:2]
@@ -58,7 +59,8 @@ class HeadCache:
             f'embeddings {tuple(e.shape)} and features {tuple(g.shape)} '
             f'do not fit a cache of {len(self.length)} sequences',
             'give both as (b, n, d)')
-        if count is None: count = torch.full_like(self.length, n)
+        if count is None: count = torch.full((b,), n)
+        real = count.to(e.device, non_blocking=True)
         positions = self.length[:, None] + torch.arange(n, device=e.device)
         causal = torch.ones(n, n, dtype=torch.bool, device=e.device).tril()
         committed = self.valid[:, None].expand(-1, n, -1)
@@ -67,13 +69,14 @@ class HeadCache:
             out, new = head(e, g, positions, mask, past=self.past)
         self._store([x[:, :, -n:] for x in new], positions)
         self._count(count)
-        last = (count - 1).clamp(min=0)
+        last = (real - 1).clamp(min=0)
         return out[torch.arange(b, device=e.device), last]
 
     def _count(self, new):
         "Note that each sequence has `new` more committed slots `(b,)`"
-        self.length = self.length + new
-        self.columns = int(self.length.max())
+        self.length = self.length + new.to(self.length.device, non_blocking=True)
+        self.counted = self.counted + new.cpu()
+        self.columns = int(self.counted.max())
 
     def _store(self, new, positions):
         "Write new columns `(b, g, n, k)` to their places; what is not real is overwritten by the next call"
@@ -99,7 +102,8 @@ class HeadCache:
     ):
         "Forget the other sequences"
         self.length = self.length[rows]
-        self.columns = int(self.length.max()) if len(rows) else 0
+        self.counted = self.counted[rows.cpu()]
+        self.columns = int(self.counted.max()) if len(rows) else 0
         if self.keys is None or self.values is None: return
         self.keys = self.keys[rows]
         self.values = self.values[rows]

@@ -117,6 +117,7 @@ class Calibration:
         live:torch.Tensor,  # Sequences that had not ended `(b,)` bool
     ):
         "Count the nodes of one verification whose parents were accepted"
+        accepted, live = (x.to(tree.parents.device, non_blocking=True) for x in (accepted, live))
         below_accepted = (tree.parents >= 0) & accepted.gather(1, tree.parents.clamp(min=0))
         counts = (below_accepted & live[:, None]).flatten().double()
         bins = self._steps(tree)[1].flatten()
@@ -345,7 +346,8 @@ class TreeSizing(Drafter):
             self.calibration = Calibration(whole.tokens.device, 1 if whole.source is None else len(whole.proposer))
         if whole.size == 1:
             return whole
-        gains = (self.calibration.rates(whole) * self.live[:, None]).sum(0).cumsum(0)
+        live = self.live.to(whole.tokens.device, non_blocking=True)
+        gains = (self.calibration.rates(whole) * live[:, None]).sum(0).cumsum(0)
         n = best_size(gains, {size: self._seconds(size) for size in self.costs}, self._long_run())
         return whole.first(n) if n > 1 else root_tree(whole.tokens[:, 0])
 

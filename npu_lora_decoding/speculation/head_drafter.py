@@ -30,7 +30,7 @@ from .compiled_draft import CompiledDraft, DraftProgram, StaticHeadCache, static
 def committed_slots(
     hidden:torch.Tensor,  # Features of the last forward passes `(b, n, d)`
     follows:torch.Tensor,  # The token that followed each `(b, n)`
-    committed:torch.Tensor,  # Columns that are committed now `(b, n)` bool
+    committed:torch.Tensor,  # Columns that are committed now `(b, n)` bool; on the CPU, nobody waits for it
     width:int|None=None,  # Columns of the result; None: as many as are needed
 ) -> tuple:  # Features `(b, m, d)`, tokens `(b, m)`, how many of each sequence are real `(b,)`
     "Return the committed columns of each sequence in their order, moved to the left"
@@ -42,7 +42,7 @@ def committed_slots(
         hidden = pad(hidden, (0, 0, 0, missing))
         follows = pad(follows, (0, missing))
         committed = pad(committed, (0, missing))
-    order = (~committed).long().argsort(dim=-1, stable=True)[:, :width]
+    order = (~committed).long().argsort(dim=-1, stable=True)[:, :width].to(hidden.device, non_blocking=True)
     features = hidden.take_along_dim(order[..., None], 1)
     return features, follows.gather(1, order), count
 
@@ -108,9 +108,9 @@ class _HeadDrafter(Drafter):
         else:  # The prompt, or what is in context of it
             n = hidden.shape[1]
             follows = torch.stack(state.text)[:, -n:]
-            committed = runner.valid[:, :n]
+            committed = runner.valid[:, :n].cpu()
         self.read_prompt = True
-        return hidden, follows, committed & ~state.done[:, None]
+        return hidden, state.there(follows), committed & ~state.done[:, None]
 
     def _read_by_head(self, runner):
         "Return what the head reads of the last forward pass `(b, n, d)`, or several states side by side"
@@ -160,6 +160,7 @@ class _CompiledHeadDrafter(_HeadDrafter):
         self.cache = static_head_cache(loaded.head, runner.b, runner.columns + self.width)
 
     def _draft(self, slots, roots, several, noise):
+        slots = [x.to(roots.device) for x in slots]
         if several:
             slots = self._catch_up(*committed_slots(*slots))
         hidden, follows, committed = slots

@@ -10,7 +10,7 @@ import statistics
 from dataclasses import dataclass, field
 import torch
 from ..foundations.errors import require
-from ..foundations.timing import stopwatch
+from ..foundations.timing import CPU, stopwatch
 from ..decoding.tree import Tree, ancestors, root_tree
 from ..decoding.loop import check_part
 from .adaptive import AdaptiveDrafter, Backoff, DiscountedRatio
@@ -186,7 +186,8 @@ class JointDrafter(AdaptiveDrafter):
         if not contribution.begin():
             drafter.skip(state, runner)
             return root_tree(state.last, self._trees[k].proposer)
-        with stopwatch(state.last.device) as clock:
+        # Nobody asks for the time where all drafters stay: then it is not waited for
+        with stopwatch(state.last.device if self.adaptive else CPU) as clock:
             tree = drafter.propose(state, runner)
         contribution.seconds.append(clock['s'])
         return tree
@@ -194,7 +195,7 @@ class JointDrafter(AdaptiveDrafter):
     def record_outcome(self, state, live, rate):
         "Count what each drafter added, and let the one that loses most pause"
         accepted = _accepted(self._trees[0].tokens[:, 0], state)
-        matched = torch.stack([matched_depth(tree, accepted) for tree in self._trees])
+        matched = torch.stack([matched_depth(tree, accepted) for tree in self._trees]).cpu()
         asked = []
         for k, contribution in enumerate(self._contributions):
             if not contribution.paused:
@@ -215,12 +216,10 @@ def _only_in(matched, k):
 
 def _accepted(roots, state):
     "Return root and accepted draft tokens of the last forward pass, plus one, zeros behind them `(b, l)`"
-    found = []
-    for root, drawn, accepted in zip(roots, state.drawn, state.accepted):
-        drafted = drawn[accepted][:-1]  # The last one that was emitted is the target's own
-        path = torch.cat([root[None], drafted])
-        found.append(path + 1)
-    return torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+    # The last one that was emitted is the target's own
+    found = [drawn[accepted][:-1] + 1 for drawn, accepted in zip(state.drawn, state.accepted)]
+    drafted = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+    return torch.cat([roots[:, None] + 1, drafted.to(roots.device, non_blocking=True)], 1)
 
 # %% ../../nbs/4_speculation/03_joint.ipynb #cb059fc8
 @dataclass(frozen=True, eq=False)

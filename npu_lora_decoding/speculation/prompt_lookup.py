@@ -39,16 +39,17 @@ def paths(
     "Return draft tokens that follow one another as a tree"
     b = len(roots)
     n = max(map(len, drafts)) + 1
-    tokens = roots[:, None].repeat(1, n)
-    parents = torch.full((b, n), -2, device=roots.device)
-    scores = torch.zeros(b, n, device=roots.device)
+    tokens = torch.zeros(b, n - 1, dtype=torch.long)
+    parents = torch.full((b, n), -2)
+    scores = torch.zeros(b, n)
     for row, (draft, q) in enumerate(zip(drafts, trust)):
         stop = len(draft) + 1
-        depth = torch.arange(stop, device=roots.device)
-        tokens[row, 1:stop] = draft
+        depth = torch.arange(stop)
+        tokens[row, :stop-1] = draft
         parents[row, :stop] = depth - 1
         scores[row, :stop] = q ** depth
-    return Tree(tokens, parents, proposer, scores=scores)
+    tokens, parents, scores = (x.to(roots.device, non_blocking=True) for x in (tokens, parents, scores))
+    return Tree(torch.cat([roots[:, None], tokens], 1), parents, proposer, scores=scores)
 
 # %% ../../nbs/4_speculation/02_prompt_lookup.ipynb #2cc631a2
 @dataclass(eq=False)

@@ -43,7 +43,7 @@ class _LearnedText(Memory):
         self.adapter_of = dict(expert=0, base=1 if amateur else -1)
         if settings.file is not None and Path(settings.file).exists():
             self.learned, *_ = load_document(self.phi, settings.file, ids[0])
-        self.text = ids[0]
+        self.text = ids[0].cpu()  # as `DecodingState` keeps it
         self.saved = self.learned  # Tokens that the file has learned
         self.given = ids.shape[1]  # Tokens of the prompt
 
@@ -54,7 +54,7 @@ class _LearnedText(Memory):
             stop = self.learned + s.chunk
             if s.epochs and self._worth_learning(stop):
                 first = max(0, self.learned - s.train_context)
-                learn(self.phi, self.text[first:stop], s.chunk)
+                learn(self.phi, self.text[first:stop].to(self.phi.model.device), s.chunk)
             self.learned = stop
         self.notes += self.phi.notes[len(self.notes):]
 
@@ -124,7 +124,7 @@ class _GenerationMemory(_LearnedText):
         "Compute the keys of the latest tokens with the adapter of now"
         first = max(0, self.learned - self.settings.latest)
         last = len(self.text) - 1
-        runner.reset_prefix(self.text[None, first:last])
+        runner.reset_prefix(self.text[None, first:last].to(runner.model.device))
         self.ledger = CacheLedger(first, chunks=1)
         self.ledger.add(last, self.phi.version)
 
@@ -132,7 +132,7 @@ class _GenerationMemory(_LearnedText):
         "Return how far the last cached tokens have moved"
         length = runner.valid.shape[1]
         n = probe_length(length)
-        return key_drift(runner.model, runner.cache, self.text[-n-1:-1], length)
+        return key_drift(runner.model, runner.cache, self.text[-n-1:-1].to(runner.model.device), length)
 
 # %% ../../nbs/5_temp_lora/05_generation.ipynb #4980743b
 @dataclass(frozen=True)

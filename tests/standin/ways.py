@@ -54,7 +54,7 @@ def memory():
 WAYS = {
     'greedy': dict(),
     'cold': dict(target=COLD),
-    'cold, batch': dict(target=COLD, batch=True),
+    'cold, batch': dict(target=COLD, batch=2),
     'processors': dict(target=COLD, repetition_penalty=1.2, min_new_tokens=4),
     'sampling, seed': dict(target=COLD, do_sample=True, temperature=0.8, top_p=0.9, seed=3),
     'sampling, generator': dict(target=COLD, do_sample=True, temperature=0.8),
@@ -64,9 +64,9 @@ WAYS = {
     'hass, adaptive': dict(drafter=lambda: HASS(FOLDER / 'head')),
     'hass chain, cold': dict(target=COLD, drafter=lambda: head(chain=True)),
     'hass, cold, seed': dict(target=COLD, drafter=head, do_sample=True, temperature=0.8, seed=3),
-    'joined, batch': dict(drafter=joined, batch=True),
-    'joined, batch, cold': dict(target=COLD, drafter=joined, batch=True),
-    'joined, batch, adaptive': dict(drafter=lambda: JointDrafter((HASS(FOLDER / 'head'), PromptLookup())), batch=True),
+    'joined, batch': dict(drafter=joined, batch=2),
+    'joined, four, cold': dict(target=COLD, drafter=joined, batch=4),
+    'joined, batch, adaptive': dict(drafter=lambda: JointDrafter((HASS(FOLDER / 'head'), PromptLookup())), batch=2),
     'temp-lora': dict(memory=memory, prompt=LONG),
     'temp-lora, cold, hass': dict(target=COLD, drafter=head, memory=memory, prompt=LONG),
 }
@@ -86,10 +86,10 @@ class Counted:
         self.reads = dict(torch_npu.reads)
 
 
-def generate(lm, *, prompt=PROMPT, batch=False, target=Plain(), drafter=None, memory=None, **options):
+def generate(lm, *, prompt=PROMPT, batch=1, target=Plain(), drafter=None, memory=None, **options):
     "Return the tokens of one way, and what was counted"
     counted = Counted()
-    prompts = [prompt, SHORT] if batch else [prompt]
+    prompts = [prompt, SHORT, PROMPT[5:], PROMPT[3:20]][:batch]
     torch.manual_seed(0)
     made = dict(drafter=drafter and drafter(), memory=memory and memory())
     result = lm.generate(prompts, target, chat=False, max_new_tokens=N, stream=counted, **made, **options)

@@ -23,7 +23,7 @@ def _site():
     frame = sys._getframe(2)
     while frame is not None:
         file = Path(frame.f_code.co_filename)
-        if file.is_relative_to(_ROOT) and 'site-packages' not in file.parts:
+        if file.is_relative_to(_ROOT) and not {'site-packages', 'torch_npu'} & {*file.parts}:
             return f'{file.relative_to(_ROOT)}:{frame.f_lineno}'
         frame = frame.f_back
     return 'elsewhere'
