@@ -49,7 +49,8 @@ def paths(
         parents[row, :stop] = depth - 1
         scores[row, :stop] = q ** depth
     tokens, parents, scores = (x.to(roots.device, non_blocking=True) for x in (tokens, parents, scores))
-    return Tree(torch.cat([roots[:, None], tokens], 1), parents, proposer, scores=scores)
+    tokens = torch.cat([roots[:, None], tokens], 1)
+    return Tree(torch.where(parents == -2, roots[:, None], tokens), parents, proposer, scores=scores)
 
 # %% ../../nbs/4_speculation/02_prompt_lookup.ipynb #2cc631a2
 @dataclass(eq=False)
