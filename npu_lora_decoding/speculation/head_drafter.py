@@ -9,11 +9,13 @@ __all__ = ['committed_slots', 'HASS']
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 import torch
 from ..foundations import ops
 from ..foundations.errors import require
+from ..foundations.files import path_of
 from ..foundations.lora import AdapterBank
 from ..decoding.tree import Tree, root_tree
 from ..decoding.runner import CompiledRunner
@@ -211,9 +213,12 @@ class HASS(AdaptiveDrafter):
     _bound:_LoadedHead|None=field(default=None, init=False, repr=False)
 
     def __post_init__(self):
-        require(self.draft_vocab is None or self.draft_vocab >= 1,
-                f'draft_vocab is {self.draft_vocab}', 'give at least 1, or None for all of the draft vocabulary')
-        require(self.depth >= 1 and self.top_k >= 1 and self.nodes >= 2,
+        require(self.draft_vocab is None or isinstance(self.draft_vocab, Integral) and self.draft_vocab >= 1,
+                f'draft_vocab is {self.draft_vocab!r}', 'give at least 1, or None for all of the draft vocabulary')
+        path_of(self.folder, 'the head')
+        sizes = (self.depth, self.top_k, self.nodes)
+        are_whole = all(isinstance(n, Integral) and not isinstance(n, bool) for n in sizes)
+        require(are_whole and self.depth >= 1 and self.top_k >= 1 and self.nodes >= 2,
                 f'a draft with depth {self.depth}, top_k {self.top_k} and {self.nodes} nodes',
                 'give a depth and top_k of at least 1, and at least 2 nodes')
         given = isinstance(self.adapter, (str, Path, list, tuple, type(None)))

@@ -141,10 +141,13 @@ def read_text(
 
 def document_ids(
     lm:LM,  # Model and tokenizer
-    text:str|torch.Tensor,  # Text, or its tokens `(t,)`
+    text:str|Path|torch.Tensor,  # Text, the path of its file, or its tokens `(t,)`
 ) -> torch.Tensor:  # `(t,)`, on the model's device
     "Return the tokens of a document of any length"
+    if isinstance(text, Path): text = read_text(text)
     if isinstance(text, str):
+        is_name = len(text) < 4096 and '\n' not in text and exists(Path(text)) and not is_folder(Path(text))
+        require(not is_name, f'the text is the name of a file, {short_path(text)}', 'give Path(name) to read the file')
         require(text.strip() != '', 'the text is empty', 'give at least one word')
         tokens = lm.tokenizer(text, verbose=False)  # It would warn of every text longer than the context
         text = torch.tensor(tokens.input_ids)
@@ -252,7 +255,7 @@ class _Pace:
 
 def read_document(
     lm:LM,  # Model and tokenizer, with a task adapter or without
-    text:str|torch.Tensor,  # Text, or its tokens `(t,)`
+    text:str|Path|torch.Tensor,  # Text, the path of its file, or its tokens `(t,)`
     settings:TempLoRAConfig=TempLoRAConfig(),  # With epochs=0: the base at the same window
     file:str|Path|None=None,  # Keep the state here, and go on from it
     save_every:int=16,  # Chunks between saves
