@@ -637,8 +637,9 @@ class LM(LoadedModel):
 
         Returns:
             A `Result`, which lists its texts: `text` (of the first prompt) and `texts`; `tokens`, for each text a list of
-            `Token` (id, who proposed it, log-probabilities); `steps`, one for each forward pass; `tau`, tokens per forward pass; `tokens_per_s`;
-            `changed`, the share of tokens that are not the expert's top-1; `notes` of drafter and memory.
+            `Token` (id, who proposed it, log-probabilities); `steps`, one for each forward pass; `tau`, tokens per
+            forward pass; `tokens_per_s`; `changed`, the share of tokens that are not the expert's top-1; `notes` of
+            drafter and memory.
 
         Raises:
             DecodingError: What was asked cannot be done; the message names a remedy.
