@@ -7,11 +7,12 @@ __all__ = ['generate', 'verify', 'tune', 'evaluate', 'pareto', 'page']
 
 # %% ../../nbs/8_cli/03_decoding.ipynb #89510202
 import math
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 from ..foundations.errors import require
-from ..foundations.files import json_rows, save_rows
+from ..foundations.files import exists, file_text, json_rows, save_rows, short_path
 from ..foundations.statistics import paired
 from ..foundations.tasks import Item, get_task, prompts_of, read_items
 from ..foundations.models import names_nothing, shipped_head
@@ -26,7 +27,7 @@ from ..evaluation.equivalence import check_rows, verify as verify_ways
 from ..evaluation.plots import token_ansi, save_plot, read_rows
 from ..evaluation.pareto import pareto_points, pareto_table, plot_pareto, unit_of
 from ..serving.web_demo import require_gradio, build, serve
-from .registry import command, numbers_of
+from .registry import UNSET, command, numbers_of
 
 # %% ../../nbs/8_cli/03_decoding.ipynb #44a5439f
 @dataclass(frozen=True)
@@ -53,37 +54,65 @@ def _drafter(head, lookup, adapter=None):
     if has_head: name = 'hass_lookup' if lookup else 'hass_tree'
     return drafters(head, adapter)[name]()
 
+def _asked(prompt):
+    "Return what a prompt on the command line stands for: `-` for standard input, @FILE for a file"
+    if prompt == '-': return sys.stdin.read().rstrip('\n')
+    file = Path(prompt[1:])
+    if not prompt.startswith('@') or not exists(file) and ' ' in prompt: return prompt
+    require(exists(file), f'no file {short_path(file)}', 'check the name after the @')
+    return file_text(file).rstrip('\n')
+
+# Options that only one method reads
+_ONLY_FOR = dict(alpha='cold', beta='cold', temperature='sample', seed='sample')
+
+def _way_of(method, has_adapter, given):
+    "Return the target and the options of generation that were asked for; refuse options that the method would ignore"
+    require(method in (None, 'greedy', 'sample', 'cold'), f'unknown method {method!r}', 'use greedy, sample or cold')
+    if method is None: method = 'cold' if has_adapter else 'greedy'
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        own = _ONLY_FOR[name]
+        problem = f'--{name} is for --method {own}, and the method is {method}'
+        require(own == method, problem, f'leave --{name} out, or add --method {own}')
+    require(method != 'cold' or has_adapter, 'contrast needs an adapter', 'give --adapter FOLDER, or --method greedy')
+    if method != 'sample': return CoLD(**dict(alpha=.1, beta=.1) | given) if method == 'cold' else Plain(), {}
+    options = dict(temperature=1., seed=0) | given
+    heat = options['temperature']
+    has_heat = math.isfinite(heat) and heat > 0
+    require(has_heat, f'temperature is {heat}', 'give a number above 0, or use --method greedy')
+    return Plain(), dict(options, do_sample=True)
+
 @command
 def generate(
-    prompt:str,  # What to answer
+    prompt:str,  # What to answer; - reads standard input, @FILE a file
     model:str=None,  # Folder, GGUF file or hub id (default: the embedded model)
     adapter:str=None,  # PEFT folder, or 'none' (default for the embedded model: the shipped one)
-    method:str='cold',  # greedy, sample or cold
-    alpha:float=.1,  # CoLD's plausibility
-    beta:float=.1,  # CoLD's strength
+    method:str=None,  # greedy, sample or cold (default: cold with an adapter, greedy without)
+    alpha:float=UNSET,  # CoLD's plausibility (default: 0.1)
+    beta:float=UNSET,  # CoLD's strength (default: 0.1)
     system:str='',  # Instruction before the prompt
     new_tokens:int=256,  # Longest answer
-    temperature:float=1.,  # For method sample
+    temperature:float=UNSET,  # Of sampling (default: 1)
     dtype:str='fp32',  # fp32, bf16 or fp16
     device:str=None,  # cpu, cuda or npu (default: the best present)
-    seed:int=0,  # Of sampling
+    seed:int=UNSET,  # Of sampling (default: 0)
+    stream:bool=False,  # Print the text while it is generated (default: on a terminal)
     view:bool=False,  # Show the coloured tokens after the text
     head:str=None,  # Folder of a draft head, for speculative decoding: faster, with the same output
     lookup:bool=False,  # Copy what followed the same tokens earlier; beside a head, or alone
     draft_adapter:str=None,  # Folder of a draft adapter on the head, trained for the adapter
 ):
     "Answer one prompt"
-    require(method in ('greedy', 'sample', 'cold'), f'unknown method {method!r}', 'use greedy, sample or cold')
-    has_heat = method != 'sample' or math.isfinite(temperature) and temperature > 0
-    require(has_heat, f'temperature is {temperature}', 'give a number above 0, or use --method greedy')
+    has_adapter = not names_nothing(adapter) or adapter is None and model is None  # the embedded model has one
+    target, options = _way_of(method, has_adapter, dict(alpha=alpha, beta=beta, temperature=temperature, seed=seed))
+    prompt = _asked(prompt)
     lm, _ = load_target(model, adapter, dtype, device)
     asked = Item(prompt, '', system).messages if lm.tokenizer.chat_template else prompt
-    target = CoLD(alpha, beta) if method == 'cold' else Plain()
-    options = dict(do_sample=True, temperature=temperature) if method == 'sample' else {}
     drafter = _drafter(head, lookup, draft_adapter)
+    is_streamed = stream or sys.stdout.isatty()
     with Stage('answering'):
-        out = lm.generate(
-            asked, target, drafter, max_new_tokens=new_tokens, stream=True, seed=seed, **options)
+        out = lm.generate(asked, target, drafter, max_new_tokens=new_tokens, stream=is_streamed, **options)
+    if not is_streamed: print(out)
     for note in out.notes: print(note)
     if view: print(token_ansi(out))
 

@@ -6,6 +6,7 @@
 __all__ = ['UNSET', 'COMMANDS', 'command', 'option_groups', 'parser_of', 'numbers_of', 'run_command']
 
 # %% ../../nbs/8_cli/01_registry.ipynb #054656ae
+import difflib
 import inspect
 import math
 from argparse import ArgumentParser
@@ -104,6 +105,14 @@ def numbers_of(
     require(are_numbers, f'expected {what} for {option}, got {text!r}', 'write for example 1,2')
     return found
 
+def _check_unknown(name, parser, unknown):
+    "Raise `DecodingError` for options that a command does not have, with the nearest one that it has"
+    if not unknown: return
+    first = unknown[0].partition('=')[0]
+    near = difflib.get_close_matches(first, [s for s in parser._option_string_actions if s.startswith('--')], n=1)
+    remedy = f'did you mean {near[0]}?  `nld {name} --help` lists the options' if near else f'`nld {name} --help` lists what it takes'
+    raise DecodingError(f'nld {name} does not take {first!r}: {remedy}.')
+
 def _arguments(f, given):
     "Return the keyword arguments of a command: options of a group become its dataclass"
     arguments = dict(given)
@@ -118,7 +127,10 @@ def run_command(
 ):
     "Run one command; raises `DecodingError` where memory runs out"
     f = COMMANDS[name]
-    given = vars(parser_of(name).parse_args(argv))
+    parser = parser_of(name)
+    known, unknown = parser.parse_known_args(argv)
+    _check_unknown(name, parser, unknown)
+    given = vars(known)
     for unused in ('pdb', 'xtra'): given.pop(unused)  # fastcore adds them for its own scripts
     _check_numbers(name, given)
     try: f(**_arguments(f, given))

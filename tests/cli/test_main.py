@@ -1,16 +1,17 @@
 "The command line: one sentence and status 2 for what a user should mend, result files that continue"
 
-import json, subprocess, sys
+import io, json, subprocess, sys
 import pytest
 from npu_lora_decoding.cli import main as cli
 from npu_lora_decoding.evaluation import judging
 from npu_lora_decoding.cli.registry import COMMANDS, parser_of
-from npu_lora_decoding.cli.main import run
+from npu_lora_decoding.cli.main import GROUPS, TABLE, run, usage
 from npu_lora_decoding.evaluation.plots import save_plot
 from npu_lora_decoding.foundations.files import json_rows
 from npu_lora_decoding.evaluation.judging import parse_arm
 from npu_lora_decoding.foundations.errors import DecodingError
 from npu_lora_decoding.foundations.adapters import load_adapter, toy_adapter, toy_model
+from npu_lora_decoding import CoLD, Plain, Result
 from npu_lora_decoding.decoding.loop import LM
 from npu_lora_decoding.foundations.models import embedded_folder, load_tokenizer
 
@@ -266,9 +267,80 @@ def test_a_loaded_model_can_generate_at_once(toy):
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '3'
 
 
-def test_generate_streams(toy, capsys):
-    run(['generate', 'hello', '--model', str(toy[0]), '--adapter', str(toy[1]), '--new-tokens', '3'])
-    assert capsys.readouterr().out.strip()
+@pytest.fixture
+def asks(toy, monkeypatch):
+    "What `nld generate` asks of a model, without generating"
+    asked = []
+
+    def generate(lm, prompts, target=None, drafter=None, **options):
+        asked.append(dict(options, prompts=prompts, target=target))
+        return Result(['an answer'], [[]], [], lm)
+
+    monkeypatch.setattr(LM, 'generate', generate)
+    return asked
+
+
+def answer(toy, *more, adapter=True):
+    run(['generate', '--model', str(toy[0]), '--adapter', str(toy[1]) if adapter else 'none', '--new-tokens', '3', *more])
+
+
+def test_generate_prints_the_text_once_streamed_or_not(toy, capsys, monkeypatch):
+    answer(toy, 'hello')
+    whole = capsys.readouterr().out
+    answer(toy, 'hello', '--stream')
+    assert whole.strip() and capsys.readouterr().out == whole
+
+
+@pytest.mark.parametrize('terminal, more, streamed', [(True, [], True), (False, [], False), (False, ['--stream'], True)])
+def test_generate_streams_on_a_terminal(terminal, more, streamed, toy, asks, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: terminal, raising=False)
+    answer(toy, 'hello', *more)
+    assert asks[0]['stream'] is streamed
+    assert ('an answer' in capsys.readouterr().out) is not streamed
+
+
+def test_a_prompt_may_be_a_file_or_standard_input(toy, asks, tmp_path, monkeypatch):
+    file = tmp_path / 'question.txt'
+    file.write_text('from a file\n')
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('from a pipe\n'))
+    for prompt in (f'@{file}', '-', '@anna how are you', 'plain'):
+        answer(toy, prompt)
+    texts = [one['prompts'] if isinstance(one['prompts'], str) else one['prompts'][-1]['content'] for one in asks]
+    assert texts == ['from a file', 'from a pipe', '@anna how are you', 'plain']
+    with pytest.raises(DecodingError, match='no file .*missing.txt: check the name after the @'):
+        answer(toy, f'@{tmp_path}/missing.txt')
+
+
+def test_the_method_goes_with_the_adapter(toy, asks):
+    answer(toy, 'hello')
+    answer(toy, 'hello', adapter=False)
+    answer(toy, 'hello', '--method', 'sample', '--temperature', '0.5')
+    assert [type(one['target']) for one in asks] == [CoLD, Plain, Plain]
+    assert asks[2]['temperature'] == 0.5 and asks[2]['seed'] == 0 and 'do_sample' not in asks[1]
+    with pytest.raises(DecodingError, match='contrast needs an adapter: give --adapter FOLDER, or --method greedy'):
+        answer(toy, 'hello', '--method', 'cold', adapter=False)
+
+
+@pytest.mark.parametrize('option, value, method, own', [
+    ('alpha', '0.2', 'greedy', 'cold'), ('beta', '0.2', 'sample', 'cold'), ('temperature', '0.5', 'cold', 'sample'),
+    ('temperature', '0.5', 'greedy', 'sample'), ('seed', '3', 'cold', 'sample')])
+def test_an_option_that_the_method_ignores_is_refused(option, value, method, own, toy, asks):
+    with pytest.raises(DecodingError, match=f'--{option} is for --method {own}, and the method is {method}: leave'):
+        answer(toy, 'hello', f'--{option}', value, '--method', method)
+    assert not asks
+
+
+@pytest.mark.parametrize('given, near', [
+    (['--methd', 'cold'], "'--methd': did you mean --method"), (['--adaptor=x'], "'--adaptor': did you mean --adapter"),
+    (['--xyzzy'], "'--xyzzy': `nld generate --help` lists"), (['again'], "'again': `nld generate --help` lists")])
+def test_an_unknown_option_is_named_with_the_nearest(given, near):
+    with pytest.raises(DecodingError, match=f'nld generate does not take {near}'):
+        run(['generate', 'hello', *given])
+
+
+def test_every_command_is_in_one_group():
+    assert sorted(name for names in GROUPS.values() for name in names) == sorted(TABLE)
+    assert all(f'  {name} ' in usage() for name in TABLE)
 
 
 def test_a_picture_of_an_unknown_kind_is_refused(tmp_path):
